@@ -1,0 +1,83 @@
+"""The AI gateway: composes the application out of its parts, and does nothing else.
+
+Serve it with `make run`, or with `uvicorn app:app --no-proxy-headers` (uvicorn would trust X-Forwarded-For from loopback).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from config import Configuration, load_configuration
+from documentation import DESCRIPTION, document_proxy
+from logs import configure_logging
+from middleware import RequestLog
+from replies import HANDLERS
+from routes import admin, internal, proxy, public, users
+from runtime import Service
+from welcome import print_welcome
+
+EXPOSED_HEADERS = [
+    "x-request-id",
+    "x-generation-id",
+    "x-gateway-mode",
+    "x-gateway-cost",
+    "x-gateway-balance",
+    "x-gateway-max-tokens",
+    "x-gateway-settlement",
+    *(f"x-ratelimit-{part}-{unit}" for part in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+]
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.runtime
+    await service.start()
+    print_welcome(service)
+    try:
+        yield
+    finally:
+        await service.aclose()
+
+
+def create_app(configuration: Configuration) -> FastAPI:
+    """The application for this configuration; nothing is opened before its lifespan begins."""
+    settings = configuration.settings
+    configure_logging(settings.log_level, settings.log_format)
+    app = FastAPI(title="AI Gateway", version=public.VERSION, description=DESCRIPTION, lifespan=lifespan, exception_handlers=dict(HANDLERS))
+    app.state.runtime = Service(configuration)
+    for area in (public, users, admin, internal):
+        app.include_router(area.router)
+    proxy.add_proxy_routes(app)
+    document_proxy(app)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_credentials="*" not in settings.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
+    app.add_middleware(RequestLog, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+app = create_app(load_configuration())
+
+
+def main() -> None:
+    """Serves on 127.0.0.1 and PORT."""
+    import uvicorn
+
+    port = app.state.runtime.settings.port
+    uvicorn.run("app:app", host="127.0.0.1", port=port, proxy_headers=False, access_log=False, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""How do many requests share one round trip? Group commit: calls that arrive while a batch is in flight travel together in the next.
+
+No timer, so nothing waits when idle. One batch is in flight per queue. A batch that is lost is sent again with the same ids; items whose
+user is locked elsewhere go again while their neighbours are served. It knows nothing of what it carries but `request_id`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from errors import DatabaseUnavailable, GatewayError
+
+Item = dict[str, Any]
+Answer = dict[str, Any]
+
+BATCH_SIZE = 64
+BATCH_SIZE_PER_GROUP = 16
+PATIENCE_SECONDS = 2.0
+RESENDS = 2
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    item: Item
+    group: Hashable
+    future: asyncio.Future[Answer]
+    since: float = field(default_factory=time.monotonic)
+    abandoned: bool = False
+
+
+class Queue:
+    """A queue in front of one SQL function that takes and returns arrays.
+
+    `send` carries a batch and returns an answer for each item, matched by request_id. `abandoned` gets the answers that nobody waits for
+    any more, because their caller was cancelled meanwhile.
+    """
+
+    def __init__(
+        self, send: Callable[[Sequence[Item]], Awaitable[list[Answer]]], *, abandoned: Callable[[Item, Answer], None] | None = None
+    ) -> None:
+        self._send = send
+        self._abandoned = abandoned
+        self._waiting: deque[_Waiting] = deque()
+        self._sender: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item, *, group: Hashable) -> Answer:
+        """The answer to one item; `group` is what at most 16 items of one batch may share (a key).
+
+        Raises DatabaseUnavailable when the batch was lost repeatedly, or the user stayed locked elsewhere.
+        """
+        waiting = _Waiting(item, group, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._wake()
+        try:
+            return await asyncio.shield(waiting.future)
+        except asyncio.CancelledError:
+            self._give_up(waiting)
+            raise
+
+    async def drain(self) -> None:
+        """Waits until everything that was submitted has been answered."""
+        while self._sender is not None:
+            await asyncio.wait([self._sender])
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        waiting.abandoned = True
+        if waiting.future.done():
+            self._hand_over(waiting)
+        else:
+            waiting.future.add_done_callback(lambda _: self._hand_over(waiting))
+
+    def _hand_over(self, waiting: _Waiting) -> None:
+        if self._abandoned is not None and not waiting.future.cancelled() and waiting.future.exception() is None:
+            self._abandoned(waiting.item, waiting.future.result())
+
+    def _wake(self) -> None:
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._run(), name="group commit")
+            self._sender.add_done_callback(self._stopped)
+
+    def _stopped(self, task: asyncio.Task[None]) -> None:
+        self._sender = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler({"message": "group commit failed", "exception": error, "task": task})
+        if self._waiting and not task.cancelled():
+            self._wake()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            batch = self._next_batch()
+            try:
+                answers = await self._send_until_answered(batch)
+            except GatewayError as error:
+                for waiting in batch:
+                    waiting.future.set_exception(error)
+                    waiting.future.exception()  # an abandoned one has nobody else to look at it
+                continue
+            except BaseException as error:
+                for waiting in batch:
+                    waiting.future.set_exception(DatabaseUnavailable() if isinstance(error, asyncio.CancelledError) else error)
+                    waiting.future.exception()
+                raise
+            if self._deliver(batch, answers):
+                # Everything is held up by locks of others: asking at once again would only spin.
+                await asyncio.sleep(0.01)
+
+    def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        kept: deque[_Waiting] = deque()
+        groups: Counter[Hashable] = Counter()
+        while self._waiting and len(batch) < BATCH_SIZE:
+            waiting = self._waiting.popleft()
+            if groups[waiting.group] < BATCH_SIZE_PER_GROUP:
+                groups[waiting.group] += 1
+                batch.append(waiting)
+            else:
+                kept.append(waiting)
+        self._waiting.extendleft(reversed(kept))
+        return batch
+
+    async def _send_until_answered(self, batch: list[_Waiting]) -> dict[str, Answer]:
+        for resend in range(RESENDS + 1):
+            try:
+                answers = await self._send([waiting.item for waiting in batch])
+            except DatabaseUnavailable:
+                if resend == RESENDS:
+                    raise
+                for waiting in batch:
+                    waiting.item = {**waiting.item, "resent": True}
+            else:
+                return {answer["request_id"]: answer for answer in answers}
+        raise AssertionError("unreachable")
+
+    def _deliver(self, batch: list[_Waiting], answers: dict[str, Answer]) -> bool:
+        """Hands out the answers; True when every item has to go again."""
+        again = []
+        for waiting in batch:
+            answer = answers.get(waiting.item["request_id"])
+            if answer is None:
+                waiting.future.set_exception(LookupError(f"no answer for request {waiting.item['request_id']}"))
+                waiting.future.exception()
+            elif answer["outcome"] != "busy":
+                waiting.future.set_result(answer)
+            elif time.monotonic() - waiting.since < PATIENCE_SECONDS:
+                again.append(waiting)
+            else:
+                waiting.future.set_exception(DatabaseUnavailable("This account is busy with a change. Try again.", retry_after=1))
+                waiting.future.exception()
+        self._waiting.extend(again)
+        return len(again) == len(batch)

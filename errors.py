@@ -1,0 +1,287 @@
+"""What can go wrong, and what the client is told: one tree of errors, rendered in one place.
+
+    GatewayError
+    ├── BadRequest 400 ── UnboundedCost, ContextLengthExceeded
+    ├── InvalidKey 401
+    ├── InsufficientCredits 402 ── BudgetExceeded, TrialExpired
+    ├── Forbidden 403 ── IpNotAllowed, DomainNotAllowed, MissingScope, ModelNotAllowed, AccountSuspended, KeyExhausted,
+    │                    RegistrationClosed
+    ├── NotFound 404 ── ModelNotFound
+    ├── MethodNotAllowed 405
+    ├── Conflict 409
+    ├── BodyTooLarge 413
+    ├── RateLimited 429 ── PlanLimitExceeded, ConcurrencyExceeded
+    ├── UpstreamError 502 ── UpstreamUnavailable 503, UpstreamTimeout 504, UpstreamRefused 4xx
+    └── Unavailable 503 ── DatabaseUnavailable, Misconfigured
+
+A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to do, and never hold a
+secret. Refusals are raised as these; bugs stay bugs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class GatewayError(Exception):
+    """Something went wrong on our side. The request id below finds it in our log."""
+
+    status: int = 500
+    type: ClassVar[str] = "api_error"
+    code: str = "internal_error"
+    # What the OpenAI SDK is told about repeating the call; None leaves it to the SDK's own rules.
+    should_retry: ClassVar[bool | None] = None
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        **details: Any,
+    ) -> None:
+        self.message = message or inspect.cleandoc(type(self).__doc__ or "")
+        super().__init__(self.message)
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after = retry_after
+        self.extra_headers = dict(headers or {})
+        self.details = details
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        """The envelope of every error answer, as JSON-ready values."""
+        return {
+            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
+            "gateway": {"request_id": request_id, **self.details},
+        }
+
+    def headers(self) -> dict[str, str]:
+        """Retry-After and the SDK's retry hint, where they apply."""
+        found = dict(self.extra_headers)
+        if self.retry_after is not None:
+            found["retry-after"] = str(self.retry_after)
+        if self.should_retry is not None:
+            found["x-should-retry"] = str(self.should_retry).lower()
+        return found
+
+
+class BadRequest(GatewayError):
+    """The request is not valid."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class UnboundedCost(BadRequest):
+    """No upper bound of this request's cost is known, so it cannot be admitted on prepaid credits."""
+
+    code = "no_cost_bound"
+
+
+class ContextLengthExceeded(BadRequest):
+    """The request is longer than the model's context or than your token limit allows at all."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidKey(GatewayError):
+    """The API key is missing, unknown, revoked or expired. Send it as `Authorization: Bearer gw_...`."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer", **super().headers()}
+
+
+class InsufficientCredits(GatewayError):
+    """Your credits do not cover the upper bound of this request's cost."""
+
+    status = 402
+    type = "insufficient_quota"
+    code = "insufficient_credits"
+    should_retry = False
+
+
+class BudgetExceeded(InsufficientCredits):
+    """The budget of this API key does not cover this request."""
+
+    code = "budget_exceeded"
+
+
+class TrialExpired(InsufficientCredits):
+    """The trial has ended. Add credits or subscribe to a plan to go on."""
+
+    code = "trial_expired"
+
+
+class Forbidden(GatewayError):
+    """This API key may not do that."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class IpNotAllowed(Forbidden):
+    """This API key may not be used from this network address."""
+
+    code = "ip_not_allowed"
+
+
+class DomainNotAllowed(Forbidden):
+    """This API key may not be used from this domain."""
+
+    code = "domain_not_allowed"
+
+
+class MissingScope(Forbidden):
+    """This API key's scopes do not allow this."""
+
+    code = "missing_scope"
+
+
+class ModelNotAllowed(Forbidden):
+    """This API key or plan does not allow this model."""
+
+    code = "model_not_allowed"
+
+
+class AccountSuspended(Forbidden):
+    """This account is suspended. Ask the operator."""
+
+    code = "account_suspended"
+
+
+class KeyExhausted(Forbidden):
+    """This API key has used up its number of requests (max_requests)."""
+
+    code = "key_request_limit_exceeded"
+
+
+class RegistrationClosed(Forbidden):
+    """Registration is closed. Ask the operator for an account."""
+
+    code = "registration_closed"
+
+
+class NotFound(GatewayError):
+    """There is nothing here."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """This model does not exist. GET /v1/models lists those that do."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    """This path does not take that method."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class Conflict(GatewayError):
+    """That is already taken."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+    should_retry = False
+
+
+class BodyTooLarge(GatewayError):
+    """The request body is too large."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class RateLimited(GatewayError):
+    """The rate limit is reached."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class PlanLimitExceeded(RateLimited):
+    """The plan's limit is reached."""
+
+    code = "plan_limit_exceeded"
+
+
+class ConcurrencyExceeded(RateLimited):
+    """Too many requests are running at the same time."""
+
+    code = "concurrency_limit_exceeded"
+
+
+class UpstreamError(GatewayError):
+    """The model provider failed or gave an answer that cannot be used. Nothing was lost on your side; try again."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamUnavailable(UpstreamError):
+    """The model provider cannot serve this request now."""
+
+    status = 503
+    code = "upstream_unavailable"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The model provider did not answer in time."""
+
+    status = 504
+    code = "upstream_timeout"
+
+
+class UpstreamRefused(UpstreamError):
+    """The model provider refused the request."""
+
+    code = "upstream_refused"
+
+    def __init__(self, message: str | None = None, *, status: int, **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.status = status
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        found = super().body(request_id)
+        found["error"]["type"] = kind
+        return found
+
+
+class Unavailable(GatewayError):
+    """The gateway cannot serve requests now."""
+
+    status = 503
+    code = "unavailable"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The gateway's database does not answer. Nothing was sent to a model and nothing was charged; try again."""
+
+    code = "database_unavailable"
+
+
+class Misconfigured(Unavailable):
+    """The gateway is not configured correctly."""
+
+    code = "misconfigured"
+    should_retry = False

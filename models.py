@@ -1,0 +1,252 @@
+"""What do requests and answers look like? The models of the management API; proxied bodies pass through and have none.
+
+Amounts are credits (US dollars) as exact decimals, written as plain JSON numbers. Texts are bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, WithJsonSchema, model_validator
+
+Credits = Annotated[Decimal, WithJsonSchema({"type": "number", "description": "Credits; 1 credit = 1 US dollar, exact to nine decimals"})]
+Limit = Annotated[int, Field(ge=0, le=2**53)]
+Id = Annotated[int, Field(ge=1, le=2**63 - 1)]
+
+
+class AuthMethod(StrEnum):
+    EMAIL = "email"
+    WALLET = "wallet"
+    GOOGLE = "google"
+    GITHUB = "github"
+
+
+class Environment(StrEnum):
+    LIVE = "live"
+    TEST = "test"
+    STAGING = "staging"
+    DEVELOPMENT = "development"
+
+
+class RequestModel(BaseModel):
+    """A request body: unknown fields are refused, so that a misspelt one is not silently without effect."""
+
+    model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every error, everywhere."""
+
+    error: ErrorDetail
+    gateway: dict[str, Any] = Field(examples=[{"request_id": "019a9f5e-0000-7000-8000-000000000000"}])
+
+
+Username = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+KeyName = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Registration(BaseModel):
+    """Who registers. Credits and trial come from the gateway's settings, never from here."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        str_strip_whitespace=True,
+        json_schema_extra={"examples": [{"username": "ada", "email": "ada@example.com"}]},
+    )
+
+    username: Username
+    email: Annotated[EmailStr, Field(max_length=254)]
+    auth_method: AuthMethod = AuthMethod.EMAIL
+    environment_tag: Environment = Environment.LIVE
+    key_name: KeyName = "Primary Key"
+
+
+class Registered(BaseModel):
+    """A new account; `api_key` is shown this once."""
+
+    user_id: int
+    username: str
+    email: str
+    api_key: str
+    credits: Credits
+    environment_tag: Environment
+    scope_permissions: dict[str, list[str]]
+    auth_method: AuthMethod
+    subscription_status: str
+    message: str
+    timestamp: datetime.datetime
+
+
+class Balance(BaseModel):
+    api_key: str = Field(description="Masked")
+    credits: Credits
+    held: Credits = Field(description="The part of `credits` that running requests hold")
+    available: Credits
+    status: str
+    user_id: int
+
+
+class UsageRecord(BaseModel):
+    """One admitted request. `cost` is what was charged."""
+
+    request_id: str
+    client_request_id: str | None
+    key_id: int
+    mode: str
+    environment: str
+    endpoint: str
+    model: str
+    model_used: str | None
+    provider: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    held: Credits
+    upstream_cost: Credits | None
+    cost: Credits
+    overrun: Credits
+    status: str
+    settlement_source: str | None
+    finish_reason: str | None
+    error_code: str | None
+    streamed: bool
+    latency_ms: int | None
+    time_to_first_token_ms: int | None
+    generation_id: str | None
+    created_at: str
+    settled_at: str | None
+
+
+class UsageRecords(BaseModel):
+    status: str
+    records: list[UsageRecord]
+    next_cursor: str | None = Field(description="Pass it as `cursor` for the next page; null on the last one")
+
+
+class Transaction(BaseModel):
+    """A change of credits that is not the charge of a request."""
+
+    id: int
+    kind: str
+    amount: Credits
+    balance_after: Credits
+    payment_method: str | None
+    request_id: str | None
+    reason: str
+    created_at: str
+
+
+class Transactions(BaseModel):
+    status: str
+    transactions: list[Transaction]
+    next_cursor: str | None
+
+
+class Target(RequestModel):
+    """Whom an admin means: a user by id, or by one of their API keys in full."""
+
+    user_id: Id | None = None
+    api_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Target:
+        if (self.user_id is None) == (self.api_key is None):
+            raise ValueError("give either user_id or api_key")
+        return self
+
+
+class CreditGrant(Target):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "credits": 25, "reason": "invoice 17"}]})
+
+    credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)]
+    reason: Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")] = ""
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+
+
+class CreditsGranted(BaseModel):
+    status: str
+    message: str
+    new_balance: Credits
+    user_id: int
+    transaction_id: int
+
+
+class RateLimits(RequestModel):
+    """Limits to set; one that is left out stays as it is, null is unlimited, 0 refuses all."""
+
+    requests_per_minute: Limit | None = None
+    requests_per_hour: Limit | None = None
+    requests_per_day: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    tokens_per_hour: Limit | None = None
+    tokens_per_day: Limit | None = None
+    concurrency: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    burst: Limit | None = Field(default=None, description="Requests within one second")
+
+
+class LimitOrder(Target):
+    """Limits of a user (user_id), or of one key (api_key)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "rate_limits": {"requests_per_minute": 600}}]})
+
+    rate_limits: RateLimits
+
+    @model_validator(mode="after")
+    def _something_to_set(self) -> LimitOrder:
+        if not self.rate_limits.model_fields_set:
+            raise ValueError("rate_limits names no limit to set")
+        return self
+
+
+class LimitsSet(BaseModel):
+    status: str
+    message: str
+    user_id: int
+    rate_limits: RateLimits
+
+
+class PlanOrder(RequestModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "plan_id": 1, "duration_months": 1}]})
+
+    user_id: Id
+    plan_id: Id
+    duration_months: Annotated[int, Field(ge=1, le=120)] = 1
+
+
+class PlanAssigned(BaseModel):
+    status: str
+    message: str
+    user_id: int
+    plan_id: int
+    duration_months: int
+    end_date: str
+
+
+class Health(BaseModel):
+    """`status` is healthy, or unhealthy with the `problem` in one sentence."""
+
+    status: Literal["healthy", "unhealthy"]
+    database: Literal["connected", "error", "unavailable", "unknown"]
+    openrouter: Literal["connected", "error", "unavailable", "unknown"]
+    mode: str | None
+    user_count: int | None
+    problem: str | None
+    version: str
+    timestamp: datetime.datetime
+
+
+class Swept(BaseModel):
+    status: str
+    expired: int
+    resolved: int

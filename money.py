@@ -1,0 +1,44 @@
+"""How much is it, exactly: nano-US-dollars, decimals and their JSON notation. No float ever passes through here.
+
+1 credit = 1 US dollar = 1,000,000,000 nano-dollars. Amounts are `int` nano-dollars inside, `Decimal` credits at the edges.
+"""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
+
+NANOS_PER_CREDIT = 1_000_000_000
+MAX_NANOS = 2**63 - 1
+
+# 50 digits: prices of 1e-12 dollars times millions of tokens stay exact, and a product never rounds silently.
+EXACT = Context(prec=50)
+
+
+def credits_from_nanos(nanos: int) -> Decimal:
+    """Nano-dollars as credits, exactly."""
+    return Decimal(nanos).scaleb(-9, EXACT)
+
+
+def nanos_from_credits(amount: Decimal) -> int:
+    """Credits as nano-dollars; an amount with more than nine decimals is rounded up."""
+    return int(amount.scaleb(9, EXACT).to_integral_value(rounding=ROUND_CEILING))
+
+
+def plain(amount: Decimal) -> str:
+    """A JSON number in plain notation without superfluous zeros (`0.000000001`, never `1E-9`)."""
+    text = format(amount, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def parse_amount(value: object) -> Decimal | None:
+    """A finite, non-negative amount out of parsed JSON (number or numeric string), or None when it is none.
+
+    `bool` is refused (it is an `int` in Python); NaN, infinities and negative numbers are no amounts.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
+        return None
+    try:
+        amount = Decimal(value)
+    except InvalidOperation:
+        return None
+    return amount if amount.is_finite() and amount >= 0 else None

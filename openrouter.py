@@ -1,0 +1,289 @@
+"""How is the upstream reached, and what do its failures mean to our clients?
+
+The only importer of `openai`. Requests go out through the SDK's client as bytes, once: no retries, no redirects. Answers come back as
+bytes. Errors are mapped to GatewayErrors without the operator's secrets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import orjson
+import structlog
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+
+from config import Settings
+from errors import GatewayError, Unavailable, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
+from logs import scrub
+from sandbox import SCENARIOS, SandboxTransport, create_app
+from usage import parse_json
+
+log = structlog.get_logger("openrouter")
+
+CONNECT_SECONDS = 10.0
+LOOKUP_SECONDS = 15.0
+MAX_ERROR_BYTES = 64 * 1024
+TEST_ANSWER_BYTES = 64 * 1024
+TEST_SECONDS = 60
+
+# Providers that stop generating, and billing, when the connection is closed (OpenRouter's documentation, "Stream cancellation").
+STOPS_ON_ABORT = frozenset(
+    [
+        "openai",
+        "azure",
+        "anthropic",
+        "fireworks",
+        "mancer",
+        "recursal",
+        "anyscale",
+        "lepton",
+        "octoai",
+        "novita",
+        "deepinfra",
+        "together",
+        "cohere",
+        "hyperbolic",
+        "infermatic",
+        "avian",
+        "xai",
+        "cloudflare",
+        "sfcompute",
+        "nineteen",
+        "liquid",
+        "friendli",
+        "chutes",
+        "deepseek",
+    ]
+)
+
+LINK = re.compile(r"https?://\S+")
+OPERATOR = re.compile(r"\b(?:user|org|key|workspace)_[A-Za-z0-9]{8,}\b|\b[0-9a-f]{32,}\b")
+ERROR_CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
+
+
+def stops_on_abort(provider: str | None) -> bool:
+    """Whether closing the connection ends the bill at this provider (given by the name in its answers)."""
+    return provider is not None and re.sub(r"[^a-z0-9]", "", provider.lower()) in STOPS_ON_ABORT
+
+
+def sanitised(text: object) -> str:
+    """An upstream message without links, keys and ids of the operator's account, at most 500 characters."""
+    message = text if isinstance(text, str) and text.strip() else "The model provider gave no reason."
+    return scrub(OPERATOR.sub("***", LINK.sub("[link]", message)))[:500]
+
+
+def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    """An `error` object of a stream or body, as clients may see it: message, type, param, code, and the upstream's error_type."""
+    metadata = error.get("metadata")
+    kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
+    code = error.get("code")
+    if error_status({"error": error}) in (401, 402):
+        return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
+    return {
+        "message": sanitised(error.get("message")),
+        "type": "rate_limit_error" if code == 429 else "api_error",
+        "param": None,
+        "code": code if isinstance(code, int | str) and not isinstance(code, bool) else "upstream_error",
+        **({"metadata": {"error_type": kind}} if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else {}),
+    }
+
+
+@dataclass(slots=True)
+class Answer:
+    """An upstream's answer whose body has not been read yet; must be closed."""
+
+    status: int
+    headers: httpx2.Headers
+    _response: httpx2.Response
+
+    @property
+    def generation_id(self) -> str | None:
+        value = self.headers.get("x-generation-id")
+        return value if value and len(value) <= 256 and value.isprintable() else None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.headers.get("content-type", "").lower().startswith("text/event-stream")
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when it breaks off."""
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
+        pieces = self._response.aiter_raw() if encoding in ("", "identity") else self._response.aiter_bytes()
+        try:
+            async for piece in pieces:
+                if piece:
+                    yield piece
+        except httpx2.TimeoutException as error:
+            raise UpstreamTimeout("The model provider fell silent in mid-answer.") from error
+        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+            raise UpstreamError("The connection to the model provider broke in mid-answer.") from error
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises UpstreamError beyond `limit` bytes."""
+        if self._response.is_stream_consumed:
+            return self._response.content  # the SDK reads error answers itself
+        body = bytearray()
+        async for piece in self.chunks():
+            body += piece
+            if len(body) > limit:
+                raise UpstreamError("The model provider's answer is too large.")
+        return bytes(body)
+
+    async def aclose(self) -> None:
+        await self._response.aclose()
+
+
+class Upstream:
+    """OpenRouter, or the sandbox in its place."""
+
+    def __init__(self, client: AsyncOpenAI, *, suffixes: frozenset[str] = frozenset()) -> None:
+        self._client = client
+        self.suffixes = suffixes
+
+    async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no answer at all.
+
+        An answer with an error status is an answer.
+        """
+        options: Any = {"headers": {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}}
+        response: Any
+        try:
+            response = await self._client.post(
+                path, content=body, cast_to=httpx2.Response, options=options, stream=True, stream_cls=AsyncStream[Any]
+            )
+        except APIStatusError as error:
+            response = error.response
+        except APITimeoutError as error:
+            raise UpstreamTimeout() from error
+        except APIConnectionError as error:
+            # Raised before an answer began; whether the request arrived is unknown unless the connection itself failed.
+            raise UpstreamError("The model provider cannot be reached, or closed the connection without an answer.") from error
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            raise UpstreamError("The connection to the model provider broke in mid-answer.") from error
+        return Answer(response.status_code, response.headers, response)
+
+    async def fetch_models(self) -> bytes:
+        """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
+        return await self._get("/models", {"output_modalities": "all"})
+
+    async def find_generation(self, generation_id: str) -> Mapping[str, Any] | None:
+        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable."""
+        try:
+            raw = await self._get("/generation", {"id": generation_id})
+        except UpstreamRefused as refusal:
+            if refusal.status == 404:
+                return None
+            raise UpstreamUnavailable() from refusal
+        try:
+            answer = parse_json(raw)
+        except ValueError as error:
+            raise UpstreamUnavailable() from error
+        data = answer.get("data") if isinstance(answer, dict) else None
+        return data if isinstance(data, dict) else None
+
+    async def _get(self, path: str, query: Mapping[str, str]) -> bytes:
+        options: Any = {"params": dict(query), "timeout": httpx2.Timeout(LOOKUP_SECONDS), "headers": {"Accept-Encoding": "identity"}}
+        try:
+            response: httpx2.Response = await self._client.get(path, cast_to=httpx2.Response, options=options)
+        except APIStatusError as error:
+            raise UpstreamRefused(status=error.status_code) from error
+        except APIConnectionError as error:
+            raise UpstreamUnavailable() from error
+        return response.content
+
+    async def aclose(self) -> None:
+        await self._client.close()
+
+
+def open_live(settings: Settings) -> Upstream:
+    """OpenRouter under the operator's key. Needs OPENROUTER_API_KEY."""
+    key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else ""
+    timeout = httpx2.Timeout(settings.upstream_timeout_seconds, connect=CONNECT_SECONDS)
+    http = DefaultAioHttpClient(follow_redirects=False, timeout=timeout)
+    named = {"HTTP-Referer": settings.openrouter_site_url, "X-Title": settings.openrouter_site_name}
+    return Upstream(
+        AsyncOpenAI(
+            api_key=key,
+            base_url=settings.openrouter_base_url,
+            max_retries=0,
+            timeout=timeout,
+            http_client=http,
+            default_headers={name: value for name, value in named.items() if value},
+        )
+    )
+
+
+def open_sandbox(*, for_test_keys: bool) -> Upstream:
+    """The built-in simulator, in process; for test keys with bounded answers."""
+    app = create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS) if for_test_keys else create_app()
+    http = httpx2.AsyncClient(transport=SandboxTransport(app), follow_redirects=False)
+    client = AsyncOpenAI(api_key="sandbox", base_url="http://sandbox.invalid/api/v1", max_retries=0, timeout=300, http_client=http)
+    return Upstream(client, suffixes=frozenset(SCENARIOS))
+
+
+# What an upstream's error means to the client.
+
+
+def error_status(body: object) -> int | None:
+    """The status inside an error body (`code`, or `http_status`, as a number or a text of one), None where there is none."""
+    error = body.get("error") if isinstance(body, dict) else None
+    for value in (error.get("code"), error.get("http_status")) if isinstance(error, dict) else ():
+        if isinstance(value, str) and value.isdigit():
+            value = int(value[:4])
+        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+            return value
+    return None
+
+
+def error_of(status: int, headers: Mapping[str, str], raw: bytes) -> GatewayError:
+    """The GatewayError that an upstream's error answer becomes."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        body = {}
+    error = body.get("error") if isinstance(body, dict) else None
+    error = error if isinstance(error, dict) else {"message": error}
+    message = sanitised(error.get("message"))
+    if status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower()):
+        log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
+        return UpstreamUnavailable("The gateway's account at the model provider cannot serve requests now. The operator has been told.")
+    if not 400 <= status < 600:
+        return UpstreamError(f"The model provider answered with the unexpected status {status}.")
+    if status in (504, 524):
+        return UpstreamTimeout(message, code=_code(error, "upstream_timeout"))
+    retry = _retry_after(headers)
+    if status in (503, 529):
+        return UpstreamUnavailable(message, code=_code(error, "upstream_unavailable"), retry_after=retry)
+    if status >= 500:
+        return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
+    if _is_price_change(status, error):
+        return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=1)
+    fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
+    return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))
+
+
+def is_price_change(error: GatewayError) -> bool:
+    """Whether the price snapshot that the request was bounded by is out of date."""
+    return error.code == "price_changed"
+
+
+def _is_price_change(status: int, error: Mapping[str, Any]) -> bool:
+    availability = error.get("availability") or (error.get("metadata") or {} if isinstance(error.get("metadata"), dict) else {}).get(
+        "availability"
+    )
+    return status == 404 and isinstance(availability, dict) and "max_price" in (availability.get("excluded_by") or ())
+
+
+def _code(error: Mapping[str, Any], fallback: str) -> str:
+    metadata = error.get("metadata")
+    kind = (metadata.get("error_type") if isinstance(metadata, dict) else None) or error.get("error_type")
+    return kind if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else fallback
+
+
+def _retry_after(headers: Mapping[str, str]) -> int | None:
+    value = headers.get("retry-after", "")
+    return min(max(int(value), 1), 3600) if value.isdigit() and len(value) < 10 else None

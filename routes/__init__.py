@@ -1,0 +1,1 @@
+"""One module per area; a route translates HTTP to one call."""

@@ -1,0 +1,39 @@
+"""What does a scheduler call? The sweep, which finishes the requests that crashed instances left behind."""
+
+from __future__ import annotations
+
+import hmac
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from errors import InvalidKey, Misconfigured
+from models import ErrorBody, Swept
+from replies import Reply
+from runtime import Runtime
+from security import Declared, presented_key
+
+router = APIRouter(
+    prefix="/internal",
+    tags=["internal"],
+    dependencies=Declared,
+    responses={code: {"model": ErrorBody} for code in (401, 503)},
+)
+
+
+@router.get("/sweep", summary="Resolve expired holds (CRON_SECRET or ADMIN_API_KEY)", response_model=Swept)
+@router.post("/sweep", include_in_schema=False)
+async def sweep(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    _require_secret(request, runtime)
+    return Reply({"status": "success", **await runtime.sweep()})
+
+
+def _require_secret(request: Request, runtime: Runtime) -> None:
+    key = presented_key(request.headers).encode()
+    secret = runtime.settings.cron_secret
+    accepted = [runtime.admin_key] if secret is None else [runtime.admin_key, secret.get_secret_value()]
+    if not any(hmac.compare_digest(key, each.encode()) for each in accepted):
+        if secret is None:
+            raise Misconfigured("CRON_SECRET is not set, and this is not ADMIN_API_KEY.")
+        raise InvalidKey("The sweep needs CRON_SECRET.")

@@ -1,0 +1,134 @@
+"""How do completions come in and go out? Plain ASGI endpoints: the framework's own cost as much as everything else together here.
+
+They read the body, start an exchange in a task of its own, and watch whether the client is still there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from errors import GatewayError
+from metering import Exchange, Proxied
+from replies import error_reply
+from runtime import Runtime
+from security import printable_header, read_credential
+
+PREFIXES = ("/v1", "/api/v1")
+
+
+class ClientConnection:
+    """Our client, through ASGI."""
+
+    def __init__(self, send: Send) -> None:
+        self.gone = False
+        self._send = send
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        await self._deliver({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def send(self, data: bytes, *, more: bool) -> None:
+        await self._deliver({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _deliver(self, message: Message) -> None:
+        if self.gone:
+            return
+        try:
+            await self._send(message)
+        except OSError:
+            self.gone = True
+
+
+class ProxyEndpoint:
+    """One billable endpoint of the upstream."""
+
+    def __init__(self, endpoint: str, resource: str) -> None:
+        self.endpoint = endpoint
+        self.resource = resource
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = ClientConnection(send)
+        request_id = scope["state"]["request_id"]
+        try:
+            exchange = await self._open(Request(scope, receive), client)
+            if exchange is not None:
+                await self._serve(exchange, receive, scope)
+        except GatewayError as refusal:
+            scope["state"].setdefault("log", {})["error_code"] = refusal.code
+            if not client.gone:
+                await error_reply(refusal, request_id)(scope, receive, send)
+
+    async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
+        runtime: Runtime = await request.app.state.runtime.ready()
+        credential = read_credential(request, runtime)
+        body = await _read_body(request)
+        if body is None:
+            return None
+        headers = request.headers
+        proxied = Proxied(
+            endpoint=self.endpoint,
+            resource=self.resource,
+            credential=credential,
+            body=body,
+            request_id=request.state.request_id,
+            client_request_id=printable_header(headers.get("x-request-id"), 256),
+            scenario=headers.get("x-sandbox-scenario"),
+        )
+        return Exchange(runtime, proxied, client)
+
+    async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
+        running = exchange.runtime.start(exchange)
+        watching = asyncio.create_task(_until_disconnected(receive))
+        try:
+            await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                exchange.client_left()
+            await asyncio.shield(running)
+        finally:
+            watching.cancel()
+            scope["state"]["log"] = _log_fields(exchange)
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """The whole body, or None where the client left before it was complete."""
+    parts: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _log_fields(exchange: Exchange) -> dict[str, Any]:
+    ending, hold, settled = exchange.ending, exchange.hold, exchange.settled
+    fields: dict[str, Any] = {"model": ending.model, "client_gone": exchange.client.gone or None}
+    if hold is not None:
+        fields |= {"user_id": hold.user_id, "key_id": hold.key_id, "hold_nanos": hold.hold_nanos}
+    if settled is not None:
+        fields |= {"cost_nanos": settled["cost_nanos"], "settlement": settled["status"]}
+    if ending.failure is not None:
+        fields["error_code"] = ending.failure.code
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+ENDPOINTS = (ProxyEndpoint("chat/completions", "chat"),)
+
+
+def add_proxy_routes(app: FastAPI) -> None:
+    """Puts the endpoints in front of the framework's routes."""
+    for endpoint in ENDPOINTS:
+        for prefix in PREFIXES:
+            app.router.routes.insert(0, Route(f"{prefix}/{endpoint.endpoint}", endpoint, methods=["POST"], include_in_schema=False))

@@ -1,0 +1,175 @@
+"""What may anybody ask? What this is, whether it is well, which models there are, and for an account."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+import db
+from errors import Conflict, GatewayError, ModelNotFound, RateLimited, RegistrationClosed
+from models import ErrorBody, Health, Registered, Registration
+from money import credits_from_nanos, nanos_from_credits
+from replies import Reply, utc_now
+from runtime import Runtime, Service
+from security import DEFAULT_SCOPES, MaybeAdmin, address_of, address_subject, new_key, printable_header
+
+router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
+
+VERSION = "0.1.0"
+ENDPOINTS = {
+    "register": "POST /auth/register",
+    "chat": "POST /v1/chat/completions",
+    "models": "GET /v1/models",
+    "balance": "GET /user/balance",
+    "usage": "GET /user/usage/records",
+    "transactions": "GET /user/transactions",
+    "health": "GET /health",
+    "documentation": "GET /docs",
+}
+FEATURES = [
+    "OpenAI-compatible completions, plain and streamed",
+    "prepaid credits without overdraft, charged at the upstream's exact cost",
+    "API keys with scopes, rate limits by key and user, plans",
+    "a sandbox that answers for free to every gw_test_ key",
+]
+
+
+@router.get("/", summary="What this is")
+async def read_root(request: Request) -> Response:
+    service: Service = request.app.state.runtime
+    return Reply(
+        {
+            "name": "AI Gateway",
+            "version": VERSION,
+            "description": "OpenAI-compatible access to hundreds of models on prepaid credits.",
+            "status": "running" if service.runtime else "not serving",
+            "mode": service.settings.mode,
+            "endpoints": ENDPOINTS,
+            "features": FEATURES,
+            "documentation": "/docs",
+        }
+    )
+
+
+@router.get("/health", summary="Whether it can serve, and if not why", response_model=Health)
+async def read_health(request: Request) -> Response:
+    health = await _health(request.app.state.runtime)
+    return Reply(health, status_code=200 if health.status == "healthy" else 503)
+
+
+@router.get("/health/live", summary="Whether the process runs")
+async def read_live() -> Response:
+    return Reply({"status": "alive"})
+
+
+@router.get("/health/ready", summary="Whether it can serve")
+async def read_ready(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    await db.get_schema_version(runtime.client)
+    return Reply({"status": "ready"})
+
+
+async def _health(service: Service) -> Health:
+    found: dict[str, Any] = {"database": "unknown", "openrouter": "unknown", "user_count": None, "problem": None}
+    try:
+        runtime = await service.ready()
+        found["database"] = "unavailable"
+        found["user_count"] = await db.count_users(runtime.client)
+        found["database"] = "connected"
+        found["openrouter"] = _catalog_health(runtime)
+    except GatewayError as problem:
+        found["problem"] = problem.message
+    found["status"] = "unhealthy" if found["problem"] else "healthy"
+    return Health(mode=service.settings.mode, version=VERSION, timestamp=utc_now(), **found)
+
+
+def _catalog_health(runtime: Runtime) -> str:
+    """What the last look at the model list says; a health check is no reason to ask the upstream."""
+    catalog = runtime.catalog(None)
+    if catalog.last_error is not None:
+        return "error"
+    return "connected" if catalog.status().has_data else "unknown"
+
+
+@router.get("/models", summary="OpenRouter's list of models")
+async def list_models(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(None).models()
+    return Reply({"status": "success", "total_models": len(index.raw), "models": index.raw, "timestamp": utc_now()})
+
+
+@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them")
+@router.get("/api/v1/models", include_in_schema=False)
+async def list_models_for_clients(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(None).models()
+    return Response(index.json, media_type="application/json")
+
+
+@router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"model": ErrorBody}})
+@router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
+async def read_model(request: Request, model_id: str) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(None).models()
+    for entry in index.raw:
+        if entry.get("id") == model_id:
+            return Reply(entry)
+    raise ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param="model")
+
+
+@router.post(
+    "/auth/register",
+    summary="A new account and its first key",
+    tags=["accounts"],
+    response_model=Registered,
+    responses={code: {"model": ErrorBody} for code in (400, 403, 409, 429)},
+)
+async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    if admin is None and not runtime.settings.registration_open:
+        raise RegistrationClosed()
+    environment = order.environment_tag.value
+    key = new_key(environment)
+    address = address_of(request, runtime)
+    found = await db.register_user(
+        runtime.client,
+        {
+            "username": order.username,
+            "email": order.email,
+            "auth_method": order.auth_method,
+            "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
+            "trial_days": runtime.settings.trial_days,
+            "address": address,
+            "address_subject": address_subject(address) if admin is None else None,
+            "user_agent": printable_header(request.headers.get("user-agent"), 512),
+            "request_id": request.state.request_id,
+            "actor": admin.actor if admin else None,
+            "key": {**runtime.keyring.stored(key, environment, order.key_name), "scope_permissions": DEFAULT_SCOPES},
+        },
+    )
+    _raise_refusal(found["outcome"])
+    return Reply(
+        Registered(
+            user_id=found["user_id"],
+            username=order.username,
+            email=order.email,
+            api_key=key,
+            credits=credits_from_nanos(found["credits_nanos"]),
+            environment_tag=order.environment_tag,
+            scope_permissions=DEFAULT_SCOPES,
+            auth_method=order.auth_method,
+            subscription_status=found["subscription_status"],
+            message="Keep the API key: it is shown this once.",
+            timestamp=utc_now(),
+        )
+    )
+
+
+def _raise_refusal(outcome: str) -> None:
+    if outcome == "address_limit":
+        raise RateLimited("Five accounts an hour may register from one network address. Try again later.", retry_after=3600)
+    if outcome in ("username_taken", "email_taken"):
+        field = outcome.removesuffix("_taken")
+        raise Conflict(f"This {field} is already registered.", param=field)

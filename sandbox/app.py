@@ -1,0 +1,233 @@
+"""Which request gets which answer? The simulator as one raw ASGI app: routes, keys, limits and what tests may look at.
+
+Paths are OpenRouter's, with or without the prefix `/api/v1` (or `/v1`); those under `/sandbox` are the simulator's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
+
+import orjson
+
+from .catalog import list_models, render_endpoints, render_model
+from .delivery import deliver, deliver_whole
+from .dialects import Chat, Dialect, Text
+from .embeddings import MAX_INPUTS, dimensions_of, render_embeddings
+from .failures import Failure, Refusal, refusal
+from .generation import render
+from .models import BY_ID, Model
+from .planning import Limits, failed_id, plan_completion, plan_embeddings
+from .scenarios import parse_scenarios
+from .state import Call, State, render_key
+from .tokens import count_inputs
+from .wire import BodyTooLarge, ClientGone, Connection, Receive, Scope, Send, dumps, plain
+
+SCENARIO_HEADER = "x-sandbox-scenario"
+_PREFIXES = ("/api/v1", "/v1")
+_TOO_LATE = dumps(
+    {"error": {"code": 504, "message": "The sandbox ends answers here.", "metadata": {"error_type": "timeout"}}}
+)
+
+_Handler = Callable[[Connection, Call], Awaitable[None]]
+
+
+class Sandbox:
+    """The simulator: an ASGI app with its memory as attributes."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.state = State()
+        self._handlers: Mapping[tuple[str, str], _Handler] = {
+            ("POST", "/chat/completions"): self._chat,
+            ("POST", "/completions"): self._text,
+            ("POST", "/embeddings"): self._embeddings,
+            ("GET", "/generation"): self._generation,
+            ("GET", "/key"): self._key,
+            ("GET", "/credits"): self._credits,
+            ("GET", "/models"): self._models,
+            ("GET", "/embeddings/models"): self._embedding_models,
+            ("GET", "/sandbox/bill"): self._bill,
+            ("PUT", "/sandbox/prices"): self._set_prices,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _run_lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        connection = Connection(scope, receive, send)
+        with suppress(ClientGone):
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    await self._answer(connection)
+            except TimeoutError:
+                await _end_late(connection)
+
+    async def _answer(self, connection: Connection) -> None:
+        path = _strip_prefix(connection.path)
+        if path == "/sandbox/calls":
+            await self._calls(connection)
+            return
+        handler = self._handlers.get((connection.method, path)) or self._find_model_handler(connection.method, path)
+        call = self.state.open_call(connection, path if handler else "(unknown)")
+        try:
+            if handler is None:
+                raise refusal(404, f"Not found: {connection.method} {connection.path}")
+            await handler(connection, call)
+        except BodyTooLarge:
+            await self._refuse(connection, call, refusal(413, "Payload too large").failure)
+        except Refusal as exc:
+            await self._refuse(connection, call, exc.failure)
+
+    async def _refuse(self, connection: Connection, call: Call, failure: Failure) -> None:
+        call.status, headers = failure.status, dict(failure.headers)
+        if isinstance(call.body, dict) and (generation_id := failed_id(call.body)):
+            headers["x-generation-id"] = generation_id
+        await connection.answer(failure.status, dumps(failure.body), headers)
+
+    async def _chat(self, connection: Connection, call: Call) -> None:
+        await self._complete(connection, call, Chat())
+
+    async def _text(self, connection: Connection, call: Call) -> None:
+        await self._complete(connection, call, Text())
+
+    async def _complete(self, connection: Connection, call: Call, dialect: Dialect) -> None:
+        body, changes = await self._read(connection, call)
+        chats = isinstance(dialect, Chat)
+        said = body.get("messages" if chats else "prompt")
+        if not isinstance(said, list if chats else str | list) or not said:
+            raise refusal(400, 'Input required: specify "prompt" or "messages"')
+        await deliver(connection, self.state, call, plan_completion(body, changes, self.limits, self._factor), dialect)
+
+    async def _embeddings(self, connection: Connection, call: Call) -> None:
+        body, changes = await self._read(connection, call)
+        inputs = count_inputs(body.get("input"))
+        if not inputs or len(inputs) > MAX_INPUTS:
+            raise refusal(400, f"input must be a text or 1 to {MAX_INPUTS} of them", error_type="invalid_request")
+        dimensions_of(body)
+        plan = plan_embeddings(body, changes, inputs, self._factor)
+        self.state.begin(call, plan.id)
+        await deliver_whole(connection, self.state, call, plan, dumps(render_embeddings(plan, body)))
+
+    async def _read(self, connection: Connection, call: Call) -> tuple[Mapping[str, object], dict[str, object]]:
+        """The parsed body and the scenario's changes; the key is checked first."""
+        _require_key(connection)
+        raw = await connection.read_body()
+        call.keep_body(raw)
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            raise refusal(400, "Invalid JSON in the request body", error_type="invalid_request") from None
+        if not isinstance(body, dict):
+            raise refusal(400, "The request body must be an object", error_type="invalid_request")
+        return body, parse_scenarios(connection.header(SCENARIO_HEADER))
+
+    async def _generation(self, connection: Connection, call: Call) -> None:
+        _require_key(connection)
+        generation_id = connection.query.get("id", "")
+        generation = self.state.find(generation_id)
+        if generation is None:
+            raise refusal(404, f"Generation {generation_id} not found")
+        await _ok(connection, call, {"data": render(generation_id, generation)})
+
+    async def _key(self, connection: Connection, call: Call) -> None:
+        _require_key(connection)
+        await _ok(connection, call, {"data": render_key(self.state.billed)})
+
+    async def _credits(self, connection: Connection, call: Call) -> None:
+        _require_key(connection)
+        raise refusal(403, "Only management keys can fetch credits for an account")
+
+    async def _models(self, connection: Connection, call: Call) -> None:
+        await _ok(connection, call, {"data": list_models(connection.query, self._factor)})
+
+    async def _embedding_models(self, connection: Connection, call: Call) -> None:
+        query = {**connection.query, "output_modalities": "embeddings"}
+        await _ok(connection, call, {"data": list_models(query, self._factor)})
+
+    def _find_model_handler(self, method: str, path: str) -> _Handler | None:
+        """`/model/{author}/{slug}` and `/models/{author}/{slug}/endpoints`."""
+        if method != "GET":
+            return None
+        if path.startswith("/models/") and path.endswith("/endpoints"):
+            return self._show(path.removeprefix("/models/").removesuffix("/endpoints"), render_endpoints)
+        if path.startswith("/model/"):
+            return self._show(path.removeprefix("/model/"), render_model)
+        return None
+
+    def _show(self, model_id: str, view: Callable[[Model, Decimal], dict[str, object]]) -> _Handler:
+        async def handler(connection: Connection, call: Call) -> None:
+            model = BY_ID.get(model_id)
+            if model is None:
+                raise refusal(404, f"Model {model_id} not found", error_type="not_found")
+            await _ok(connection, call, {"data": view(model, self._factor)})
+
+        return handler
+
+    async def _bill(self, connection: Connection, call: Call) -> None:
+        await _ok(connection, call, {"billed": plain(self.state.billed)})
+
+    async def _calls(self, connection: Connection) -> None:
+        """What tests look at; not itself a call."""
+        if connection.method == "DELETE":
+            self.state.reset()
+        await connection.answer(200, dumps(self.state.render()))
+
+    async def _set_prices(self, connection: Connection, call: Call) -> None:
+        """Change all prices from now on, as providers do: `{"factor": "2"}`."""
+        try:
+            factor = Decimal(str(orjson.loads(await connection.read_body())["factor"]))
+        except (orjson.JSONDecodeError, InvalidOperation, KeyError, TypeError):
+            factor = Decimal(-1)
+        if not factor.is_finite() or factor < 0:
+            raise refusal(400, 'Expected {"factor": "2"}', error_type="invalid_request")
+        self.state.price_factor = factor
+        await _ok(connection, call, {"factor": plain(factor)})
+
+    @property
+    def _factor(self) -> Decimal:
+        return self.state.price_factor
+
+
+def create_app(*, max_answer_bytes: int | None = None, max_seconds: float | None = None) -> Sandbox:
+    """A simulator with a memory of its own; the limits keep answers small for users who pay nothing."""
+    return Sandbox(Limits(max_answer_bytes, max_seconds))
+
+
+async def _ok(connection: Connection, call: Call, body: dict[str, object]) -> None:
+    call.status = 200
+    await connection.answer(200, dumps(body))
+
+
+def _require_key(connection: Connection) -> None:
+    scheme, _, key = connection.header("authorization").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise refusal(401, "Missing Authentication header")
+
+
+def _strip_prefix(path: str) -> str:
+    for prefix in _PREFIXES:
+        if path.startswith(f"{prefix}/"):
+            return path[len(prefix) :]
+    return path
+
+
+async def _end_late(connection: Connection) -> None:
+    """End an answer that took longer than the limit; a body already begun is dropped unless it is a stream."""
+    if not connection.started:
+        await connection.answer(504, _TOO_LATE)
+    elif connection.is_stream and not connection.finished:
+        await connection.write(b"data: " + _TOO_LATE + b"\n\n")
+        await connection.finish()
+
+
+async def _run_lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -1,0 +1,202 @@
+"""Which ways to answer can be asked for, and what does each change? The one source for code, tests and documentation.
+
+A scenario is named in the header `x-sandbox-scenario` or as a suffix of the model (`openai/gpt-4o-mini:error-429`), and
+may carry parameters: `slow;ms=50`. Several, separated by commas, are combined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
+from types import MappingProxyType
+
+from .failures import FAILURES, refusal
+from .generation import FOREVER
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """How a request is answered; the defaults are an ordinary answer."""
+
+    usage: str = "with-finish"
+    """with-finish | empty-choices | null-finish | every-event | twice | missing"""
+    done: bool = True
+    cost: str = "plain"
+    """How usage.cost is written: plain | null | zero | negative | nan | string"""
+    byok: bool = False
+    cost_factor: Decimal = Decimal(1)
+    """Multiplies the bill, whatever `provider.max_price` said."""
+    price_factor: Decimal = Decimal(1)
+    """Multiplies the prices before `provider.max_price` is looked at."""
+    cache: str = ""
+    """read | write | hit"""
+    comments: tuple[int, int] = (1, 0)
+    """Comment lines before the first and before every later event."""
+    comments_as_data: bool = False
+    line_end: bytes = b"\n"
+    piece: int = 0
+    """Bytes per piece of the body; 0 sends every event whole."""
+    failure: str = ""
+    stream_error: str = ""
+    """In mid-stream: code (a number) | string | empty (no choices)"""
+    dies: bool = False
+    body: str = ""
+    """What a 200 (or 302) carries instead of an answer: error | error-choices | html | invalid | redirect"""
+    compressed: bool = False
+    delay: float = 0.0
+    pace: float = 0.0
+    halt: str = ""
+    """Where silence begins: start | middle; or `cut`: where the connection is dropped."""
+    after: int = 4
+    """Events before the fault."""
+    late_lookups: int = 0
+    fallback: bool = False
+    dearer: bool = False
+    calls_tool: bool = False
+    thinks: bool = False
+    tokens: int = 0
+    padding: int = 0
+    generation_header: bool = True
+
+
+ORDINARY = Behaviour()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One line for the documentation, and the fields of Behaviour that it sets."""
+
+    description: str
+    changes: Mapping[str, object] = field(default_factory=dict)
+
+
+MAX_PARAMETER = 10**9
+_PARAMETERS = {
+    "tokens": "tokens",
+    "ms": "pace",
+    "seconds": "delay",
+    "count": "after",
+    "times": "late_lookups",
+    "bytes": "padding",
+}
+
+_TABLE: dict[str, Scenario] = {
+    "ordinary": Scenario("An ordinary answer; `tokens=N` sets its length"),
+    "usage-with-finish": Scenario("Stream: usage in a last event that repeats the finish reason (as ordinary)"),
+    "usage-empty-choices": Scenario("Stream: usage in a last event with `choices: []`", {"usage": "empty-choices"}),
+    "usage-null-finish": Scenario("Stream: usage in a last event with finish_reason null", {"usage": "null-finish"}),
+    "usage-every-event": Scenario("Stream: running usage in every event", {"usage": "every-event"}),
+    "usage-twice": Scenario("Stream: the usage event comes twice", {"usage": "twice"}),
+    "usage-missing": Scenario("No usage at all, `[DONE]` as usual", {"usage": "missing"}),
+    "usage-missing-no-done": Scenario(
+        "No usage, and the stream ends without `[DONE]`", {"usage": "missing", "done": False}
+    ),
+    "no-done": Scenario("Stream: usage comes, `[DONE]` does not", {"done": False}),
+    "keepalive": Scenario("Stream: comment lines before and between the events", {"comments": (3, 1)}),
+    "comment-as-data": Scenario(
+        "Stream: `data: : OPENROUTER PROCESSING`, as some middlemen make of a comment",
+        {"comments": (2, 0), "comments_as_data": True},
+    ),
+    "crlf": Scenario("Stream: lines end with CRLF", {"line_end": b"\r\n"}),
+    "split-chunks": Scenario("UTF-8 characters and JSON are split over pieces of 7 bytes", {"piece": 7}),
+    "tool-call": Scenario("A tool call in fragments, asked for or not", {"calls_tool": True}),
+    "reasoning": Scenario("Reasoning deltas before the answer, asked for or not", {"thinks": True}),
+    "stream-error": Scenario("Stream: error with a number as code after `count` events", {"stream_error": "code"}),
+    "stream-error-string": Scenario(
+        "Stream: error with a string as code after `count` events", {"stream_error": "string"}
+    ),
+    "stream-error-empty": Scenario("Stream: error with `choices: []` after `count` events", {"stream_error": "empty"}),
+    "error-first": Scenario("Stream: an error is the first event", {"stream_error": "code", "after": 0}),
+    "error-in-200": Scenario("Status 200 with an error as JSON, also where a stream was asked for", {"body": "error"}),
+    "error-in-200-choices": Scenario("The same, with choices beside the error", {"body": "error-choices"}),
+    "provider-died": Scenario("Partial content with finish_reason `error`, status 200", {"dies": True}),
+    "cost-null": Scenario("usage.cost is null; /generation knows it", {"cost": "null"}),
+    "cost-zero": Scenario("usage.cost is 0, and nothing is billed", {"cost": "zero", "cost_factor": Decimal(0)}),
+    "cost-negative": Scenario("usage.cost is negative; /generation knows the true cost", {"cost": "negative"}),
+    "cost-nan": Scenario("usage.cost is NaN; /generation knows the true cost", {"cost": "nan"}),
+    "cost-string": Scenario("usage.cost is a string", {"cost": "string"}),
+    "cost-above-hold": Scenario("The bill is `factor` (100) times what prices allow", {"cost_factor": Decimal(100)}),
+    "byok": Scenario("Own key at the provider: cost 0, the price in cost_details", {"byok": True}),
+    "cache-read": Scenario("Most of the prompt is read from the provider's cache", {"cache": "read"}),
+    "cache-write": Scenario("Most of the prompt is written to the provider's cache", {"cache": "write"}),
+    "cache-hit": Scenario("OpenRouter's response cache answers: zeroed usage, HIT headers", {"cache": "hit"}),
+    "price-change": Scenario(
+        "This request's prices are `factor` (2) times the listed ones, before max_price is checked",
+        {"price_factor": Decimal(2)},
+    ),
+    "fallback": Scenario("Another model answers: the second of `models`, else the cheapest", {"fallback": True}),
+    "dearer-provider": Scenario("The dearest endpoint of the model answers", {"dearer": True}),
+    "gzip": Scenario("The body is gzip, although identity was asked for", {"compressed": True}),
+    "slow-first-token": Scenario("The first token takes `seconds` (60)", {"delay": 60.0}),
+    "slow": Scenario("Events are `ms` (200) apart; `tokens=N` sets how many", {"pace": 0.2}),
+    "hang": Scenario("No answer at all, until the client leaves", {"halt": "start"}),
+    "stall": Scenario("Silence after `count` events, until the client leaves", {"halt": "middle"}),
+    "cut": Scenario("The connection is dropped in the middle of an event, after `count` events", {"halt": "cut"}),
+    "abort": Scenario(
+        "Slow, for aborting: /generation says cancelled after `times` (2) lookups of 404",
+        {"pace": 0.2, "late_lookups": 2, "tokens": 40},
+    ),
+    "generation-late": Scenario("/generation answers 404 to the first `times` (2) lookups", {"late_lookups": 2}),
+    "generation-lost": Scenario("/generation never finds it", {"late_lookups": FOREVER}),
+    "no-generation-id": Scenario("No X-Generation-Id header", {"generation_header": False}),
+    "redirect": Scenario("302 to another host", {"body": "redirect"}),
+    "html-body": Scenario("Status 200 with an HTML page", {"body": "html"}),
+    "invalid-json": Scenario("Status 200 with JSON that ends too early", {"body": "invalid"}),
+    "oversized": Scenario("An answer of `bytes` (8388608)", {"padding": 8 * 1024 * 1024}),
+    **{name: Scenario(failure.description, {"failure": name}) for name, failure in FAILURES.items()},
+}
+
+SCENARIOS: Mapping[str, str] = MappingProxyType({name: scenario.description for name, scenario in _TABLE.items()})
+
+
+def parse_scenarios(text: str) -> dict[str, object]:
+    """The changes that a header or suffix asks for; raises Refusal (400) for what it does not know."""
+    changes: dict[str, object] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, *parameters = (piece.strip() for piece in part.split(";"))
+        scenario = _TABLE.get(name)
+        if scenario is None:
+            raise refusal(400, f"Unknown sandbox scenario {name!r}. Known: {', '.join(SCENARIOS)}")
+        changes |= scenario.changes
+        for parameter in parameters:
+            changes |= _parse_parameter(scenario, parameter)
+    return changes
+
+
+def split_model(model: str) -> tuple[str, dict[str, object]]:
+    """A model id without its scenario suffixes, and what those change."""
+    changes: dict[str, object] = {}
+    while ":" in model:
+        rest, _, suffix = model.rpartition(":")
+        if suffix.split(";")[0] not in _TABLE:
+            break
+        model, changes = rest, parse_scenarios(suffix) | changes
+    return model, changes
+
+
+def behave(changes: Mapping[str, object]) -> Behaviour:
+    """The behaviour with these fields changed."""
+    if not changes:
+        return ORDINARY
+    return replace(ORDINARY, **changes)  # type: ignore[arg-type]  # names and values come from the table
+
+
+def _parse_parameter(scenario: Scenario, text: str) -> dict[str, object]:
+    name, _, value = text.partition("=")
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        number = Decimal(-1)
+    target = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
+    if not target or not 0 <= number <= MAX_PARAMETER:
+        raise refusal(400, f"Not a parameter of this sandbox scenario: {text!r}")
+    if target.endswith("factor"):
+        return {target: number}
+    if target in ("pace", "delay"):
+        return {target: float(number) / (1000 if name == "ms" else 1)}
+    return {target: int(number)}
+
+
+def _factor_of(scenario: Scenario) -> str:
+    return next((name for name in scenario.changes if name.endswith("factor")), "")

@@ -1,0 +1,145 @@
+"""What has this instance seen? Generations, calls and the bill, in bounded memory; no id needs it to be priced."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TypeVar
+
+import orjson
+
+from .generation import FOREVER, Generation, decode
+from .wire import Connection
+
+MAX_GENERATIONS = 10_000
+MAX_CALLS = 200
+MAX_KEPT_BODY = 32 * 1024
+SECRET_HEADERS = frozenset({"authorization", "x-api-key", "cookie"})
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, as it arrived, and what became of it."""
+
+    method: str
+    path: str
+    raw_headers: list[tuple[bytes, bytes]]
+    raw_body: bytes = b""
+    status: int | None = None
+    generation_id: str | None = None
+    cost: Decimal | None = None
+    cancelled: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers without secrets."""
+        pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.raw_headers]
+        return {name: value for name, value in pairs if name not in SECRET_HEADERS}
+
+    @property
+    def body(self) -> object:
+        """The parsed body; None when there was none, it was no JSON or too large to keep."""
+        try:
+            return orjson.loads(self.raw_body)
+        except orjson.JSONDecodeError:
+            return None
+
+    def keep_body(self, raw: bytes) -> None:
+        """Remember the body, unless it is large."""
+        self.raw_body = raw if len(raw) <= MAX_KEPT_BODY else b""
+
+    def render(self) -> dict[str, object]:
+        return {
+            "method": self.method,
+            "path": self.path,
+            "headers": self.headers,
+            "body": self.body,
+            "status": self.status,
+            "id": self.generation_id,
+            "cost": self.cost,
+            "cancelled": self.cancelled,
+        }
+
+
+class State:
+    """The memory of one instance."""
+
+    def __init__(self) -> None:
+        self.price_factor = Decimal(1)
+        """Multiplies every listed and charged price, from now on."""
+        self.generations: OrderedDict[str, Generation] = OrderedDict()
+        self.in_flight: set[str] = set()
+        self.billed = Decimal(0)
+        self.counts: Counter[str] = Counter()
+        self.calls: deque[Call] = deque(maxlen=MAX_CALLS)
+        self._lookups: OrderedDict[str, int] = OrderedDict()
+
+    def open_call(self, connection: Connection, path: str) -> Call:
+        """Note a request on arrival."""
+        call = Call(connection.method, path, connection.raw_headers)
+        self.counts[path] += 1
+        self.calls.append(call)
+        return call
+
+    def begin(self, call: Call, generation_id: str) -> None:
+        """A generation has started: nobody can know its cost yet."""
+        call.generation_id = generation_id
+        self.in_flight.add(generation_id)
+
+    def end(self, call: Call, generation: Generation) -> None:
+        """A generation has ended, in whatever way: bill it."""
+        if call.generation_id is None:
+            raise ValueError("this call has no generation")
+        self.in_flight.discard(call.generation_id)
+        _keep(self.generations, call.generation_id, generation)
+        self.billed += generation.cost
+        call.cost, call.cancelled = generation.cost, generation.cancelled
+
+    def find(self, generation_id: str) -> Generation | None:
+        """What `/generation` may tell now; a late one is missed as often as its id says."""
+        if generation_id in self.in_flight:
+            return None
+        generation = self.generations.get(generation_id) or decode(generation_id)
+        if generation is None or not generation.late_lookups:
+            return generation
+        lookups = self._lookups.get(generation_id, 0) + 1
+        _keep(self._lookups, generation_id, lookups)
+        return generation if FOREVER > generation.late_lookups < lookups else None
+
+    def reset(self) -> None:
+        """Forget calls and counts; generations and the bill stay."""
+        self.counts.clear()
+        self.calls.clear()
+
+    def render(self) -> Mapping[str, object]:
+        return {"counts": dict(self.counts), "billed": self.billed, "calls": [call.render() for call in self.calls]}
+
+
+def render_key(billed: Decimal) -> dict[str, object]:
+    """`data` of `/key`: a key without a limit that has used what was billed."""
+    windows = {f"usage{window}": billed for window in ("", "_daily", "_weekly", "_monthly")}
+    return {
+        "label": "sk-or-v1-san...box",
+        "limit": None,
+        "limit_remaining": None,
+        "limit_reset": None,
+        "include_byok_in_limit": False,
+        **windows,
+        **{f"byok_{name}": 0 for name in windows},
+        "is_free_tier": False,
+        "is_management_key": False,
+        "is_provisioning_key": False,
+        "expires_at": None,
+        "creator_user_id": None,
+        "rate_limit": {"requests": -1, "interval": "10s", "note": "This field is deprecated."},
+    }
+
+
+def _keep(store: OrderedDict[str, _Value], key: str, value: _Value) -> None:
+    store[key] = value
+    if len(store) > MAX_GENERATIONS:
+        store.popitem(last=False)

@@ -1,0 +1,230 @@
+"""How does a request's charge reach the books, whatever fails on the way? Settles, tries again, asks the upstream what it cost.
+
+A settlement that the database did not take is kept: retried with backoff and, where there is a disk, written to a journal that the next
+start reads. It is idempotent per request, so doing it twice is harmless; the hold protects the money meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+
+from batching import Queue
+from errors import GatewayError, UpstreamUnavailable
+from openrouter import Upstream
+from usage import Usage, read_generation
+
+log = structlog.get_logger("settlements")
+
+Item = dict[str, Any]
+Answer = dict[str, Any]
+
+QUICK_LOOKUPS = (0.0, 0.25, 0.5, 1.0)
+PATIENT_LOOKUPS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 120.0, 120.0)
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SWEEP_BATCH = 64
+
+
+def settlement(request_id: str, status: str, source: str, usage: Usage, **rest: Any) -> Item:
+    """A settlement item: what the database is told about the end of a request. No known cost is a cost of zero, source `none`."""
+    return {
+        "request_id": request_id,
+        "status": status,
+        "source": source,
+        "billable_nanos": usage.billable_nanos or "0",
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        **rest,
+    }
+
+
+class Journal:
+    """Settlements on disk, a file each, until the database has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, item: Item) -> None:
+        """Writes an item so that it survives this process. Raises OSError."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._path(item)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(orjson.dumps(item))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+    def drop(self, item: Item) -> None:
+        self._path(item).unlink(missing_ok=True)
+
+    def read(self) -> list[Item]:
+        """What earlier processes left behind; a file that is no settlement is left where it is, and named in the log."""
+        found = []
+        for path in sorted(self._folder.glob("*.json")) if self._folder.is_dir() else ():
+            try:
+                found.append(orjson.loads(path.read_bytes()))
+            except (orjson.JSONDecodeError, FileNotFoundError) as error:
+                log.error("settlement_journal_unreadable", file=path.name, reason=str(error))
+        return found
+
+    def _path(self, item: Item) -> Path:
+        return self._folder / f"{item['request_id']}.json"
+
+
+class Settlements:
+    """Settles requests of this instance, and what crashed instances left behind."""
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Item]], Awaitable[list[Answer]]],
+        *,
+        upstream_for: Callable[[str, str], Upstream | None],
+        journal: Journal | None,
+    ) -> None:
+        self._queue = Queue(send)
+        self._upstream_for = upstream_for
+        self._journal = journal
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+        """Runs something that outlives its request; `drain` waits for it."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self, item: Item) -> Answer | None:
+        """The database's answer, or None when it does not take the settlement now: then it is kept and tried again."""
+        try:
+            return await self._submit(item)
+        except GatewayError:
+            await self._keep(item)
+            self.spawn(self._retry(item), f"settlement of {item['request_id']}")
+            return None
+
+    def release(self, request_id: str) -> None:
+        """Settles an admission whose caller was gone before anything was sent: nothing happened, nothing is charged."""
+        nothing = Usage(prompt_tokens=0, completion_tokens=0)
+        self.spawn(self.settle(settlement(request_id, "cancelled", "usage", nothing)), f"release of {request_id}")
+
+    async def _submit(self, item: Item) -> Answer:
+        answer = await self._queue.submit(item, group=item["request_id"])
+        if answer["outcome"] == "failed":
+            log.error("settlement_failed", request_id=item["request_id"], sqlstate=answer["sqlstate"], reason=answer["message"])
+            raise GatewayError()
+        if answer.get("overrun_nanos") and answer["outcome"] == "settled":
+            log.error("overrun", request_id=item["request_id"], overrun_nanos=answer["overrun_nanos"], user_id=answer["user_id"])
+        return answer
+
+    async def _keep(self, item: Item) -> None:
+        if self._journal is None:
+            return
+        try:
+            await asyncio.to_thread(self._journal.keep, item)
+        except OSError as error:
+            log.error("settlement_not_journaled", request_id=item["request_id"], reason=str(error))
+
+    async def _retry(self, item: Item) -> None:
+        attempt = 0
+        while True:
+            await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+            attempt += 1
+            try:
+                await self._submit(item)
+            except GatewayError:
+                continue
+            if self._journal is not None:
+                await asyncio.to_thread(self._journal.drop, item)
+            return
+
+    def replay_journal(self) -> None:
+        """Takes up what earlier processes could not settle."""
+        for item in self._journal.read() if self._journal is not None else ():
+            self.spawn(self._retry(item), f"settlement of {item['request_id']}")
+
+    # What the upstream knows.
+
+    async def look_up(self, mode: str, environment: str, generation_id: str, delays: Sequence[float]) -> Usage | None:
+        """What the upstream says a generation cost, or None while it does not know it. Raises UpstreamUnavailable."""
+        upstream = self._upstream_for(mode, environment)
+        if upstream is None:
+            raise UpstreamUnavailable("There is no upstream that could know this generation.")
+        for delay in delays:
+            await asyncio.sleep(delay)
+            data = await upstream.find_generation(generation_id)
+            if data is not None and (found := read_generation(data)).cost is not None:
+                return found
+        return None
+
+    def resolve_later(self, hold: Mapping[str, Any], item: Item) -> None:
+        """Goes on asking for the cost of a generation; what it does not learn before the hold expires is the sweep's."""
+        self.spawn(self._resolve_patiently(hold, item), f"lookup for {item['request_id']}")
+
+    async def _resolve_patiently(self, hold: Mapping[str, Any], item: Item) -> None:
+        for delay in PATIENT_LOOKUPS:
+            try:
+                found = await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], (delay,))
+            except UpstreamUnavailable:
+                continue
+            if found is not None:
+                await self.settle(with_generation(item, found))
+                return
+
+    async def resolve_expired(self, holds: Sequence[Mapping[str, Any]]) -> None:
+        """Finishes expired holds: by what the upstream says of them, else at no charge. One that cannot be asked about now stays."""
+        await asyncio.gather(*(self._resolve_expired(hold) for hold in holds))
+
+    async def _resolve_expired(self, hold: Mapping[str, Any]) -> bool:
+        found = None
+        if hold["generation_id"]:
+            try:
+                found = await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], (0.0,))
+            except UpstreamUnavailable as error:
+                log.warning("expired_hold_kept", request_id=hold["request_id"], reason=error.message)
+                return False
+        if found is None:
+            log.warning("expired_at_no_charge", request_id=hold["request_id"], generation_id=hold["generation_id"])
+            item = settlement(hold["request_id"], "expired", "none", Usage(), error_code="lost")
+        else:
+            item = settlement(hold["request_id"], "cancelled", "generation", found)
+        return await self.settle(item) is not None
+
+    async def sweep(self, list_expired: Callable[[int], Awaitable[Sequence[Mapping[str, Any]]]]) -> dict[str, int]:
+        """Resolves expired holds, batch after batch, until none is left that can be; returns how many were found and resolved."""
+        found = resolved = 0
+        while holds := await list_expired(SWEEP_BATCH):
+            done = sum(await asyncio.gather(*(self._resolve_expired(hold) for hold in holds)))
+            found, resolved = found + len(holds), resolved + done
+            if done < len(holds):
+                break
+        return {"expired": found, "resolved": resolved}
+
+    async def drain(self, seconds: float) -> None:
+        """Waits for what is under way, at most this long; the rest is in the journal, or expires."""
+        await self._queue.drain()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+
+
+def with_generation(item: Item, found: Usage) -> Item:
+    """A settlement with what the upstream says of its generation; tokens it does not name stay as they were known."""
+    known = {
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
+        "cached_tokens": found.cached_tokens,
+        "reasoning_tokens": found.reasoning_tokens,
+    }
+    known = {name: tokens for name, tokens in known.items() if tokens is not None}
+    return {**item, **known, "source": "generation", "billable_nanos": found.billable_nanos}

@@ -1,0 +1,224 @@
+-- Settlement: finishes records, releases holds, charges, corrects the token counters. Idempotent per request id.
+-- due = ceil(billable x the record's markup); cost = min(due, own hold + unheld credits); overrun = due - cost.
+
+create type public.settlement_item as (
+    request_id uuid,
+    status text,
+    source text,
+    billable_nanos numeric,
+    prompt_tokens bigint,
+    completion_tokens bigint,
+    cached_tokens bigint,
+    reasoning_tokens bigint,
+    model_used text,
+    provider text,
+    finish_reason text,
+    error_code text,
+    latency_ms bigint,
+    time_to_first_token_ms bigint,
+    generation_id text
+);
+
+create function public.correct_ring(p_ring bigint[], p_size int, p_admitted bigint, p_now bigint, p_delta bigint) returns bigint[]
+language plpgsql immutable set search_path = '' as $$
+declare
+    v_ring bigint[] := public.advance_ring(p_ring, p_size, p_now);
+begin
+    return public.count_in_ring(v_ring, p_size, case when p_delta < 0 then p_admitted else p_now end, 0, p_delta);
+end $$;
+comment on function public.correct_ring is
+    'More tokens than estimated count now; fewer are taken back where the estimate was counted, so that no bucket falls below zero.';
+revoke all on function public.correct_ring(bigint[], int, bigint, bigint, bigint) from public, anon, authenticated;
+grant execute on function public.correct_ring(bigint[], int, bigint, bigint, bigint) to service_role;
+
+create function public.release_counters(
+    p_record public.usage_records, p_budget_window text, p_delta bigint, p_cost bigint, p_now timestamptz
+) returns void language plpgsql set search_path = '' as $$
+declare
+    v_then bigint := extract(epoch from p_record.created_at) * 1000;
+    v_ms bigint := extract(epoch from p_now) * 1000;
+    v_day date := (p_record.created_at at time zone 'UTC')::date;
+    v_month date := date_trunc('month', p_record.created_at at time zone 'UTC')::date;
+    v_first boolean := p_record.status = 'pending';
+    v_released int := v_first::int;
+    v_since timestamptz := public.budget_start(p_budget_window, p_now);
+begin
+    update public.rate_limit_usage set
+        burst_ring = public.correct_ring(burst_ring, 11, v_then / 100, v_ms / 100, p_delta),
+        minute_ring = public.correct_ring(minute_ring, 7, v_then / 10000, v_ms / 10000, p_delta),
+        hour_ring = public.correct_ring(hour_ring, 13, v_then / 300000, v_ms / 300000, p_delta),
+        day_ring = public.correct_ring(day_ring, 25, v_then / 3600000, v_ms / 3600000, p_delta),
+        plan_day_tokens = greatest(0, plan_day_tokens + case when plan_day = v_day or p_delta > 0 then p_delta else 0 end),
+        plan_month_tokens = greatest(0, plan_month_tokens + case when plan_month = v_month or p_delta > 0 then p_delta else 0 end),
+        slots = greatest(0, slots - v_released),
+        test_slots = greatest(0, test_slots - case when p_record.environment = 'test' then v_released else 0 end)
+    where subject = 'user' and subject_id = p_record.user_id;
+    update public.rate_limit_usage set
+        burst_ring = public.correct_ring(burst_ring, 11, v_then / 100, v_ms / 100, p_delta),
+        minute_ring = public.correct_ring(minute_ring, 7, v_then / 10000, v_ms / 10000, p_delta),
+        hour_ring = public.correct_ring(hour_ring, 13, v_then / 300000, v_ms / 300000, p_delta),
+        day_ring = public.correct_ring(day_ring, 25, v_then / 3600000, v_ms / 3600000, p_delta),
+        slots = greatest(0, slots - v_released),
+        budget_spent_nanos = case when budget_since < v_since then 0 else budget_spent_nanos end + p_cost,
+        budget_since = greatest(budget_since, v_since),
+        budget_held_nanos = greatest(0, budget_held_nanos - case when v_first then p_record.hold_nanos else 0 end)
+    where subject = 'key' and subject_id = p_record.key_id;
+end $$;
+revoke all on function public.release_counters(public.usage_records, text, bigint, bigint, timestamptz) from public, anon, authenticated;
+grant execute on function public.release_counters(public.usage_records, text, bigint, bigint, timestamptz) to service_role;
+
+create function public.write_settlement(
+    p_item public.settlement_item, p_cost bigint, p_overrun bigint, p_upstream bigint, p_now timestamptz
+) returns void language sql set search_path = '' as $$
+    update public.usage_records set
+        status = p_item.status, settlement_source = p_item.source, settled_at = p_now,
+        upstream_cost_nanos = p_upstream, cost_nanos = p_cost, overrun_nanos = p_overrun,
+        prompt_tokens = p_item.prompt_tokens, completion_tokens = p_item.completion_tokens,
+        cached_tokens = p_item.cached_tokens, reasoning_tokens = p_item.reasoning_tokens,
+        model_used = coalesce(p_item.model_used, model_used), provider = coalesce(p_item.provider, provider),
+        finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
+        latency_ms = coalesce(latency_ms, p_item.latency_ms),
+        time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
+        generation_id = coalesce(p_item.generation_id, generation_id)
+    where request_id = p_item.request_id
+$$;
+revoke all on function public.write_settlement(public.settlement_item, bigint, bigint, bigint, timestamptz)
+    from public, anon, authenticated;
+grant execute on function public.write_settlement(public.settlement_item, bigint, bigint, bigint, timestamptz) to service_role;
+
+-- What is left of play money's hold when a database has gone live: it leaves the account, as the unheld play credits did.
+create function public.expire_play_rest(p_record public.usage_records, p_cost bigint) returns void
+language plpgsql set search_path = '' as $$
+declare
+    v_rest bigint := p_record.hold_nanos - p_cost;
+    v_balance bigint;
+begin
+    if p_record.mode <> 'sandbox' or p_record.status <> 'pending' or v_rest <= 0
+       or not exists (select from public.gateway_state where mode = 'live') then
+        return;
+    end if;
+    update public.users set credits_nanos = credits_nanos - v_rest where id = p_record.user_id returning credits_nanos into v_balance;
+    insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, actor, reason)
+    values (p_record.user_id, 'expiry', -v_rest, v_balance, 'gateway', 'play credits end when the gateway goes live');
+end $$;
+revoke all on function public.expire_play_rest(public.usage_records, bigint) from public, anon, authenticated;
+grant execute on function public.expire_play_rest(public.usage_records, bigint) to service_role;
+
+create function public.settlement_answer(p_request_id uuid, p_outcome text) returns jsonb
+language sql stable set search_path = '' as $$
+    select jsonb_build_object('outcome', p_outcome, 'status', r.status, 'cost_nanos', r.cost_nanos, 'overrun_nanos', r.overrun_nanos,
+                              'balance_nanos', u.credits_nanos, 'user_id', r.user_id)
+    from public.usage_records r join public.users u on u.id = r.user_id where r.request_id = p_request_id
+$$;
+revoke all on function public.settlement_answer(uuid, text) from public, anon, authenticated;
+grant execute on function public.settlement_answer(uuid, text) to service_role;
+
+create function public.settle_one(p_item public.settlement_item, p_busy bigint[]) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+    v_now timestamptz := clock_timestamp();
+    v_record public.usage_records;
+    v_held bigint;
+    v_upstream bigint := ceil(p_item.billable_nanos);
+    v_due bigint;
+    v_cost bigint;
+    v_unheld bigint;
+    v_delta bigint;
+begin
+    select * into v_record from public.usage_records where request_id = p_item.request_id;
+    if not found then
+        return jsonb_build_object('outcome', 'unknown');
+    elsif v_record.user_id = any (p_busy) then
+        return jsonb_build_object('outcome', 'busy');
+    elsif v_record.status <> 'pending' and (v_record.settlement_source <> 'none' or p_item.source = 'none') then
+        return public.settlement_answer(p_item.request_id, 'repeated');
+    end if;
+    v_held := case when v_record.status = 'pending' then v_record.hold_nanos else 0 end;
+    if v_record.environment = 'test' then
+        v_upstream := 0;
+        v_due := 0;
+    else
+        v_due := ceil(p_item.billable_nanos * v_record.markup);
+    end if;
+    select credits_nanos - held_nanos into v_unheld from public.users where id = v_record.user_id;
+    v_cost := least(v_due, v_held + v_unheld);
+    v_delta := coalesce(p_item.prompt_tokens + p_item.completion_tokens, v_record.prompt_estimate)
+               - case when v_record.status = 'pending' then v_record.prompt_estimate
+                      else coalesce(v_record.prompt_tokens + v_record.completion_tokens, v_record.prompt_estimate) end;
+    perform public.write_settlement(p_item, v_cost, v_due - v_cost, v_upstream, v_now);
+    update public.users set credits_nanos = credits_nanos - v_cost, held_nanos = held_nanos - v_held where id = v_record.user_id;
+    perform public.release_counters(v_record, (select k.budget_window from public.api_keys_new k where k.id = v_record.key_id),
+                                    v_delta, v_cost, v_now);
+    perform public.expire_play_rest(v_record, v_cost);
+    return public.settlement_answer(p_item.request_id, 'settled');
+end $$;
+revoke all on function public.settle_one(public.settlement_item, bigint[]) from public, anon, authenticated;
+grant execute on function public.settle_one(public.settlement_item, bigint[]) to service_role;
+
+create function public.settle_requests(p_items jsonb) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+    v_item public.settlement_item;
+    v_items public.settlement_item[];
+    v_busy bigint[];
+    v_answer jsonb;
+    v_answers jsonb[] := '{}';
+begin
+    select array_agg(i) into v_items from jsonb_populate_recordset(null::public.settlement_item, p_items) as i;
+    v_busy := public.lock_users((
+        select array_agg(r.user_id) from unnest(v_items) as i, lateral (
+            select u.user_id from public.usage_records u where u.request_id = i.request_id limit 1
+        ) as r));
+    foreach v_item in array v_items loop
+        begin
+            v_answer := public.settle_one(v_item, v_busy);
+        exception when others then
+            v_answer := jsonb_build_object('outcome', 'failed', 'sqlstate', sqlstate, 'message', sqlerrm);
+        end;
+        v_answers := v_answers || (v_answer || jsonb_build_object('request_id', v_item.request_id));
+    end loop;
+    return to_jsonb(v_answers);
+end $$;
+comment on function public.settle_requests is
+    'Finishes each item (settlement_item). Answers carry request_id and outcome: settled, repeated (the first settlement stands), '
+    'unknown, busy or failed.';
+revoke all on function public.settle_requests(jsonb) from public, anon, authenticated;
+grant execute on function public.settle_requests(jsonb) to service_role;
+
+-- Stores generation ids of requests that are still running, so that any instance can finish them.
+create function public.note_generations(p_items jsonb) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+    v_item record;
+begin
+    for v_item in select request_id, generation_id from jsonb_to_recordset(p_items) as i (request_id uuid, generation_id text) loop
+        update public.usage_records set generation_id = v_item.generation_id
+        where request_id = v_item.request_id and status = 'pending';
+    end loop;
+    return (select coalesce(jsonb_agg(jsonb_build_object('request_id', i ->> 'request_id', 'outcome', 'noted')), '[]')
+            from jsonb_array_elements(p_items) as i);
+end $$;
+revoke all on function public.note_generations(jsonb) from public, anon, authenticated;
+grant execute on function public.note_generations(jsonb) to service_role;
+
+-- Expired holds, oldest first, and the watermark behind which none can be.
+create function public.list_expired_holds(p_limit int) returns jsonb
+language plpgsql set search_path = '' as $$
+declare
+    v_now timestamptz := clock_timestamp();
+    v_holds jsonb;
+begin
+    with expired as (
+        select r.request_id, r.generation_id, r.mode, r.environment, r.expires_at from public.usage_records r
+        where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
+        order by r.expires_at limit p_limit
+    ), moved as (
+        update public.gateway_state set swept_until = coalesce((select min(expires_at) from expired), v_now - interval '1 minute')
+        where singleton and swept_until < coalesce((select min(expires_at) from expired), v_now - interval '1 minute')
+    )
+    select coalesce(jsonb_agg(jsonb_build_object('request_id', request_id, 'generation_id', generation_id, 'mode', mode,
+                                                 'environment', environment) order by expires_at), '[]') into v_holds from expired;
+    return v_holds;
+end $$;
+revoke all on function public.list_expired_holds(int) from public, anon, authenticated;
+grant execute on function public.list_expired_holds(int) to service_role;
