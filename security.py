@@ -22,7 +22,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 
 from config import Network, decode_secret
-from errors import BadRequest, InvalidKey, MissingScope
+from errors import BadRequest, GatewayError, InvalidKey, MissingScope
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -196,6 +196,14 @@ def presented_key(headers: Headers) -> str:
     if not (bearer or other):
         raise InvalidKey("No API key. Send it as `Authorization: Bearer gw_...`.")
     return bearer or other
+
+
+def shown_environment(request: Request) -> str | None:
+    """The environment that a key's prefix names, where a request shows a key; for routes that need none."""
+    try:
+        return key_environment(presented_key(request.headers))
+    except GatewayError:
+        return None
 
 
 def printable_header(value: str | None, length: int) -> str | None:

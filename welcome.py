@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from runtime import Service
+from runtime import Runtime, Service
 
-REGISTER = """curl -s {url}/auth/register -H 'Content-Type: application/json' \\
-  -d '{{"username": "me", "email": "me@example.com"}}'"""
-REGISTER_CLOSED = """curl -s {url}/auth/register -H 'Authorization: Bearer ADMIN_KEY' -H 'Content-Type: application/json' \\
-  -d '{{"username": "me", "email": "me@example.com"}}'"""
-COMPLETE = """curl -s {url}/v1/chat/completions -H 'Authorization: Bearer API_KEY' -H 'Content-Type: application/json' \\
-  -d '{{"model": "openai/gpt-4o-mini", "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
+JSON = "-H 'Content-Type: application/json'"
+KEY_ONLY = """sed -E 's/.*"api_key":"([^"]*)".*/\\1/'"""
+REGISTER = (
+    """API_KEY=$(curl -s {url}/auth/register {admin}{json} -d '{{"username": "me-'$(date +%s)'", "email": "me-'$(date +%s)'@example.com"}}' """
+    """| {key_only}); echo "$API_KEY\""""
+)
+COMPLETE = (
+    """curl -s {url}/v1/chat/completions -H "Authorization: Bearer $API_KEY" {json} """
+    """-d '{{"model": "openai/gpt-4o-mini", "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
+)
+GRANT = """curl -s {url}/admin/add_credits {admin}{json} -d '{{"api_key": "'$API_KEY'", "credits": 1}}'"""
+ADMIN = '-H "Authorization: Bearer $ADMIN_API_KEY" '
 
 MODES = {
     "sandbox": "sandbox: answers are invented, credits are play money, nothing is sent to OpenRouter\n"
@@ -20,24 +26,39 @@ MODES = {
 
 def welcome(service: Service) -> str:
     """The first screen."""
-    settings, runtime = service.settings, service.runtime
+    runtime = service.runtime
     if runtime is None:
         reason = service.problem.message if service.problem else "unknown"
         return f"\nThe gateway is up, but cannot serve:\n  {reason}\n"
-    url = f"http://127.0.0.1:{settings.port}"
-    lines = [
+    url = f"http://127.0.0.1:{service.settings.port}"
+    about = [
         "",
         "AI Gateway",
         f"  base URL     {url}/v1",
         f"  mode         {MODES[runtime.mode]}",
         f"  API docs     {url}/docs",
+        *_admin_key(runtime),
+        "",
     ]
-    if runtime.secrets is not None and runtime.secrets.is_new and settings.admin_api_key is None:
-        lines.append(f"  admin key    {runtime.secrets.admin_api_key}   (shown once; kept in {settings.gateway_data_dir / 'secrets.json'})")
-    register = REGISTER if settings.registration_open else REGISTER_CLOSED
-    lines += ["", "Register a user (the answer holds API_KEY):", "", register.format(url=url)]
-    lines += ["", "Then ask for a completion:", "", COMPLETE.format(url=url), ""]
-    return "\n".join(lines)
+    return "\n".join(about + _lines_to_paste(runtime, url))
+
+
+def _admin_key(runtime: Runtime) -> list[str]:
+    secrets, settings = runtime.secrets, runtime.settings
+    if secrets is None or not secrets.is_new or settings.admin_api_key is not None:
+        return []
+    where = settings.gateway_data_dir / "secrets.json"
+    return [f"  admin key    {secrets.admin_api_key}", f"               (shown once; kept in {where})"]
+
+
+def _lines_to_paste(runtime: Runtime, url: str) -> list[str]:
+    is_open = runtime.settings.registration_open
+    parts = {"url": url, "json": JSON, "key_only": KEY_ONLY, "admin": "" if is_open else ADMIN}
+    register = "Register a user:" if is_open else "Register a user (with your admin key in ADMIN_API_KEY):"
+    lines = [register, "", REGISTER.format(**parts), ""]
+    if not runtime.settings.credits_at_signup:
+        lines += ["Grant them a credit:", "", GRANT.format(**{**parts, "admin": ADMIN}), ""]
+    return [*lines, "Ask for a completion:", "", COMPLETE.format(**parts), ""]
 
 
 def print_welcome(service: Service) -> None:

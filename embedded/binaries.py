@@ -72,14 +72,14 @@ def _group_of(uid: int) -> int:
         ) from exc
 
 
-def find_binaries(override: Path | None, identity: ProcessIdentity) -> Binaries:
+def find_binaries(override: Path | None, identity: ProcessIdentity, *, copies: Path = COPIES) -> Binaries:
     """The first PostgreSQL of at least version 15 that `identity` can run: `override`, the wheel, the system's.
 
-    Raises EmbeddedDatabaseError when there is none.
+    Programs closed to `identity` are copied below `copies`. Raises EmbeddedDatabaseError when there are none.
     """
     for folder in [override] if override else _installed():
         if (folder / "postgres").is_file() and (folder / "initdb").is_file():
-            return _runnable(folder, identity)
+            return _runnable(folder, identity, copies)
     if override:
         raise EmbeddedDatabaseError(
             f"There is no PostgreSQL in {override}: name the folder that holds postgres and initdb."
@@ -99,13 +99,13 @@ def _installed() -> Iterator[Path]:
         yield path / "bin"
 
 
-def _runnable(folder: Path, identity: ProcessIdentity) -> Binaries:
+def _runnable(folder: Path, identity: ProcessIdentity, copies: Path) -> Binaries:
     try:
         return Binaries(folder, _major_version(folder, identity))
     except PermissionError:
         if not identity:
             raise EmbeddedDatabaseError(f"You may not run {folder / 'postgres'}: make it executable.") from None
-    copied = _copy_of(folder)
+    copied = _copy_of(folder, copies)
     try:
         return Binaries(copied, _major_version(copied, identity))
     except PermissionError as exc:
@@ -127,11 +127,11 @@ def _major_version(folder: Path, identity: ProcessIdentity) -> int:
     return int(version[1])
 
 
-def _copy_of(folder: Path) -> Path:
+def _copy_of(folder: Path, copies: Path) -> Path:
     """A copy of the installation around `folder`, in a place that everybody may read and only root may write."""
     program = (folder / "postgres").resolve()
     size_and_age = f"{program}:{program.stat().st_size}:{program.stat().st_mtime_ns}"
-    target = COPIES / hashlib.sha256(size_and_age.encode()).hexdigest()[:16]
+    target = copies / hashlib.sha256(size_and_age.encode()).hexdigest()[:16]
     installation = program.parent.parent
     copied = target / installation.parent.name / installation.name / program.parent.name
     try:
@@ -146,8 +146,8 @@ def _copy_of(folder: Path) -> Path:
 
 
 def _copy_installation(installation: Path, target: Path) -> None:
-    COPIES.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=COPIES, prefix="new-") as made:
+    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="new-") as made:
         new = Path(made) / "copy"
         package = new / installation.parent.name
         shutil.copytree(
@@ -157,7 +157,7 @@ def _copy_installation(installation: Path, target: Path) -> None:
         libraries = installation.parent.with_name(installation.parent.name + ".libs")
         if libraries.is_dir():
             shutil.copytree(libraries, new / libraries.name)
-        for closed_by_umask in (COPIES, new, package):
+        for closed_by_umask in (target.parent, new, package):
             closed_by_umask.chmod(0o755)
         if not target.exists():
             new.replace(target)

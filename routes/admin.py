@@ -12,11 +12,13 @@ from errors import BadRequest, Conflict, NotFound
 from models import CreditGrant, CreditsGranted, ErrorBody, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target
 from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
+from routes.exact import ExactRoute
 from runtime import Runtime
 from security import AdminOnly, Declared
 
 router = APIRouter(
     prefix="/admin",
+    route_class=ExactRoute,
     tags=["admin"],
     dependencies=Declared,
     responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},

@@ -13,7 +13,7 @@ from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
 from runtime import Runtime, Service
-from security import DEFAULT_SCOPES, MaybeAdmin, address_of, address_subject, new_key, printable_header
+from security import DEFAULT_SCOPES, MaybeAdmin, address_of, address_subject, new_key, printable_header, shown_environment
 
 router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
 
@@ -96,7 +96,7 @@ def _catalog_health(runtime: Runtime) -> str:
 @router.get("/models", summary="OpenRouter's list of models")
 async def list_models(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    index = await runtime.catalog(None).models()
+    index = await runtime.catalog(shown_environment(request)).models()
     return Reply({"status": "success", "total_models": len(index.raw), "models": index.raw, "timestamp": utc_now()})
 
 
@@ -104,7 +104,7 @@ async def list_models(request: Request) -> Response:
 @router.get("/api/v1/models", include_in_schema=False)
 async def list_models_for_clients(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    index = await runtime.catalog(None).models()
+    index = await runtime.catalog(shown_environment(request)).models()
     return Response(index.json, media_type="application/json")
 
 
@@ -112,7 +112,7 @@ async def list_models_for_clients(request: Request) -> Response:
 @router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
 async def read_model(request: Request, model_id: str) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    index = await runtime.catalog(None).models()
+    index = await runtime.catalog(shown_environment(request)).models()
     for entry in index.raw:
         if entry.get("id") == model_id:
             return Reply(entry)

@@ -1,5 +1,6 @@
 """The embedded server starts, survives, is shared and is stopped, as root and as an ordinary user."""
 
+# ruff: noqa: ASYNC110, ASYNC222, ASYNC240 (processes and /proc are watched from here, and nothing else runs in the loop)
 from __future__ import annotations
 
 import asyncio
@@ -9,7 +10,9 @@ import pwd
 import shutil
 import signal
 import stat
+import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ import httpx
 import pytest
 
 from embedded import EmbeddedDatabaseError
+from embedded.binaries import borrowed_identity, find_binaries
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
 from tests.embedded.conftest import INSTALLATIONS, QUICK
@@ -29,8 +33,8 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, see prctl(2)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
 
-# A process that takes part in the server: it says so, and leaves when its input ends. It becomes another user only once it
-# has imported everything, since the interpreter may lie in a folder that is closed to others.
+# A process that takes part in the server: it says so, and leaves when its input ends. It becomes another user only once
+# it has imported everything, since the interpreter may lie in a folder that is closed to others.
 PARTICIPANT = """
 import asyncio, concurrent.futures.thread, os, sys
 from pathlib import Path
@@ -96,6 +100,14 @@ async def ask(server: EmbeddedPostgres, query: str, role: str = "postgres") -> A
         return await connection.fetchval(query)
     finally:
         await connection.close()
+
+
+def let_others_through(folder: Path) -> None:
+    """Lets other users traverse a test's folder and those above it that pytest made."""
+    for made_by_pytest in (folder, *folder.parents):
+        if made_by_pytest == Path(tempfile.gettempdir()):
+            return
+        made_by_pytest.chmod(0o711)
 
 
 def postmaster(folder: Path) -> int:
@@ -253,8 +265,7 @@ async def test_an_ordinary_user_runs_the_server_as_himself(tmp_path: Path) -> No
     folder = tmp_path / "theirs"
     folder.mkdir()
     os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o711)
+    let_others_through(tmp_path)
     async with participant(folder, nobody.pw_uid) as process:
         assert await said(process) == "joined"
         assert Path(f"/proc/{postmaster(folder)}").stat().st_uid == nobody.pw_uid
@@ -265,8 +276,7 @@ async def test_an_ordinary_user_runs_the_server_as_himself(tmp_path: Path) -> No
 @as_root
 async def test_a_user_without_a_name_is_told_that_postgresql_needs_one(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o711)
+    let_others_through(tmp_path.parent)
     async with participant(tmp_path / "x", 12345) as process:
         assert (await said(process)).startswith("refused: User id 12345 has no name on this machine")
 
@@ -280,6 +290,27 @@ async def test_a_data_folder_below_a_closed_folder_works(tmp_path: Path, binarie
         assert Path(f"/proc/{postmaster(closed / 'data')}").stat().st_uid != 0
         assert await ask(server, "select 1") == 1
         assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+
+
+@as_root
+def test_binaries_in_a_closed_folder_are_copied_once_to_an_open_one(tmp_path: Path) -> None:
+    installed = find_binaries(None, {}).folder.parent
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    shutil.copytree(installed, closed / installed.parent.name / installed.name)
+    libraries = installed.parent.with_name(installed.parent.name + ".libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, closed / libraries.name)
+    with tempfile.TemporaryDirectory() as opened:
+        Path(opened).chmod(0o755)
+        copies = Path(opened) / "copies"
+        for _ in range(2):
+            binaries = closed / installed.parent.name / installed.name / "bin"
+            found = find_binaries(binaries, borrowed_identity(), copies=copies)
+            assert found.folder.is_relative_to(copies)
+            assert len(list(copies.iterdir())) == 1
+        initdb = subprocess.run([found.folder / "initdb", "--version"], check=True, **borrowed_identity())
+        assert initdb.returncode == 0
 
 
 async def test_a_data_folder_with_a_path_too_long_for_a_socket_works(
@@ -320,8 +351,7 @@ async def test_a_folder_that_holds_something_else_is_refused_in_one_sentence(tmp
 @as_root
 async def test_a_folder_that_may_not_be_written_is_refused_in_one_sentence(tmp_path: Path) -> None:
     nobody = pwd.getpwnam("nobody")
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o711)
+    let_others_through(tmp_path)
     async with participant(tmp_path, nobody.pw_uid) as process:
         assert "choose a folder that you may write to" in await said(process)
 

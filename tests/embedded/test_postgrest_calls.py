@@ -150,7 +150,7 @@ async def test_a_cancelled_call_leaves_the_pool_usable(server: EmbeddedPostgres,
     async with httpx.AsyncClient(transport=single, base_url="http://x.invalid/rest/v1") as http:
         await http.post("/rpc/answer_number")
         call = asyncio.create_task(http.post("/rpc/sleep", json={"p_seconds": 30}))
-        while not await owner.fetchval("select count(*) from pg_stat_activity where wait_event = 'PgSleep'"):
+        while not await owner.fetchval("select count(*) from pg_stat_activity where wait_event = 'PgSleep'"):  # noqa: ASYNC110
             await asyncio.sleep(0)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,60 @@
+# `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
+.DEFAULT_GOAL := help
+.PHONY: help run test check format migrate bench vercel-check sandbox lock clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+run: .venv/local.done ## start the gateway on an embedded Supabase, 127.0.0.1:8000 (PORT)
+	@LOG_FORMAT=$${LOG_FORMAT:-console} $(PY) app.py
+
+test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
+	$(PY) -m pytest -q -n 2 --dist loadgroup $(ARGS)
+
+check: .venv/dev.done ## format, lint, types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: .venv/dev.done ## put the code into its form
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+migrate: .venv/local.done ## bring DATABASE_URL (or the embedded database) up to date
+	@$(PY) migrate.py
+
+sandbox: .venv/local.done ## the OpenRouter simulator alone, on 127.0.0.1:8787
+	@$(PY) -m sandbox
+
+bench: .venv/dev.done ## measure the gateway beside nginx and the direct upstream (needs wrk and nginx)
+	$(PY) -m benchmarks
+
+vercel-check: ## the bundle that Vercel would install: size, cold import, import without the embedded database
+	$(PYTHON) benchmarks/bundle.py
+
+lock: .venv/dev.done ## lock the dependencies anew; ARGS="--upgrade" for newer ones
+	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 requirements.in -o requirements.txt $(ARGS)
+	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 --universal -c requirements.txt requirements-local.in -o requirements-local.txt $(ARGS)
+	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 --universal -c requirements-local.txt requirements-dev.in -o requirements-dev.txt $(ARGS)
+
+clean: ## remove what make made; the data folder stays
+	rm -rf .venv build .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { echo "This Python cannot make virtual environments (on Debian: apt-get install python3-venv)."; rm -rf .venv; exit 1; }
+
+.venv/local.done: requirements-local.txt | .venv/bin/python
+	@echo "Installing what the gateway needs (once, about 20 s)"
+	@$(PIP) requirements-local.txt
+	@touch $@
+
+.venv/dev.done: requirements-dev.txt | .venv/bin/python
+	@echo "Installing the gateway and its tools (once, about 40 s)"
+	@$(PIP) requirements-dev.txt
+	@touch $@ .venv/local.done
