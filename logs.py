@@ -27,7 +27,7 @@ def _scrub_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
 
 def configure_logging(level: str, style: str) -> None:
     """Sends our events and those of the libraries to standard output, as JSON lines or for a person's eyes."""
-    renderer: Any = structlog.dev.ConsoleRenderer() if style == "console" else structlog.processors.JSONRenderer()
+    renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()) if style == "console" else structlog.processors.JSONRenderer()
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -6,10 +6,8 @@ from runtime import Runtime, Service
 
 JSON = "-H 'Content-Type: application/json'"
 KEY_ONLY = """sed -E 's/.*"api_key":"([^"]*)".*/\\1/'"""
-REGISTER = (
-    """API_KEY=$(curl -s {url}/auth/register {admin}{json} -d '{{"username": "me-'$(date +%s)'", "email": "me-'$(date +%s)'@example.com"}}' """
-    """| {key_only}); echo "$API_KEY\""""
-)
+NEW_USER = """'{{"username": "me-'$(date +%s)'", "email": "me-'$(date +%s)'@example.com"}}'"""
+REGISTER = "API_KEY=$(curl -s {url}/auth/register {admin}{json} -d " + NEW_USER + ' | {key_only}); echo "$API_KEY"'
 COMPLETE = (
     """curl -s {url}/v1/chat/completions -H "Authorization: Bearer $API_KEY" {json} """
     """-d '{{"model": "openai/gpt-4o-mini", "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""

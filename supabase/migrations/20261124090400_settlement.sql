@@ -222,3 +222,14 @@ begin
 end $$;
 revoke all on function public.list_expired_holds(int) from public, anon, authenticated;
 grant execute on function public.list_expired_holds(int) to service_role;
+
+-- An expiry that is moved to before the watermark takes the watermark along, or the sweep would never see it.
+create function public.lower_watermark() returns trigger language plpgsql set search_path = '' as $$
+begin
+    update public.gateway_state set swept_until = least(swept_until, new.expires_at) where singleton and swept_until > new.expires_at;
+    return null;
+end $$;
+revoke all on function public.lower_watermark() from public, anon, authenticated;
+grant execute on function public.lower_watermark() to service_role;
+create trigger usage_records_expiry_moved after update of expires_at on public.usage_records
+    for each row execute function public.lower_watermark();

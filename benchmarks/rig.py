@@ -1,0 +1,152 @@
+"""Which processes take part, and where do they run? Starts them on their cores, and ends every one of them whatever happens.
+
+The gateway (or nginx in its place) has one core to itself; PostgreSQL, the mock upstream and wrk share the other ones. Everything
+listens on 127.0.0.1 or on a UNIX socket. A child whose parent is killed is killed by the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 30.0
+STOP_SECONDS = 15.0
+PR_SET_PDEATHSIG = 1
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot run, or what it ran must not be trusted; the message is one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Which cores are whose; all of them for everybody where there is only one."""
+
+    all: frozenset[int]
+    gateway: frozenset[int]
+    others: frozenset[int]
+
+    @classmethod
+    def found(cls) -> Cores:
+        every = frozenset(os.sched_getaffinity(0))
+        last = frozenset([max(every)])
+        return cls(every, last, every - last or every)
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """The place where the processes of one benchmark run."""
+
+    folder: Path
+    cores: Cores
+
+    @asynccontextmanager
+    async def running(
+        self, name: str, *command: str, cores: frozenset[int], env: Mapping[str, str] | None = None
+    ) -> AsyncIterator[subprocess.Popen[bytes]]:
+        """Runs a program while the block does; what it prints goes to a file of its name."""
+        with open(self.folder / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**minimal_environment(), **(env or {})},
+                stdout=log,
+                stderr=log,
+                preexec_fn=_settle_on(cores),
+            )
+        try:
+            yield process
+        finally:
+            await _end(process)
+
+
+@asynccontextmanager
+async def open_rig() -> AsyncIterator[Rig]:
+    """A rig in a folder of its own under `build/` (on the disk, so that fsync means something), removed afterwards."""
+    require_tools()
+    cores = Cores.found()
+    os.sched_setaffinity(0, cores.others)
+    (ROOT / "build").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "build"))
+    folder.chmod(0o755)  # noqa: S103 -- PostgreSQL may run as another user, and its own folder in here is 0700
+    try:
+        yield Rig(folder, cores)
+    finally:
+        os.sched_setaffinity(0, cores.all)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_tools() -> None:
+    """Raises BenchmarkError with one sentence where something is missing on this machine."""
+    if sys.platform != "linux":
+        raise BenchmarkError("The benchmark needs Linux: it pins processes to cores and reads their cost from /proc.")
+    missing = [name for name in ("wrk", "nginx") if program(name) is None]
+    if missing:
+        raise BenchmarkError(f"The benchmark needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install {' '.join(missing)}).")
+
+
+def program(name: str) -> str | None:
+    """The path of a program, looked for in the system folders too."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+
+
+def minimal_environment() -> dict[str, str]:
+    """Nothing of the caller's environment that could configure the gateway."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns once `url` answers 200. Raises BenchmarkError with the end of the log when it does not."""
+    async with httpx.AsyncClient(timeout=5) as http, asyncio.timeout(START_SECONDS):
+        while True:
+            if process.poll() is not None:
+                raise BenchmarkError(f"{log.stem} ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
+            try:
+                if (await http.get(url)).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.005)
+
+
+def _settle_on(cores: frozenset[int]) -> Callable[[], None]:
+    libc = ctypes.CDLL(None)
+
+    def settle() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        os.sched_setaffinity(0, cores)
+        os.setpgid(0, 0)  # an interrupt at the keyboard is for us to pass on
+
+    return settle
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        await asyncio.shield(asyncio.to_thread(process.wait, STOP_SECONDS))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    except asyncio.CancelledError:
+        process.wait(STOP_SECONDS)
+        raise
