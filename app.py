@@ -50,7 +50,14 @@ def create_app(configuration: Configuration) -> FastAPI:
     """The application for this configuration; nothing is opened before its lifespan begins."""
     settings = configuration.settings
     configure_logging(settings.log_level, settings.log_format)
-    app = FastAPI(title="AI Gateway", version=public.VERSION, description=DESCRIPTION, lifespan=lifespan, exception_handlers=dict(HANDLERS))
+    app = FastAPI(
+        title="AI Gateway",
+        version=public.VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        exception_handlers=dict(HANDLERS),
+        strict_content_type=False,  # `curl -d` says it sends a form
+    )
     app.state.runtime = Service(configuration)
     for area in (public, users, admin, internal):
         app.include_router(area.router)
@@ -64,6 +71,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         allow_headers=["*"],
         expose_headers=EXPOSED_HEADERS,
     )
+    app.add_middleware(proxy.Shortcut)
     app.add_middleware(RequestLog, max_body_bytes=settings.max_body_bytes)
     return app
 

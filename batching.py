@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,27 +87,42 @@ class Queue:
         self._sender = None
         if not task.cancelled() and (error := task.exception()) is not None:
             asyncio.get_running_loop().call_exception_handler({"message": "group commit failed", "exception": error, "task": task})
-        if self._waiting and not task.cancelled():
+        if task.cancelled():
+            # The loop is shutting down: nobody would send what waits.
+            _fail(self._waiting, DatabaseUnavailable())
+            self._waiting.clear()
+        elif self._waiting:
             self._wake()
 
     async def _run(self) -> None:
         while self._waiting:
             batch = self._next_batch()
             try:
-                answers = await self._send_until_answered(batch)
-            except GatewayError as error:
-                for waiting in batch:
-                    waiting.future.set_exception(error)
-                    waiting.future.exception()  # an abandoned one has nobody else to look at it
-                continue
+                again = await self._carry(batch)
             except BaseException as error:
-                for waiting in batch:
-                    waiting.future.set_exception(DatabaseUnavailable() if isinstance(error, asyncio.CancelledError) else error)
-                    waiting.future.exception()
+                _fail(batch, DatabaseUnavailable() if isinstance(error, asyncio.CancelledError) else error)
                 raise
-            if self._deliver(batch, answers):
+            alone = not self._waiting
+            self._waiting.extend(again)
+            if again and alone:
                 # Everything is held up by locks of others: asking at once again would only spin.
                 await asyncio.sleep(0.01)
+
+    async def _carry(self, batch: list[_Waiting]) -> list[_Waiting]:
+        """Sends a batch and hands out the answers; returns what has to go again. One that is refused whole is sent in halves, so that the
+        item which cannot even be read fails alone."""
+        try:
+            answers = await self._send_until_answered(batch)
+        except DatabaseUnavailable as error:
+            _fail(batch, error)
+            return []
+        except GatewayError as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return []
+            middle = len(batch) // 2
+            return await self._carry(batch[:middle]) + await self._carry(batch[middle:])
+        return self._deliver(batch, answers)
 
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -136,20 +151,24 @@ class Queue:
                 return {answer["request_id"]: answer for answer in answers}
         raise AssertionError("unreachable")
 
-    def _deliver(self, batch: list[_Waiting], answers: dict[str, Answer]) -> bool:
-        """Hands out the answers; True when every item has to go again."""
+    def _deliver(self, batch: list[_Waiting], answers: dict[str, Answer]) -> list[_Waiting]:
+        """Hands out the answers; returns what has to go again."""
         again = []
         for waiting in batch:
             answer = answers.get(waiting.item["request_id"])
             if answer is None:
-                waiting.future.set_exception(LookupError(f"no answer for request {waiting.item['request_id']}"))
-                waiting.future.exception()
+                _fail([waiting], LookupError(f"no answer for request {waiting.item['request_id']}"))
             elif answer["outcome"] != "busy":
                 waiting.future.set_result(answer)
             elif time.monotonic() - waiting.since < PATIENCE_SECONDS:
                 again.append(waiting)
             else:
-                waiting.future.set_exception(DatabaseUnavailable("This account is busy with a change. Try again.", retry_after=1))
-                waiting.future.exception()
-        self._waiting.extend(again)
-        return len(again) == len(batch)
+                _fail([waiting], DatabaseUnavailable("This account is busy with a change. Try again.", retry_after=1))
+        return again
+
+
+def _fail(batch: Iterable[_Waiting], error: BaseException) -> None:
+    for waiting in batch:
+        if not waiting.future.done():
+            waiting.future.set_exception(error)
+            waiting.future.exception()  # an abandoned one has nobody else to look at it

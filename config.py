@@ -165,7 +165,9 @@ def _conflicts(settings: Settings) -> list[str]:
     if bool(settings.supabase_url) != bool(settings.supabase_key):
         missing = "SUPABASE_KEY" if settings.supabase_url else "SUPABASE_URL"
         found.append(f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key).")
-    return found + (_missing_secrets(settings) if settings.database != "embedded" else [])
+    if settings.vercel and settings.database != "hosted":
+        found.append("SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase.")
+    return found + (_missing_secrets(settings) if settings.database != "embedded" or settings.vercel else [])
 
 
 def _missing_secrets(settings: Settings) -> list[str]:

@@ -8,7 +8,6 @@ relies on a generator having started.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -21,14 +20,25 @@ import structlog
 
 from admission import Hold, Order, limit_headers
 from bounds import Bound, BoundPolicy, bound_request
+from catalog import ModelIndex
 from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from money import credits_from_nanos, plain
-from openrouter import Answer, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
-from relay import DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field
+from openrouter import (
+    TIMEOUT_STATUSES,
+    Answer,
+    Unreachable,
+    Upstream,
+    error_of,
+    error_status,
+    is_price_change,
+    sanitised_error,
+    stops_on_abort,
+)
+from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
 from replies import to_json
 from security import Credential
 from settlements import QUICK_LOOKUPS, settlement, with_generation
-from usage import Usage, parse_json, read_usage
+from usage import Usage, parse_json, read_text, read_usage
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -37,14 +47,13 @@ log = structlog.get_logger("metering")
 
 KEEP_ALIVE_SECONDS = 15.0
 NOTE_GENERATION_SECONDS = 2.0
+QUICK_LOOKUP_SECONDS = 5.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 250
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
 NOT_FORWARDED = ("debug", "trace", "cache")
 NAMESPACED = ("session_id", "prompt_cache_key")
-NOT_RETURNED = ("user_id", "openrouter_metadata", "debug")
-# These may leave a generation running, and billed, behind them.
-TIMEOUT_STATUSES = (408, 504, 524)
 
 
 class Client(Protocol):
@@ -95,7 +104,17 @@ def read_body(raw: bytes) -> dict[str, Any]:
         raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest("The request body must be a JSON object.", code="invalid_json")
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
+        _require_writable(body)
     return body
+
+
+def _require_writable(body: dict[str, Any]) -> None:
+    """What is read must be written again: some nesting is too deep for that only."""
+    try:
+        orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise BadRequest(f"The request body is nested too deeply: {error}.", code="invalid_json") from None
 
 
 @dataclass(slots=True)
@@ -127,14 +146,14 @@ class Exchange:
         try:
             await self._generate(hold, body)
             self.settled = await self._settle(hold)
-            await self._finish(hold)
         except BaseException:
-            if not self._settling:
-                self.runtime.settlements.spawn(self._settle(hold), f"settlement of {hold.request_id}")
+            # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
+            self.runtime.settlements.spawn(self._settle(hold), f"settlement of {hold.request_id}")
             raise
         finally:
             for timer in self._timers:
                 timer.cancel()
+        await self._finish(hold)
 
     def client_left(self) -> None:
         """Nobody waits any more: stop the upstream where that stops the bill, else go on to learn the cost."""
@@ -146,18 +165,23 @@ class Exchange:
 
     async def _read_and_bound(self) -> dict[str, Any]:
         """The body, bounded. What is wrong with it is said only to those whose key is right, and only they have models fetched."""
-        request, settings = self.request, self.runtime.settings
-        catalog = self.runtime.catalog(request.credential.environment)
+        catalog = self.runtime.catalog(self.request.credential.environment)
         try:
-            body = read_body(request.body)
-            if not catalog.is_fresh:
-                await self._verify()
-            policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes)
-            self._bound = bound_request(request.endpoint, body, len(request.body), await catalog.models(), policy)
+            body = read_body(self.request.body)
+            if catalog.is_fresh:
+                self._bound = self._bound_of(body, await catalog.models())
+                return body
         except GatewayError:
             await self._verify()
             raise
+        await self._verify()
+        self._bound = self._bound_of(body, await catalog.models())
         return body
+
+    def _bound_of(self, body: Mapping[str, Any], models: ModelIndex) -> Bound:
+        settings = self.runtime.settings
+        policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes)
+        return bound_request(self.request.endpoint, body, len(self.request.body), models, policy)
 
     async def _verify(self) -> None:
         request = self.request
@@ -189,11 +213,16 @@ class Exchange:
     async def _generate(self, hold: Hold, body: Mapping[str, Any]) -> None:
         """Forwards the request and relays the answer but for its end; notes in `ending` how it went."""
         deadline = self.runtime.settings.request_deadline_seconds
+        if self.client.gone:
+            self.ending.refused = True  # by its own client: nothing is sent
+            return
         try:
             async with asyncio.timeout(deadline - (time.monotonic() - self.started)):
                 await self._exchange(hold, body)
         except TimeoutError:
             self.ending.failure = UpstreamTimeout(f"The request took longer than {deadline:g} seconds.")
+        except Unreachable as failure:
+            self.ending.failure, self.ending.refused = failure, True
         except GatewayError as failure:
             self.ending.failure = failure
         except EventTooLarge:
@@ -207,11 +236,11 @@ class Exchange:
             self._reader = None
 
     async def _exchange(self, hold: Hold, body: Mapping[str, Any]) -> None:
-        headers = {"x-sandbox-scenario": self.request.scenario} if self.request.scenario and self._upstream.suffixes else {}
+        scenario = self.request.scenario
+        headers = {"x-sandbox-scenario": scenario} if scenario and scenario.isascii() and self._upstream.suffixes else {}
         answer = await self._upstream.send("/" + self.request.endpoint, self._outgoing(hold, body), headers)
         try:
-            self.ending.generation_id = answer.generation_id
-            self._note_generation_in_time(hold)
+            self._learn_generation(hold, answer.generation_id)
             if answer.status != 200:
                 await self._read_refusal(answer)
             elif answer.is_stream:
@@ -222,7 +251,7 @@ class Exchange:
             await answer.aclose()
 
     async def _read_refusal(self, answer: Answer) -> None:
-        self.ending.refused = answer.status not in TIMEOUT_STATUSES
+        self.ending.refused = 400 <= answer.status < 600 and answer.status not in TIMEOUT_STATUSES
         failure = error_of(answer.status, answer.headers, await answer.read(MAX_ANSWER_BYTES))
         if is_price_change(failure):
             self.runtime.settlements.spawn(self._refresh_prices(), "refresh of the model list")
@@ -235,6 +264,7 @@ class Exchange:
             log.warning("prices_not_refreshed", reason=error.message)
 
     def _read_plain(self, raw: bytes) -> None:
+        raw = raw.removeprefix(BOM)
         try:
             data = parse_json(raw)
         except ValueError:
@@ -244,14 +274,14 @@ class Exchange:
         ending = self.ending
         ending.usage = read_usage(data.get("usage"))
         ending.generation_id = ending.generation_id or _generation_id(data.get("id"))
-        ending.model, ending.provider = _text(data.get("model")), _text(data.get("provider"))
+        ending.model, ending.provider = read_text(data.get("model")), read_text(data.get("provider"))
         choices = data.get("choices")
         if data.get("error") and not choices:
             raise error_of(error_status(data) or 502, {}, raw)
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-            ending.finish_reason = _text(choices[0].get("finish_reason"))
+            ending.finish_reason = read_text(choices[0].get("finish_reason"))
         ending.completed = ending.finish_reason != "error" and not data.get("error")
-        self._plain = _without_secrets(raw)
+        self._plain = without_secrets(raw, sanitised_error)
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
         stream = self._stream = Stream(sanitised_error)
@@ -261,7 +291,8 @@ class Exchange:
                 passed = stream.feed(chunk)
                 if stream.data_events and self.ending.first_token_ms is None:
                     self.ending.first_token_ms = self._elapsed_ms()
-                    self.ending.generation_id = self.ending.generation_id or _generation_id(stream.body_id)
+                if self.ending.generation_id is None and stream.body_id is not None:
+                    self._learn_generation(hold, _generation_id(stream.body_id))
                 await self._pass_on(hold, answer, passed)
                 if stream.done or (self.client.gone and self._may_abort()):
                     break
@@ -278,8 +309,7 @@ class Exchange:
         if not self._stream_started:
             self._stream_started = True
             self._keep_alive_in_time()
-            kind = answer.headers.get("content-type", "text/event-stream")
-            await self.client.start(200, {**self._headers(hold), "content-type": kind, "cache-control": "no-cache"})
+            await self.client.start(200, {**self._headers(hold), "content-type": "text/event-stream", "cache-control": "no-cache"})
         if data:
             self._last_sent = time.monotonic()
             await self.client.send(data, more=True)
@@ -287,9 +317,9 @@ class Exchange:
     def _may_abort(self) -> bool:
         return self._stream is not None and stops_on_abort(self._stream.provider)
 
-    def _note_generation_in_time(self, hold: Hold) -> None:
+    def _learn_generation(self, hold: Hold, generation_id: str | None) -> None:
         """A request that is still running in two seconds has its generation id stored, so that any instance can finish it."""
-        generation_id = self.ending.generation_id
+        self.ending.generation_id = generation_id
         if generation_id is not None:
             note = self.runtime.note_generation
             self._timers.append(asyncio.get_running_loop().call_later(NOTE_GENERATION_SECONDS, note, hold.request_id, generation_id))
@@ -321,9 +351,9 @@ class Exchange:
         if ending.generation_id is None or (item["source"] != "none" and self._has_said_all()):
             return await self.runtime.settlements.settle(item)
         found = await self._look_up(hold, ending.generation_id)
-        if found is None and item["source"] != "none":
-            return await self.runtime.settlements.settle(item)
         if found is None:
+            # Whichever process is there then: what is asked later must be known to all of them.
+            self.runtime.note_generation(hold.request_id, ending.generation_id)
             self.runtime.settlements.resolve_later(self._whereabouts(hold, ending.generation_id), item)
             return None
         ending.usage = found
@@ -335,8 +365,9 @@ class Exchange:
 
     async def _look_up(self, hold: Hold, generation_id: str) -> Usage | None:
         try:
-            return await self.runtime.settlements.look_up(self.runtime.mode, hold.environment, generation_id, QUICK_LOOKUPS)
-        except UpstreamUnavailable:
+            async with asyncio.timeout(QUICK_LOOKUP_SECONDS):
+                return await self.runtime.settlements.look_up(self.runtime.mode, hold.environment, generation_id, QUICK_LOOKUPS)
+        except (UpstreamUnavailable, TimeoutError):
             return None
 
     def _whereabouts(self, hold: Hold, generation_id: str) -> dict[str, Any]:
@@ -357,7 +388,7 @@ class Exchange:
             model_used=ending.model,
             provider=ending.provider,
             finish_reason=ending.finish_reason,
-            error_code=failure or (None if stream_error is None else str(stream_error)),
+            error_code=failure or (None if stream_error is None else read_text(str(stream_error))),
             latency_ms=self._elapsed_ms(),
             time_to_first_token_ms=ending.first_token_ms,
             generation_id=ending.generation_id,
@@ -369,8 +400,9 @@ class Exchange:
             return
         if self._stream is not None and self._stream_started:
             await self.client.send(self._tail(hold, self._stream), more=False)
-        elif self.ending.failure is not None:
-            raise self.ending.failure
+        elif (failure := self.ending.failure) is not None:
+            failure.extra_headers |= {**self._headers(hold), **self._charge_headers()}
+            raise failure
         elif self._plain is not None:
             body = with_field(self._plain, "gateway_usage", self._gateway_usage(hold))
             about = {"content-type": "application/json", "content-length": str(len(body))}
@@ -418,25 +450,5 @@ class Exchange:
         return int((time.monotonic() - self.started) * 1000)
 
 
-def _text(value: object) -> str | None:
-    return value[:256] if isinstance(value, str) and value else None
-
-
 def _generation_id(value: object) -> str | None:
     return value if isinstance(value, str) and value.startswith("gen-") and len(value) <= 256 and value.isprintable() else None
-
-
-def _without_secrets(raw: bytes) -> bytes:
-    """The answer without what must not be shown; to the byte as it was where there is nothing of the kind."""
-    if not any(b'"' + name.encode() + b'"' in raw for name in (*NOT_RETURNED, "error")):
-        return raw
-    try:
-        data = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        data = json.loads(raw, parse_constant=lambda _: None)  # NaN, which is no JSON
-    for name in NOT_RETURNED:
-        data.pop(name, None)
-    for part in (data, *(data.get("choices") or ())):
-        if isinstance(part, dict) and part.get("error") is not None:
-            part["error"] = sanitised_error(part["error"] if isinstance(part["error"], dict) else {"message": str(part["error"])})
-    return orjson.dumps(data)

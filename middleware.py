@@ -55,7 +55,7 @@ class RequestLog:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
+        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
             await error_reply(self._too_large(), scope["state"]["request_id"])(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)

@@ -6,17 +6,25 @@ unchanged, the end hands it to whoever settles. Errors lose what must not be sho
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from usage import Usage, parse_json, read_usage
+from usage import Usage, parse_json, read_integer, read_text, read_usage
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+BOM = b"\xef\xbb\xbf"
+BLANK_LINE = re.compile(rb"\n\n|\r\n\r\n|\r\r|\n\r\n")
+
+# What clients do not get to see: the operator's account, and numbers that are no JSON.
+HIDDEN = ("user_id", "openrouter_metadata", "debug")
+MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
 
 Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -41,28 +49,31 @@ class Stream:
     data_events: int = 0
     _rest: bytearray = field(default_factory=bytearray)
     _scanned: int = 0
+    _has_returns: bool = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """What goes on to the client now that this has arrived. Raises EventTooLarge."""
-        if not self._rest and self.held is None and self.data_events and _is_plain(chunk):
+        """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
+        if not self._rest and self.held is None and self.body_id is not None and not self.done and _is_plain(chunk):
             self.data_events += 1
             return chunk
+        self._has_returns = self._has_returns or b"\r" in chunk
         self._rest += chunk
+        passed = b"".join([part for event in self._complete_events() for part in self._pass(event)])
         if len(self._rest) > MAX_EVENT_BYTES:
             raise EventTooLarge
-        return b"".join([part for event in self._complete_events() for part in self._pass(event)])
+        return passed
 
     def end(self) -> bytes:
         """What goes on when the upstream has ended: a last event that lacked its blank line is completed, half a one is not data."""
         rest, self._rest = bytes(self._rest).strip(b"\r\n"), bytearray()
-        if not rest.startswith(b"data:") or (rest != b"data: [DONE]" and _data_of(rest) is None):
+        if not _has_data(rest) or not (_is_done(rest) or _data_of(rest) is not None):
             return b""
         return b"".join(self._pass(rest + b"\n\n"))
 
     def _complete_events(self) -> Iterator[bytes]:
         buffer = self._rest
         start = 0
-        while (end := _event_end(buffer, max(start, self._scanned - 3))) > 0:
+        while (end := _event_end(buffer, max(start, self._scanned - 3), self._has_returns)) > 0:
             yield bytes(buffer[start:end])
             start = end
             self._scanned = end
@@ -70,10 +81,12 @@ class Stream:
         self._scanned = len(buffer)
 
     def _pass(self, event: bytes) -> Iterator[bytes]:
+        if self.done:
+            return
+        if not self.data_events:
+            event = event.removeprefix(BOM)
         if not _has_data(event):
             yield event
-            return
-        if self.done:
             return
         if _is_done(event):
             self.done = True
@@ -82,62 +95,78 @@ class Stream:
             yield self.held
             self.held = None
         self.data_events += 1
-        if self.data_events > 1 and b'"usage"' not in event and b'"error"' not in event and b'"finish_reason":"' not in event:
+        if self.body_id is not None and _is_unremarkable(event):
             yield event
             return
-        event = self._read(event)
-        if self.usage is not None and b'"usage"' in event and self._carries_usage(event):
-            self.held = event
-        else:
-            yield event
-
-    def _carries_usage(self, event: bytes) -> bool:
-        data = _data_of(event)
-        return isinstance(data, dict) and isinstance(data.get("usage"), dict)
-
-    def _read(self, event: bytes) -> bytes:
-        """Notes what this event says; an event with an error comes back without what must not be shown."""
         data = _data_of(event)
         if not isinstance(data, dict):
-            return event
-        self.body_id = self.body_id or _text(data.get("id"))
-        self.model = _text(data.get("model")) or self.model
-        self.provider = _text(data.get("provider")) or self.provider
+            yield event
+            return
+        shown = self._shown(event)
+        if self._read(data):
+            self.held = shown
+        else:
+            yield shown
+
+    def _read(self, data: Mapping[str, Any]) -> bool:
+        """Notes what this event says; True where it says what was used."""
+        self.body_id = self.body_id or read_text(data.get("id"))
+        self.model = read_text(data.get("model")) or self.model
+        self.provider = read_text(data.get("provider")) or self.provider
         choices = data.get("choices")
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-            self.finish_reason = _text(choices[0].get("finish_reason")) or self.finish_reason
+            self.finish_reason = read_text(choices[0].get("finish_reason")) or self.finish_reason
+        if error := data.get("error"):
+            self.error = self.sanitise(error if isinstance(error, dict) else {"message": str(error)})
         found = read_usage(data.get("usage"))
-        if found is not None:
-            self.usage = found
-        if isinstance(data.get("error"), dict) or (data.get("error") is not None and "choices" not in data):
-            return self._without_secrets(event)
-        return event
+        self.usage = found or self.usage
+        return found is not None
 
-    def _without_secrets(self, event: bytes) -> bytes:
-        data = orjson.loads(_payload(event))
-        error = data["error"] if isinstance(data["error"], dict) else {"message": str(data["error"])}
-        self.error = data["error"] = self.sanitise(error)
-        for name in ("user_id", "openrouter_metadata", "debug"):
-            data.pop(name, None)
-        return b"data: " + orjson.dumps(data) + b"\n\n"
+    def _shown(self, event: bytes) -> bytes:
+        payload = _payload(event)
+        shown = without_secrets(payload, self.sanitise)
+        return event if shown is payload else b"data: " + shown + b"\n\n"
 
 
-def _is_plain(chunk: bytes) -> bool:
-    """Whole events with nothing in them that we would have to look at."""
+def without_secrets(raw: bytes, sanitise: Sanitise) -> bytes:
+    """A JSON object as clients may see it: the same bytes, unless it holds an error, the operator's identity or NaN."""
+    if not any(mark in raw for mark in MARKS):
+        return raw
+    constants: list[str] = []
+    data = json.loads(raw, parse_constant=constants.append, parse_int=read_integer)
+    hidden = [data.pop(name) for name in HIDDEN if name in data]
+    choices = data.get("choices")
+    failed = [part for part in (data, *(choices if isinstance(choices, list) else ())) if isinstance(part, dict) and part.get("error")]
+    if not (constants or hidden or failed):
+        return raw
+    for part in failed:
+        part["error"] = sanitise(part["error"] if isinstance(part["error"], dict) else {"message": str(part["error"])})
+    return json.dumps(data, separators=(",", ":")).encode()
+
+
+def _is_unremarkable(data: bytes) -> bool:
+    """Nothing in it that we would have to look at. Keys stand in quotes, so that no text that a model writes is taken for one."""
     return (
-        chunk.endswith(b"\n\n")
-        and b'"usage"' not in chunk
-        and b'"error"' not in chunk
-        and b"[DONE]" not in chunk
-        and b'"finish_reason":"' not in chunk
-        and chunk.startswith(b"data:")
+        b'"usage"' not in data
+        and b'"error"' not in data
+        and b'"user_id"' not in data
+        and data.count(b'"finish_reason"') == data.count(b'"finish_reason":null')
     )
 
 
-def _event_end(buffer: bytearray, start: int) -> int:
+def _is_plain(chunk: bytes) -> bool:
+    """Whole events that are unremarkable."""
+    return chunk.endswith(b"\n\n") and chunk.startswith(b"data:") and b"[DONE]" not in chunk and _is_unremarkable(chunk)
+
+
+def _event_end(buffer: bytearray, start: int, has_returns: bool) -> int:
     """Where the first event after `start` ends, with its blank line; 0 while it is incomplete. Lines end with LF, CRLF or CR."""
-    ends = [found + len(blank) for blank in (b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n") if (found := buffer.find(blank, max(0, start))) >= 0]
-    return min(ends, default=0)
+    start = max(0, start)
+    if has_returns:
+        found = BLANK_LINE.search(buffer, start)
+        return found.end() if found else 0
+    place = buffer.find(b"\n\n", start)
+    return place + 2 if place >= 0 else 0
 
 
 def _has_data(event: bytes) -> bool:
@@ -162,10 +191,6 @@ def _data_of(event: bytes) -> Any:
         return None
 
 
-def _text(value: object) -> str | None:
-    return value[:256] if isinstance(value, str) and value else None
-
-
 def with_field(json_object: bytes, name: str, value: bytes) -> bytes:
     """A JSON object with one more field at its end, the rest to the byte as it was."""
     text = json_object.rstrip()
@@ -177,7 +202,8 @@ def with_field(json_object: bytes, name: str, value: bytes) -> bytes:
 def usage_event(held: bytes | None, stream: Stream, gateway_usage: bytes) -> bytes:
     """The event that ends the accounting: the held one with `gateway_usage`, or one of our own with empty choices."""
     if held is not None:
-        return b"data: " + with_field(_payload(held), "gateway_usage", gateway_usage) + b"\n\n"
+        # Line breaks in JSON stand between tokens, where a space does as well.
+        return b"data: " + with_field(_payload(held).replace(b"\n", b" "), "gateway_usage", gateway_usage) + b"\n\n"
     own = {
         "id": stream.body_id or "gen-unknown",
         "object": "chat.completion.chunk",

@@ -71,13 +71,20 @@ class Journal:
         found = []
         for path in sorted(self._folder.glob("*.json")) if self._folder.is_dir() else ():
             try:
-                found.append(orjson.loads(path.read_bytes()))
-            except (orjson.JSONDecodeError, FileNotFoundError) as error:
+                found.append(_read_item(path.read_bytes()))
+            except (ValueError, OSError) as error:
                 log.error("settlement_journal_unreadable", file=path.name, reason=str(error))
         return found
 
     def _path(self, item: Item) -> Path:
         return self._folder / f"{item['request_id']}.json"
+
+
+def _read_item(raw: bytes) -> Item:
+    item = orjson.loads(raw)
+    if not isinstance(item, dict) or not isinstance(item.get("request_id"), str):
+        raise ValueError("not a settlement")
+    return item
 
 
 class Settlements:
@@ -105,8 +112,13 @@ class Settlements:
         """The database's answer, or None when it does not take the settlement now: then it is kept and tried again."""
         try:
             return await self._submit(item)
-        except GatewayError:
-            await self._keep(item)
+        except asyncio.CancelledError:
+            self._write(item)  # in the end: nobody may be there to wait for a thread
+            raise
+        except Exception as error:  # whatever it was, the charge must not be lost with it
+            if not isinstance(error, GatewayError):
+                log.error("settlement_broken", request_id=item["request_id"], exc_info=error)
+            await asyncio.to_thread(self._write, item)
             self.spawn(self._retry(item), f"settlement of {item['request_id']}")
             return None
 
@@ -115,20 +127,23 @@ class Settlements:
         nothing = Usage(prompt_tokens=0, completion_tokens=0)
         self.spawn(self.settle(settlement(request_id, "cancelled", "usage", nothing)), f"release of {request_id}")
 
-    async def _submit(self, item: Item) -> Answer:
+    async def _submit(self, item: Item) -> Answer | None:
         answer = await self._queue.submit(item, group=item["request_id"])
         if answer["outcome"] == "failed":
             log.error("settlement_failed", request_id=item["request_id"], sqlstate=answer["sqlstate"], reason=answer["message"])
             raise GatewayError()
+        if answer["outcome"] == "unknown":
+            log.error("settlement_of_unknown_request", request_id=item["request_id"])
+            return None
         if answer.get("overrun_nanos") and answer["outcome"] == "settled":
             log.error("overrun", request_id=item["request_id"], overrun_nanos=answer["overrun_nanos"], user_id=answer["user_id"])
         return answer
 
-    async def _keep(self, item: Item) -> None:
+    def _write(self, item: Item) -> None:
         if self._journal is None:
             return
         try:
-            await asyncio.to_thread(self._journal.keep, item)
+            self._journal.keep(item)
         except OSError as error:
             log.error("settlement_not_journaled", request_id=item["request_id"], reason=str(error))
 
@@ -139,7 +154,8 @@ class Settlements:
             attempt += 1
             try:
                 await self._submit(item)
-            except GatewayError:
+            except Exception as error:  # noqa: BLE001  # it goes on until the database has it
+                log.warning("settlement_waits", request_id=item["request_id"], attempt=attempt, reason=str(error))
                 continue
             if self._journal is not None:
                 await asyncio.to_thread(self._journal.drop, item)
@@ -165,7 +181,7 @@ class Settlements:
         return None
 
     def resolve_later(self, hold: Mapping[str, Any], item: Item) -> None:
-        """Goes on asking for the cost of a generation; what it does not learn before the hold expires is the sweep's."""
+        """Goes on asking for the cost of a generation; in the end it settles what is known, or leaves the hold to the sweep."""
         self.spawn(self._resolve_patiently(hold, item), f"lookup for {item['request_id']}")
 
     async def _resolve_patiently(self, hold: Mapping[str, Any], item: Item) -> None:
@@ -177,6 +193,8 @@ class Settlements:
             if found is not None:
                 await self.settle(with_generation(item, found))
                 return
+        if item["source"] != "none":
+            await self.settle(item)
 
     async def resolve_expired(self, holds: Sequence[Mapping[str, Any]]) -> None:
         """Finishes expired holds: by what the upstream says of them, else at no charge. One that cannot be asked about now stays."""

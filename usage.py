@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import Any
 
 from money import EXACT, parse_amount
@@ -16,6 +16,10 @@ from money import EXACT, parse_amount
 MAX_TOKENS = 2**53
 # No single answer costs a million dollars: a larger number is a fault, and would only overflow what it is stored in.
 MAX_COST = Decimal(1_000_000)
+# Finer costs are rounded up here: an exponent like 1e-999999 would otherwise be written out in full.
+FINEST_COST = Decimal("1e-30")
+MAX_DIGITS = 40
+MAX_TEXT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,20 @@ class Usage:
         return (self.prompt_tokens or 0) + (self.completion_tokens or 0)
 
 
-def parse_json(raw: bytes | str) -> Any:
-    """JSON with exact decimals; NaN and infinities, which are no JSON, read as null. Raises ValueError for anything else."""
+def parse_json(raw: bytes) -> Any:
+    """JSON in UTF-8 with exact decimals; NaN, infinities and absurdly long integers read as null. Raises ValueError for anything else."""
     try:
-        return json.loads(raw, parse_float=_decimal, parse_constant=lambda _: None)
+        return json.loads(raw.decode("utf-8-sig"), parse_float=_decimal, parse_int=read_integer, parse_constant=lambda _: None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_text(value: object) -> str | None:
+    """A short text as it may be stored and logged: without control characters and lone surrogates, which PostgreSQL refuses."""
+    if not isinstance(value, str):
+        return None
+    text = value[: 4 * MAX_TEXT]
+    return (text if text.isprintable() else "".join(c for c in text if c.isprintable()))[:MAX_TEXT] or None
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -51,6 +63,11 @@ def _decimal(text: str) -> Decimal | None:
         return Decimal(text)
     except InvalidOperation:
         return None
+
+
+def read_integer(text: str) -> int | None:
+    """An integer literal; None where it has more digits than anything we know of."""
+    return int(text) if len(text) <= MAX_DIGITS else None
 
 
 def read_usage(value: object) -> Usage | None:
@@ -81,11 +98,16 @@ def read_generation(value: Mapping[str, Any]) -> Usage:
 
 def _cost(cost: object, is_byok: object, inference: object) -> Decimal | None:
     """usage.cost, plus what the provider billed to an own key where one was used."""
-    total = parse_amount(cost)
+    total = _amount(cost)
     if total is not None and is_byok is True:
-        own = parse_amount(inference)
+        own = _amount(inference)
         total = None if own is None else EXACT.add(total, own)
-    return total if total is not None and total <= MAX_COST else None
+    return total
+
+
+def _amount(value: object) -> Decimal | None:
+    amount = parse_amount(value)
+    return None if amount is None or amount > MAX_COST else max(amount, amount.quantize(FINEST_COST, ROUND_CEILING, EXACT))
 
 
 def _first(value: Mapping[str, Any], *names: str) -> int | None:
@@ -93,7 +115,7 @@ def _first(value: Mapping[str, Any], *names: str) -> int | None:
 
 
 def _tokens(value: object) -> int | None:
-    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+    if isinstance(value, Decimal) and 0 <= value <= MAX_TOKENS and value == value.to_integral_value():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
         return None

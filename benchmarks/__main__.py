@@ -25,7 +25,7 @@ async def bench(plan: Plan) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="how often each figure is taken (the median counts)")
-    parser.add_argument("--seconds", type=float, default=Plan.seconds, help="length of one load on the gateway")
+    parser.add_argument("--seconds", type=int, default=Plan.seconds, help="length of one load on the gateway")
     arguments = parser.parse_args()
     try:
         print(asyncio.run(bench(Plan(arguments.rounds, arguments.seconds))))

@@ -35,10 +35,10 @@ class Run:
         return self.requests / self.seconds
 
 
-async def run_wrk(base: str, body: str, keys: Sequence[str], *, connections: int, seconds: float) -> Run:
+async def run_wrk(base: str, body: str, keys: Sequence[str], *, connections: int, seconds: int) -> Run:
     """Loads `base` for that long. Raises BenchmarkError where any answer was not a 200 or a connection broke."""
     wrk = program("wrk") or "wrk"
-    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s", "-s", str(SCRIPT), base + PATH]
+    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT), base + PATH]
     env = {**minimal_environment(), "BENCH_KEYS": ",".join(keys), "BENCH_BODY": body}
     process = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
     try:

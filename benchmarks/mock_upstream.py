@@ -1,7 +1,8 @@
 """What would OpenRouter answer, at a speed that does not hide the gateway's own? Fixed answers over a raw asyncio protocol.
 
 `python -m benchmarks.mock_upstream PORT` serves GET /api/v1/models (the sandbox's priced models) and POST .../chat/completions,
-plain or streamed (one write for each of the 42 events). A `seed` in the body paces the events. It reads no more of HTTP than wrk,
+plain or streamed (one write for each of the 42 events). A `seed` in the body paces the events; GET /api/v1/generation knows what
+a stream cost that was cut off by the end of the load. It reads no more of HTTP than wrk,
 nginx and the gateway send: a content-length, keep-alive, no pipelining.
 """
 
@@ -39,6 +40,10 @@ def _usage() -> dict[str, object]:
     }
 
 
+def _native_usage() -> dict[str, object]:
+    return {"native_tokens_prompt": PROMPT_TOKENS, "native_tokens_completion": COMPLETION_TOKENS, "total_cost": _usage()["cost"]}
+
+
 def _shared(kind: str) -> dict[str, object]:
     return {"id": "gen-ID", "provider": "OpenAI", "model": MODEL, "object": kind, "created": 1_750_000_000}
 
@@ -65,6 +70,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 MODELS = orjson.dumps({"data": list_models({"output_modalities": "all"}, Decimal(1))})
+GENERATION = orjson.dumps({"data": {"id": "gen-ID", **_native_usage()}})
 COMPLETION = _completion()
 CHUNKS = [_chunk(event) for event in _events()]
 CHUNKS[-1] += b"0\r\n\r\n"
@@ -86,7 +92,7 @@ class MockUpstream(asyncio.Protocol):
             return
         self._rest = b""
         if head.startswith(b"GET"):
-            self._answer_whole(MODELS)
+            self._answer_whole(GENERATION if b"/generation?" in head else MODELS)
         elif b'"stream":true' in body:
             self._start_stream(PACE_SECONDS if b'"seed"' in body else 0.0)
         else:

@@ -53,4 +53,4 @@ def _ratio(value: float, other: float | None) -> str:
 
 def _where() -> str:
     load = os.getloadavg()[0]
-    return f"Medians. {os.cpu_count()} cores, load average {load:.1f} at the end (about 2 is this benchmark's own): compare ratios, not machines."
+    return f"Medians. {os.cpu_count()} cores, load average {load:.1f} at the end (2 of it our own): compare ratios, not machines."

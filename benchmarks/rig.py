@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +59,22 @@ class Rig:
         self, name: str, *command: str, cores: frozenset[int], env: Mapping[str, str] | None = None
     ) -> AsyncIterator[subprocess.Popen[bytes]]:
         """Runs a program while the block does; what it prints goes to a file of its name."""
-        with open(self.folder / f"{name}.log", "ab") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**minimal_environment(), **(env or {})},
-                stdout=log,
-                stderr=log,
-                preexec_fn=_settle_on(cores),
-            )
+        process = self._start(name, command, cores, env or {})
         try:
             yield process
         finally:
             await _end(process)
+
+    def _start(self, name: str, command: Sequence[str], cores: frozenset[int], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{name}.log", "ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**minimal_environment(), **env},
+                stdout=log,
+                stderr=log,
+                preexec_fn=_settle_on(cores),
+            )
 
 
 @asynccontextmanager
@@ -80,14 +83,19 @@ async def open_rig() -> AsyncIterator[Rig]:
     require_tools()
     cores = Cores.found()
     os.sched_setaffinity(0, cores.others)
-    (ROOT / "build").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "build"))
-    folder.chmod(0o755)  # noqa: S103 -- PostgreSQL may run as another user, and its own folder in here is 0700
+    folder = _new_folder()
     try:
         yield Rig(folder, cores)
     finally:
         os.sched_setaffinity(0, cores.all)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder() -> Path:
+    (ROOT / "build").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "build"))
+    folder.chmod(0o755)  # PostgreSQL may run as another user; its own folder in here is 0700
+    return folder
 
 
 def require_tools() -> None:
@@ -120,13 +128,17 @@ async def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Pa
     async with httpx.AsyncClient(timeout=5) as http, asyncio.timeout(START_SECONDS):
         while True:
             if process.poll() is not None:
-                raise BenchmarkError(f"{log.stem} ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
+                raise BenchmarkError(f"{log.stem} ended with status {process.returncode}:\n{_end_of(log)}")
             try:
                 if (await http.get(url)).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             await asyncio.sleep(0.005)
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text()[-2000:]
 
 
 def _settle_on(cores: frozenset[int]) -> Callable[[], None]:

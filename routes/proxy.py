@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import GatewayError
 from metering import Exchange, Proxied
@@ -90,6 +90,9 @@ class ProxyEndpoint:
             if not running.done():
                 exchange.client_left()
             await asyncio.shield(running)
+        except asyncio.CancelledError:
+            exchange.client_left()  # the server gives up on its clients
+            raise
         finally:
             watching.cancel()
             scope["state"]["log"] = _log_fields(exchange)
@@ -125,6 +128,21 @@ def _log_fields(exchange: Exchange) -> dict[str, Any]:
 
 
 ENDPOINTS = (ProxyEndpoint("chat/completions", "chat"),)
+
+
+class Shortcut:
+    """Takes proxied requests past the framework's layers, which cost a seventh of a request. Browsers need CORS: theirs go the long way."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._endpoints = {f"{prefix}/{endpoint.endpoint}": endpoint for endpoint in ENDPOINTS for prefix in PREFIXES}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if endpoint is None or any(name == b"origin" for name, _ in scope["headers"]):
+            await self._app(scope, receive, send)
+        else:
+            await endpoint(scope, receive, send)
 
 
 def add_proxy_routes(app: FastAPI) -> None:

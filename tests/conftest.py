@@ -9,9 +9,11 @@ import asyncio
 import base64
 import itertools
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import asyncpg
 import httpx
 import openai
 import pytest
+import pytest_asyncio
 import uvicorn
 
 import app as application
@@ -144,10 +147,13 @@ async def sql(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
-async def served(app: Any) -> AsyncIterator[str]:
-    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, proxy_headers=False, access_log=False, timeout_graceful_shutdown=5)
+async def served(app: Any, *, grace: int = 5) -> AsyncIterator[str]:
+    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL. At its end, requests have `grace` seconds to end."""
+    # Named by its protocol: asyncio sets TCP_NODELAY on no other, and every answer would wait 40 ms for an acknowledgement.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(512)
+    config = uvicorn.Config(app, log_config=None, proxy_headers=False, access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     running = asyncio.create_task(server._serve(sockets=[listener]))
@@ -236,7 +242,7 @@ class User:
 async def eventually(ask: Callable[[], Awaitable[Any]], accept: Callable[[Any], bool], seconds: float = 10.0) -> Any:
     """Asks again until the answer is accepted; for what happens after a client is gone, when there is nothing to await."""
     async with asyncio.timeout(seconds):
-        while not accept(found := await ask()):
+        while not accept(found := await ask()):  # noqa: ASYNC110  # what it waits for happens elsewhere
             await asyncio.sleep(0.02)
     return found
 
@@ -252,7 +258,7 @@ def settings_for(database: Database, **changes: Any) -> Settings:
         "log_level": "error",
         "log_format": "console",
     }
-    return Settings(_env_file=None, **{**found, **changes})
+    return Settings(_env_file=None, **{**found, **changes})  # type: ignore[call-arg]  # pydantic-settings' own, without its plugin
 
 
 @pytest.fixture
@@ -261,13 +267,18 @@ async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Cal
     async with AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> Gateway:
-            found = settings_for(database, **{"gateway_data_dir": tmp_path, **settings})
-            app = application.create_app(Configuration(found, ()))
-            url = await stack.enter_async_context(served(app))
-            http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30))
-            return Gateway(url, app, database, http, stack)
+            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
 
         yield start
+
+
+@asynccontextmanager
+async def running_gateway(database: Database, **settings: Any) -> AsyncIterator[Gateway]:
+    async with AsyncExitStack() as stack:
+        app = application.create_app(Configuration(settings_for(database, **settings), ()))
+        url = await stack.enter_async_context(served(app))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30))
+        yield Gateway(url, app, database, http, stack)
 
 
 @pytest.fixture
@@ -278,20 +289,135 @@ async def gateway(start_gateway: Callable[..., Awaitable[Gateway]]) -> Gateway:
 
 @dataclass
 class Upstream:
-    """The sandbox as an upstream of its own, on a socket."""
+    """The sandbox as an upstream of its own, on a socket. In live mode no client can ask it for a scenario: `scenario` does."""
 
     url: str
     sandbox: Sandbox
+    scenario: str = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and self.scenario:
+            scope = {**scope, "headers": [*scope["headers"], (b"x-sandbox-scenario", self.scenario.encode())]}
+        await self.sandbox(scope, receive, send)
+
+    def forget(self) -> Upstream:
+        """As if nothing had been asked yet."""
+        self.scenario = ""
+        self.sandbox.state.reset()
+        self.sandbox.state.billed = Decimal(0)
+        return self
+
+    @property
+    def inferences(self) -> int:
+        """How often it was asked for a completion."""
+        return self.sandbox.state.counts["/chat/completions"]
+
+    def sent(self) -> dict[str, Any]:
+        """The body of the last completion it was asked for."""
+        bodies = [call.body for call in self.sandbox.state.calls if call.path == "/chat/completions"]
+        assert isinstance(bodies[-1], dict)
+        return bodies[-1]
+
+
+@asynccontextmanager
+async def running_upstream() -> AsyncIterator[Upstream]:
+    found = Upstream("", create_sandbox())
+    async with served(found) as url:
+        found.url = f"{url}/api/v1"
+        yield found
 
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    sandbox = create_sandbox()
-    async with served(sandbox) as url:
-        yield Upstream(f"{url}/api/v1", sandbox)
+    async with running_upstream() as found:
+        yield found
 
 
 @pytest.fixture
 async def live_gateway(start_gateway: Callable[..., Awaitable[Gateway]], upstream: Upstream) -> Gateway:
     """A gateway in live mode, whose OpenRouter is `upstream`."""
-    return await start_gateway(gateway_mode="live", openrouter_api_key="sk-or-v1-operator-secret", openrouter_base_url=upstream.url)
+    return await start_gateway(**live(upstream.url))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Gateway, Upstream]]:
+    """A live gateway and its upstream for a whole module, whose tests have users of their own and run on its loop."""
+    async with fresh_database(postgres) as database, running_upstream() as upstream:
+        folder = tmp_path_factory.mktemp("stage")
+        async with running_gateway(database, gateway_data_dir=folder, **live(upstream.url)) as gateway:
+            yield gateway, upstream
+
+
+OPERATOR_KEY = "sk-or-v1-operator-secret"
+
+
+def live(url: str) -> dict[str, Any]:
+    """The settings of live mode with this upstream."""
+    return {"gateway_mode": "live", "openrouter_api_key": OPERATOR_KEY, "openrouter_base_url": url}
+
+
+@dataclass
+class DatabaseLink:
+    """A way to the test's database that can be cut, and that counts the round trips made over it."""
+
+    database: Database
+    folder: Path
+    round_trips: int = 0
+    is_up: bool = True
+    losing_replies: bool = False
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://authenticator@/{self.database.name}?host={self.folder}"
+
+    def cut(self) -> None:
+        """From now on nothing gets through, nor are there new connections."""
+        self.is_up = False
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def lose_replies(self) -> None:
+        """What is sent arrives, and then the connection breaks instead of answering."""
+        self.losing_replies = True
+
+    def mend(self) -> None:
+        self.is_up, self.losing_replies = True, False
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self.is_up:
+            writer.transport.abort()
+            return
+        target = self.database.connect_kwargs("postgres")
+        server_reader, server_writer = await asyncio.open_unix_connection(f"{target['host']}/.s.PGSQL.{target.get('port', 5432)}")
+        self._writers |= {writer, server_writer}
+        try:
+            await asyncio.gather(self._forward(reader, server_writer), self._back(server_reader, writer))
+        finally:
+            for each in (writer, server_writer):
+                each.transport.abort()
+                self._writers.discard(each)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            # A client ends what it asks for at once with Sync, the last message it sends before it waits.
+            self.round_trips += data.endswith(b"S\x00\x00\x00\x04")
+            writer.write(data)
+        writer.transport.abort()
+
+    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if self.losing_replies:
+                break
+            writer.write(data)
+        writer.transport.abort()
+
+
+@asynccontextmanager
+async def database_link(database: Database) -> AsyncIterator[DatabaseLink]:
+    with tempfile.TemporaryDirectory(prefix="gw") as folder:  # a socket's path is short
+        found = DatabaseLink(database, Path(folder))
+        server = await asyncio.start_unix_server(found.carry, f"{folder}/.s.PGSQL.5432")
+        yield found
+        server.close()
+        found.cut()

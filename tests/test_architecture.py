@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "admission": {"errors", "money", "batching", "bounds", "security"},
     "settlements": {"errors", "batching", "openrouter", "usage"},
     "replies": {"errors", "money"},
-    "metering": {"errors", "money", "admission", "bounds", "openrouter", "relay", "replies", "security", "settlements", "usage"},
+    "metering": {"errors", "money", "admission", "bounds", "catalog", "openrouter", "relay", "replies", "security", "settlements", "usage"},
     "runtime": {
         "errors", "config", "db", "db_security", "supabase_config", "admission", "batching", "catalog", "first_start", "metering",
         "openrouter", "security", "settlements",

@@ -13,7 +13,7 @@ create table public.gateway_state (
 comment on table public.gateway_state is 'One row: what this database remembers about itself.';
 insert into public.gateway_state default values;
 alter table public.gateway_state enable row level security;
-revoke all on public.gateway_state from public, anon, authenticated;
+revoke all on public.gateway_state from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.gateway_state to service_role;
 
 create table public.users (
@@ -45,9 +45,9 @@ create unique index users_email_key on public.users (lower(email));
 comment on index public.users_email_key is 'One account per address, whatever its case.';
 create unique index users_username_key on public.users (lower(username));
 alter table public.users enable row level security;
-revoke all on public.users from public, anon, authenticated;
+revoke all on public.users from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.users to service_role;
-revoke all on sequence public.users_id_seq from public, anon, authenticated;
+revoke all on sequence public.users_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.users_id_seq to service_role;
 
 create table public.api_keys_new (
@@ -89,9 +89,9 @@ create unique index api_keys_new_primary_key on public.api_keys_new (user_id) wh
 create index api_keys_new_user_idx on public.api_keys_new (user_id);
 create index api_keys_new_prefix_idx on public.api_keys_new (last4);
 alter table public.api_keys_new enable row level security;
-revoke all on public.api_keys_new from public, anon, authenticated;
+revoke all on public.api_keys_new from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.api_keys_new to service_role;
-revoke all on sequence public.api_keys_new_id_seq from public, anon, authenticated;
+revoke all on sequence public.api_keys_new_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.api_keys_new_id_seq to service_role;
 
 create table public.api_keys (
@@ -114,9 +114,9 @@ create table public.api_keys (
 comment on table public.api_keys is 'Keys of older formats, brought in by import, known by their SHA-256 until they are moved to api_keys_new on first use.';
 create index api_keys_user_idx on public.api_keys (user_id);
 alter table public.api_keys enable row level security;
-revoke all on public.api_keys from public, anon, authenticated;
+revoke all on public.api_keys from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.api_keys to service_role;
-revoke all on sequence public.api_keys_id_seq from public, anon, authenticated;
+revoke all on sequence public.api_keys_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.api_keys_id_seq to service_role;
 
 create table public.plans (
@@ -143,9 +143,9 @@ insert into public.plans (slug, name, description, daily_request_limit, monthly_
 values ('free', 'Free', 'What an account without a plan and without bought or granted credits may use.', 100, 1000, 10000, 100000),
        ('pay-as-you-go', 'Pay as you go', 'Prepaid credits without a plan: rate limits only.', null, null, null, null);
 alter table public.plans enable row level security;
-revoke all on public.plans from public, anon, authenticated;
+revoke all on public.plans from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.plans to service_role;
-revoke all on sequence public.plans_id_seq from public, anon, authenticated;
+revoke all on sequence public.plans_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.plans_id_seq to service_role;
 
 create table public.user_plans (
@@ -163,9 +163,9 @@ comment on index public.user_plans_one_active is 'A user has one plan at a time;
 create index user_plans_plan_idx on public.user_plans (plan_id);
 create index user_plans_user_idx on public.user_plans (user_id);
 alter table public.user_plans enable row level security;
-revoke all on public.user_plans from public, anon, authenticated;
+revoke all on public.user_plans from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.user_plans to service_role;
-revoke all on sequence public.user_plans_id_seq from public, anon, authenticated;
+revoke all on sequence public.user_plans_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.user_plans_id_seq to service_role;
 
 create table public.rate_limit_configs (
@@ -188,5 +188,5 @@ insert into public.rate_limit_configs (subject, subject_id, requests_per_minute,
                                        tokens_per_minute, tokens_per_hour, tokens_per_day)
 values ('default', 0, 60, 1000, 10000, 10000, 100000, 1000000);
 alter table public.rate_limit_configs enable row level security;
-revoke all on public.rate_limit_configs from public, anon, authenticated;
+revoke all on public.rate_limit_configs from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.rate_limit_configs to service_role;

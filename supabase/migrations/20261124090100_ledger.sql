@@ -37,16 +37,16 @@ create table public.usage_records (
         (status = 'pending') = (settled_at is null) and (status = 'pending') = (settlement_source is null)
     ),
     constraint usage_records_pending_costs_nothing check (status <> 'pending' or cost_nanos = 0)
-) with (fillfactor = 50);
+) with (fillfactor = 40);
 comment on table public.usage_records is
     'One row per admitted request: pending with its hold, then finished by settlement. No index may mention what settlement changes, '
-    'or updates stop being heap-only.';
+    'or updates stop being heap-only; a settled row is longer, and 40 leaves room for a page whose rows are settled in one transaction.';
 create index usage_records_user_idx on public.usage_records (user_id, created_at desc);
 create index usage_records_key_idx on public.usage_records (key_id, created_at);
 create index usage_records_expiry_idx on public.usage_records using brin (expires_at) with (pages_per_range = 16);
 comment on index public.usage_records_expiry_idx is 'The sweep''s way to expired holds; records arrive in this order.';
 alter table public.usage_records enable row level security;
-revoke all on public.usage_records from public, anon, authenticated;
+revoke all on public.usage_records from public, anon, authenticated, service_role;
 grant select, insert, update on public.usage_records to service_role;
 
 create table public.credit_transactions (
@@ -73,9 +73,9 @@ comment on index public.credit_transactions_idempotency_key is 'The same order t
 create index credit_transactions_user_idx on public.credit_transactions (user_id, id desc);
 create index credit_transactions_request_idx on public.credit_transactions (request_id) where request_id is not null;
 alter table public.credit_transactions enable row level security;
-revoke all on public.credit_transactions from public, anon, authenticated;
+revoke all on public.credit_transactions from public, anon, authenticated, service_role;
 grant select, insert on public.credit_transactions to service_role;
-revoke all on sequence public.credit_transactions_id_seq from public, anon, authenticated;
+revoke all on sequence public.credit_transactions_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.credit_transactions_id_seq to service_role;
 
 create table public.audit_logs (
@@ -98,9 +98,9 @@ create unique index audit_logs_refusal_key on public.audit_logs (actor, action, 
 create index audit_logs_user_idx on public.audit_logs (user_id, id desc);
 create index audit_logs_key_idx on public.audit_logs (key_id, id desc);
 alter table public.audit_logs enable row level security;
-revoke all on public.audit_logs from public, anon, authenticated;
+revoke all on public.audit_logs from public, anon, authenticated, service_role;
 grant select, insert, update on public.audit_logs to service_role;
-revoke all on sequence public.audit_logs_id_seq from public, anon, authenticated;
+revoke all on sequence public.audit_logs_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.audit_logs_id_seq to service_role;
 
 create function public.refuse_change() returns trigger language plpgsql set search_path = '' as $$
@@ -150,7 +150,7 @@ create trigger usage_records_identity before update of request_id, user_id, key_
 -- Of an audit row only the count of a repeated refusal may grow.
 create function public.refuse_audit_change() returns trigger language plpgsql set search_path = '' as $$
 begin
-    if old.refusal_minute is not null and new.occurrences = old.occurrences + 1
+    if old.refusal_minute is not null and new.occurrences > old.occurrences
        and to_jsonb(new) - 'occurrences' = to_jsonb(old) - 'occurrences' then
         return new;
     end if;

@@ -41,7 +41,7 @@ create table public.rate_limit_usage (
 ) with (fillfactor = 50);
 comment on table public.rate_limit_usage is 'The counters of a key, a user or a network address. No row is shared between users.';
 alter table public.rate_limit_usage enable row level security;
-revoke all on public.rate_limit_usage from public, anon, authenticated;
+revoke all on public.rate_limit_usage from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.rate_limit_usage to service_role;
 
 create function public.advance_ring(p_ring bigint[], p_size int, p_now bigint) returns bigint[]
@@ -90,7 +90,8 @@ begin
     v_ring[2 * p_size + 2] := v_ring[2 * p_size + 2] + p_tokens;
     return v_ring;
 end $$;
-comment on function public.count_in_ring is 'Counts in one bucket of an advanced ring; a bucket that has left the ring counts no more.';
+comment on function public.count_in_ring is
+    'Counts in one bucket of an advanced ring, null for the newest; a bucket that has left the ring counts no more.';
 revoke all on function public.count_in_ring(bigint[], int, bigint, bigint, bigint) from public, anon, authenticated;
 grant execute on function public.count_in_ring(bigint[], int, bigint, bigint, bigint) to service_role;
 
@@ -115,7 +116,7 @@ comment on function public.ring_frees_at is
 revoke all on function public.ring_frees_at(bigint[], int, bigint, int, bigint) from public, anon, authenticated;
 grant execute on function public.ring_frees_at(bigint[], int, bigint, int, bigint) to service_role;
 
--- What the limits say so far: the first refusal (window is null while there is none), and the tightest limits for the headers.
+-- What the limits say so far: the longest refusal (window is null while there is none), and the tightest limits for the headers.
 create type public.limit_state as (
     refused_window text,
     refused_unit text,
@@ -129,6 +130,27 @@ create type public.limit_state as (
     token_left bigint,
     token_reset_ms bigint
 );
+revoke all on type public.limit_state from public, anon, authenticated;
+grant usage on type public.limit_state to service_role;
+
+-- Of several refusals the one that lasts longest is told: after its Retry-After none of them stands in the way.
+create function public.refuse_until(
+    p_state public.limit_state, p_window text, p_unit text, p_limit bigint, p_never boolean, p_frees_at_ms bigint
+) returns public.limit_state language plpgsql immutable set search_path = '' as $$
+declare
+    v_state public.limit_state := p_state;
+begin
+    if v_state.refused_window is null or (p_never, p_frees_at_ms) > (v_state.never, v_state.frees_at_ms) then
+        v_state.refused_window := p_window;
+        v_state.refused_unit := p_unit;
+        v_state.refused_limit := p_limit;
+        v_state.never := p_never;
+        v_state.frees_at_ms := p_frees_at_ms;
+    end if;
+    return v_state;
+end $$;
+revoke all on function public.refuse_until(public.limit_state, text, text, bigint, boolean, bigint) from public, anon, authenticated;
+grant execute on function public.refuse_until(public.limit_state, text, text, bigint, boolean, bigint) to service_role;
 
 create function public.check_window(
     p_state public.limit_state, p_window text, p_ring bigint[], p_size int, p_width_ms bigint,
@@ -140,19 +162,13 @@ declare
     v_tokens bigint := p_ring[2 * p_size + 2];
     v_empty_at bigint := (p_ring[2 * p_size + 3] + p_size) * p_width_ms;
 begin
-    if v_state.refused_window is null and v_requests + 1 > p_requests then
-        v_state.refused_window := p_window;
-        v_state.refused_unit := 'requests';
-        v_state.refused_limit := p_requests;
-        v_state.never := p_requests = 0;
-        v_state.frees_at_ms := public.ring_frees_at(p_ring, p_size, p_width_ms, 0, v_requests + 1 - p_requests);
+    if v_requests + 1 > p_requests then
+        v_state := public.refuse_until(v_state, p_window, 'requests', p_requests, p_requests = 0,
+                                       public.ring_frees_at(p_ring, p_size, p_width_ms, 0, v_requests + 1 - p_requests));
     end if;
-    if v_state.refused_window is null and v_tokens + p_need > p_tokens then
-        v_state.refused_window := p_window;
-        v_state.refused_unit := 'tokens';
-        v_state.refused_limit := p_tokens;
-        v_state.never := p_need > p_tokens;
-        v_state.frees_at_ms := public.ring_frees_at(p_ring, p_size, p_width_ms, p_size, v_tokens + p_need - p_tokens);
+    if v_tokens + p_need > p_tokens then
+        v_state := public.refuse_until(v_state, p_window, 'tokens', p_tokens, p_need > p_tokens,
+                                       public.ring_frees_at(p_ring, p_size, p_width_ms, p_size, v_tokens + p_need - p_tokens));
     end if;
     if p_requests - v_requests < v_state.request_left or (v_state.request_left is null and p_requests is not null) then
         v_state.request_limit := p_requests;
@@ -208,12 +224,8 @@ begin
     if p_limit is null then
         return v_state;
     end if;
-    if v_state.refused_window is null and p_used + p_need > p_limit then
-        v_state.refused_window := p_window;
-        v_state.refused_unit := p_unit;
-        v_state.refused_limit := p_limit;
-        v_state.never := p_need > p_limit;
-        v_state.frees_at_ms := p_resets_ms;
+    if p_used + p_need > p_limit then
+        v_state := public.refuse_until(v_state, p_window, p_unit, p_limit, p_need > p_limit, p_resets_ms);
     end if;
     if p_unit = 'requests' and (v_state.request_left is null or p_limit - p_used < v_state.request_left) then
         v_state.request_limit := p_limit;
@@ -267,12 +279,12 @@ begin
     v_usage.minute_ring := public.advance_ring(v_usage.minute_ring, 7, v_ms / 10000);
     v_usage.hour_ring := public.advance_ring(v_usage.hour_ring, 13, v_ms / 300000);
     v_usage.day_ring := public.advance_ring(v_usage.day_ring, 25, v_ms / 3600000);
-    if v_usage.plan_day <> v_day then
+    if v_usage.plan_day < v_day then
         v_usage.plan_day := v_day;
         v_usage.plan_day_requests := 0;
         v_usage.plan_day_tokens := 0;
     end if;
-    if v_usage.plan_month <> v_month then
+    if v_usage.plan_month < v_month then
         v_usage.plan_month := v_month;
         v_usage.plan_month_requests := 0;
         v_usage.plan_month_tokens := 0;

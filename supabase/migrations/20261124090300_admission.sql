@@ -27,8 +27,9 @@ comment on function public.models_allowed is 'Every model must be allowed: exact
 revoke all on function public.models_allowed(text[], text[]) from public, anon, authenticated;
 grant execute on function public.models_allowed(text[], text[]) to service_role;
 
--- The id of the key with one of these hashes: current, previous within its grace, or of an older format (moved on first use).
-create function public.find_key(p_hashes text[], p_legacy_hash text) returns bigint
+-- The id of the key with one of these hashes: current, or previous within its grace. A key of an older format that was moved is found
+-- by its hash like any other, so that rotating it ends the old secret.
+create function public.find_key(p_hashes text[]) returns bigint
 language plpgsql stable set search_path = '' as $$
 declare
     v_id bigint;
@@ -38,19 +39,17 @@ begin
         select id into v_id from public.api_keys_new
         where previous_key_hash = any (p_hashes) and previous_valid_until > clock_timestamp() limit 1;
     end if;
-    if v_id is null and p_legacy_hash is not null then
-        select moved_to into v_id from public.api_keys where key_sha256 = p_legacy_hash;
-    end if;
     return v_id;
 end $$;
-revoke all on function public.find_key(text[], text) from public, anon, authenticated;
-grant execute on function public.find_key(text[], text) to service_role;
+revoke all on function public.find_key(text[]) from public, anon, authenticated;
+grant execute on function public.find_key(text[]) to service_role;
 
-create function public.move_legacy_key(p_legacy_hash text, p_hash text, p_secret_id text) returns bigint
+-- The owner must be locked: then the first of two concurrent first uses moves the key, and the second finds it moved.
+create function public.move_legacy_key(p_legacy_hash text, p_hash text, p_secret_id text) returns public.api_keys_new
 language plpgsql set search_path = '' as $$
 declare
     v_old public.api_keys;
-    v_id bigint;
+    v_key public.api_keys_new;
 begin
     select * into v_old from public.api_keys where key_sha256 = p_legacy_hash and moved_to is null for update;
     if not found then
@@ -60,45 +59,48 @@ begin
                                      scope_permissions, expiration_date, max_requests, is_active)
     values (v_old.user_id, left(v_old.key_name, 80) || ' (imported ' || v_old.id || ')', v_old.key_prefix, v_old.last4, p_hash, p_secret_id,
             v_old.environment_tag, v_old.scope_permissions, v_old.expiration_date, v_old.max_requests, v_old.is_active)
-    returning id into v_id;
-    insert into public.rate_limit_usage (subject, subject_id) values ('key', v_id);
-    update public.api_keys set moved_to = v_id where id = v_old.id;
-    return v_id;
+    returning * into v_key;
+    insert into public.rate_limit_usage (subject, subject_id) values ('key', v_key.id);
+    update public.api_keys set moved_to = v_key.id where id = v_old.id;
+    return v_key;
 end $$;
 revoke all on function public.move_legacy_key(text, text, text) from public, anon, authenticated;
 grant execute on function public.move_legacy_key(text, text, text) to service_role;
 
--- Locks what it can of these users, in id order, and returns the ids that another transaction held for longer than lock_timeout.
+-- Locks these users in id order and returns the ids that it locked: all of them, or, where another transaction holds one for longer
+-- than lock_timeout, those that are free by then.
 create function public.lock_users(p_ids bigint[]) returns bigint[]
 language plpgsql set search_path = '' set lock_timeout = '250ms' as $$
 declare
-    v_id bigint;
-    v_busy bigint[] := '{}';
+    v_locked bigint[];
 begin
-    for v_id in select distinct i from unnest(p_ids) as i where i is not null order by i loop
-        begin
-            perform from public.users where id = v_id for no key update;
-        exception when lock_not_available then
-            v_busy := v_busy || v_id;
-        end;
-    end loop;
-    return v_busy;
+    begin
+        select array_agg(l.id) into v_locked
+        from (select u.id from public.users u where u.id = any (p_ids) order by u.id for no key update) as l;
+    exception when lock_not_available then
+        select array_agg(l.id) into v_locked
+        from (select u.id from public.users u where u.id = any (p_ids) order by u.id for no key update skip locked) as l;
+    end;
+    return coalesce(v_locked, '{}');
 end $$;
 comment on function public.lock_users is 'A user that stays locked elsewhere must not keep its neighbours in a batch from being served.';
 revoke all on function public.lock_users(bigint[]) from public, anon, authenticated;
 grant execute on function public.lock_users(bigint[]) to service_role;
 
-create function public.note_refusal(
-    p_action text, p_user_id bigint, p_key_id bigint, p_address text, p_user_agent text, p_request_id uuid
-) returns void language sql set search_path = '' as $$
-    insert into public.audit_logs as a (actor, action, target, user_id, key_id, ip, user_agent, request_id, refusal_minute)
-    values (coalesce('key:' || p_key_id, 'address:' || p_address), p_action, 'api', p_user_id, p_key_id, p_address::inet,
-            left(p_user_agent, 512), p_request_id, date_trunc('minute', clock_timestamp()))
+-- Writes what refusal_note made: all of a batch at once and in one order, as two batches that met in opposite orders would deadlock.
+create function public.note_refusals(p_notes jsonb[]) returns void language sql set search_path = '' as $$
+    insert into public.audit_logs as a (actor, action, target, user_id, key_id, ip, user_agent, request_id, refusal_minute, occurrences)
+    select n.actor, n.action, 'api', (array_agg(n.user_id))[1], (array_agg(n.key_id))[1], (array_agg(n.ip))[1],
+           (array_agg(n.user_agent))[1], (array_agg(n.request_id))[1], date_trunc('minute', clock_timestamp()), count(*)
+    from unnest(p_notes) as j, jsonb_to_record(j) as n (actor text, action text, user_id bigint, key_id bigint, ip inet,
+                                                        user_agent text, request_id uuid)
+    group by n.actor, n.action
+    order by n.actor collate "C", n.action collate "C"
     on conflict (actor, action, refusal_minute) where refusal_minute is not null
-    do update set occurrences = a.occurrences + 1
+    do update set occurrences = a.occurrences + excluded.occurrences
 $$;
-revoke all on function public.note_refusal(text, bigint, bigint, text, text, uuid) from public, anon, authenticated;
-grant execute on function public.note_refusal(text, bigint, bigint, text, text, uuid) to service_role;
+revoke all on function public.note_refusals(jsonb[]) from public, anon, authenticated;
+grant execute on function public.note_refusals(jsonb[]) to service_role;
 
 create type public.admission_item as (
     request_id uuid,
@@ -126,6 +128,18 @@ create type public.admission_item as (
     markup numeric,
     ttl_seconds int
 );
+revoke all on type public.admission_item from public, anon, authenticated;
+grant usage on type public.admission_item to service_role;
+
+-- A refusal's answer, with what the audit log is to hold of it (`note`, which is taken out before the answer leaves).
+create function public.refusal(p_code text, p_item public.admission_item, p_user_id bigint, p_key_id bigint) returns jsonb
+language sql stable set search_path = '' as $$
+    select jsonb_build_object('outcome', p_code, 'note', jsonb_build_object(
+        'actor', coalesce('key:' || p_key_id, 'address:' || p_item.address, 'unknown'), 'action', p_code, 'user_id', p_user_id,
+        'key_id', p_key_id, 'ip', p_item.address::inet, 'user_agent', left(p_item.user_agent, 512), 'request_id', p_item.request_id))
+$$;
+revoke all on function public.refusal(text, public.admission_item, bigint, bigint) from public, anon, authenticated;
+grant execute on function public.refusal(text, public.admission_item, bigint, bigint) to service_role;
 
 -- Why this key may not be used for this at all, as a code, or null. Limits and money come later.
 create function public.refuse_identity(p_key public.api_keys_new, p_user public.users, p_item public.admission_item, p_now timestamptz)
@@ -251,7 +265,7 @@ begin
     end if;
     if v_state.refused_window = 'concurrency' then
         v_state.never := v_state.refused_limit = 0;
-        v_state.frees_at_ms := extract(epoch from p_now) * 1000 + 1000;
+        v_state.frees_at_ms := floor(extract(epoch from p_now) * 1000) + 1000;
     end if;
     return v_state;
 end $$;
@@ -270,11 +284,11 @@ begin
         return p_item.max_output;
     end if;
     -- div() is exact where / would round, and a hold that is a nano-dollar too high would break users_never_overdrawn.
-    v_left := div(p_available_nanos, p_item.markup) - p_item.fixed_nanos;
+    v_left := p_available_nanos - p_item.fixed_nanos * p_item.markup;
     if p_item.output_nanos = 0 or v_left < 0 then
         return -1;
     end if;
-    return least(p_item.max_output, div(v_left, p_item.output_nanos))::bigint;
+    return least(p_item.max_output, div(v_left, p_item.output_nanos * p_item.markup))::bigint;
 end $$;
 revoke all on function public.affordable_output(public.admission_item, bigint) from public, anon, authenticated;
 grant execute on function public.affordable_output(public.admission_item, bigint) to service_role;
@@ -296,35 +310,34 @@ create function public.record_admission(
     p_granted bigint, p_hold bigint, p_now timestamptz
 ) returns void language plpgsql set search_path = '' as $$
 declare
-    v_ms bigint := extract(epoch from p_now) * 1000;
     v_need bigint := p_item.prompt_estimate;
     v_test int := (p_key.environment_tag = 'test')::int;
 begin
     insert into public.usage_records (request_id, client_request_id, user_id, key_id, mode, environment, endpoint, model, prompt_estimate,
                                       output_granted, hold_nanos, markup, streamed, created_at, expires_at)
-    values (p_item.request_id, p_item.client_request_id, p_key.user_id, p_key.id, p_item.mode, p_key.environment_tag, p_item.endpoint,
+    values (p_item.request_id, left(p_item.client_request_id, 256), p_key.user_id, p_key.id, p_item.mode, p_key.environment_tag, p_item.endpoint,
             p_item.models[1], v_need, p_granted, p_hold, p_item.markup, p_item.streamed, p_now,
             p_now + make_interval(secs => p_item.ttl_seconds));
     if p_hold > 0 then
         update public.users set held_nanos = held_nanos + p_hold where id = p_key.user_id;
     end if;
     update public.rate_limit_usage set
-        burst_ring = public.count_in_ring(p_user_usage.burst_ring, 11, v_ms / 100, 1, v_need),
-        minute_ring = public.count_in_ring(p_user_usage.minute_ring, 7, v_ms / 10000, 1, v_need),
-        hour_ring = public.count_in_ring(p_user_usage.hour_ring, 13, v_ms / 300000, 1, v_need),
-        day_ring = public.count_in_ring(p_user_usage.day_ring, 25, v_ms / 3600000, 1, v_need),
+        burst_ring = public.count_in_ring(p_user_usage.burst_ring, 11, null, 1, v_need),
+        minute_ring = public.count_in_ring(p_user_usage.minute_ring, 7, null, 1, v_need),
+        hour_ring = public.count_in_ring(p_user_usage.hour_ring, 13, null, 1, v_need),
+        day_ring = public.count_in_ring(p_user_usage.day_ring, 25, null, 1, v_need),
         plan_day = p_user_usage.plan_day, plan_day_requests = p_user_usage.plan_day_requests + 1,
         plan_day_tokens = p_user_usage.plan_day_tokens + v_need,
         plan_month = p_user_usage.plan_month, plan_month_requests = p_user_usage.plan_month_requests + 1,
         plan_month_tokens = p_user_usage.plan_month_tokens + v_need,
         slots = slots + 1, test_slots = test_slots + v_test, requests_used = requests_used + 1, last_used_at = p_now,
-        pending_since = case when slots = 0 then p_now else pending_since end
+        pending_since = case when slots = 0 then p_now else least(pending_since, p_now) end
     where subject = 'user' and subject_id = p_key.user_id;
     update public.rate_limit_usage set
-        burst_ring = public.count_in_ring(p_key_usage.burst_ring, 11, v_ms / 100, 1, v_need),
-        minute_ring = public.count_in_ring(p_key_usage.minute_ring, 7, v_ms / 10000, 1, v_need),
-        hour_ring = public.count_in_ring(p_key_usage.hour_ring, 13, v_ms / 300000, 1, v_need),
-        day_ring = public.count_in_ring(p_key_usage.day_ring, 25, v_ms / 3600000, 1, v_need),
+        burst_ring = public.count_in_ring(p_key_usage.burst_ring, 11, null, 1, v_need),
+        minute_ring = public.count_in_ring(p_key_usage.minute_ring, 7, null, 1, v_need),
+        hour_ring = public.count_in_ring(p_key_usage.hour_ring, 13, null, 1, v_need),
+        day_ring = public.count_in_ring(p_key_usage.day_ring, 25, null, 1, v_need),
         slots = slots + 1, requests_used = requests_used + 1, last_used_at = p_now,
         budget_since = p_key_usage.budget_since, budget_spent_nanos = p_key_usage.budget_spent_nanos,
         budget_held_nanos = budget_held_nanos + p_hold
@@ -366,12 +379,17 @@ declare
     v_hold bigint := 0;
 begin
     select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
+    if not found then -- without counters nothing would be limited
+        insert into public.rate_limit_usage (subject, subject_id) values ('user', p_user.id) returning * into v_user_usage;
+    end if;
     select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
+    if not found then
+        insert into public.rate_limit_usage (subject, subject_id) values ('key', p_key.id) returning * into v_key_usage;
+    end if;
     v_user_usage := public.advance_usage(v_user_usage, p_now, null);
     v_key_usage := public.advance_usage(v_key_usage, p_now, p_key.budget_window);
     if v_key_usage.requests_used >= p_key.max_requests then
-        perform public.note_refusal('REQUEST_LIMIT_EXCEEDED', p_user.id, p_key.id, p_item.address, p_item.user_agent, p_item.request_id);
-        return jsonb_build_object('outcome', 'REQUEST_LIMIT_EXCEEDED', 'limit', p_key.max_requests);
+        return public.refusal('REQUEST_LIMIT_EXCEEDED', p_item, p_user.id, p_key.id) || jsonb_build_object('limit', p_key.max_requests);
     elsif not public.models_allowed(v_plan.allowed_models, p_item.models) then
         return jsonb_build_object('outcome', 'MODEL_NOT_ALLOWED');
     elsif not v_free and p_user.subscription_status = 'trial' and p_user.trial_expires_at <= p_now then
@@ -412,18 +430,19 @@ language sql stable set search_path = '' as $$
                               'granted_output', r.output_granted, 'hold_nanos', r.hold_nanos, 'balance_nanos', u.credits_nanos,
                               'limits', '{}'::jsonb)
     from public.usage_records r join public.users u on u.id = r.user_id
-    where r.request_id = p_item.request_id and r.key_id = public.find_key(p_item.hashes, p_item.legacy_hash)
+    where r.request_id = p_item.request_id and r.key_id = public.find_key(p_item.hashes)
 $$;
 comment on function public.repeat_admission is 'The first answer to a request id that was sent before, when its reply was lost.';
 revoke all on function public.repeat_admission(public.admission_item) from public, anon, authenticated;
 grant execute on function public.repeat_admission(public.admission_item) to service_role;
 
-create function public.admit_one(p_item public.admission_item, p_busy bigint[]) returns jsonb
+create function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_key public.api_keys_new;
     v_user public.users;
+    v_owner bigint;
     v_refusal text;
     v_answer jsonb;
 begin
@@ -433,17 +452,24 @@ begin
             return v_answer;
         end if;
     end if;
-    select * into v_key from public.api_keys_new where id = public.find_key(p_item.hashes, p_item.legacy_hash);
-    select * into v_user from public.users where id = v_key.user_id;
-    if v_key.user_id = any (p_busy) then
+    select * into v_key from public.api_keys_new where id = public.find_key(p_item.hashes);
+    if not found and p_item.legacy_hash is not null then
+        select user_id into v_owner from public.api_keys where key_sha256 = p_item.legacy_hash and moved_to is null;
+        if v_owner = any (p_locked) then
+            v_key := public.move_legacy_key(p_item.legacy_hash, p_item.hashes[1], p_item.secret_id);
+        end if;
+    end if;
+    v_owner := coalesce(v_key.user_id, v_owner);
+    if v_owner is not null and v_owner <> all (p_locked) then
         return jsonb_build_object('outcome', 'busy');
-    elsif not exists (select from public.gateway_state where mode = p_item.mode) then
+    end if;
+    select * into v_user from public.users where id = v_key.user_id;
+    if not exists (select from public.gateway_state where mode = p_item.mode) then
         return jsonb_build_object('outcome', 'wrong_mode');
     end if;
     v_refusal := public.refuse_identity(v_key, v_user, p_item, v_now);
     if v_refusal is not null then
-        perform public.note_refusal(v_refusal, v_user.id, v_key.id, p_item.address, p_item.user_agent, p_item.request_id);
-        return jsonb_build_object('outcome', v_refusal);
+        return public.refusal(v_refusal, p_item, v_user.id, v_key.id);
     end if;
     if v_key.hash_secret_id <> p_item.secret_id and v_key.key_hash = any (p_item.hashes) then
         update public.api_keys_new set key_hash = p_item.hashes[1], hash_secret_id = p_item.secret_id where id = v_key.id;
@@ -458,33 +484,41 @@ end $$;
 revoke all on function public.admit_one(public.admission_item, bigint[]) from public, anon, authenticated;
 grant execute on function public.admit_one(public.admission_item, bigint[]) to service_role;
 
+-- The users whose keys these items present, before anything is known to be well-formed.
+create function public.admission_users(p_items jsonb) returns bigint[] language sql stable set search_path = '' as $$
+    select array_agg(coalesce(
+        (select n.user_id from public.api_keys_new n where n.id = public.find_key(h.hashes) limit 1),
+        (select l.user_id from public.api_keys l where l.key_sha256 = i ->> 'legacy_hash' and l.moved_to is null limit 1)))
+    from jsonb_array_elements(p_items) as i, lateral (
+        select case jsonb_typeof(i -> 'hashes') when 'array' then array(select jsonb_array_elements_text(i -> 'hashes')) end as hashes
+    ) as h
+$$;
+revoke all on function public.admission_users(jsonb) from public, anon, authenticated;
+grant execute on function public.admission_users(jsonb) to service_role;
+
 create function public.admit_requests(p_items jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
-    v_item public.admission_item;
-    v_items public.admission_item[];
-    v_busy bigint[];
+    v_locked bigint[] := public.lock_users(public.admission_users(p_items));
+    v_raw jsonb;
     v_answer jsonb;
     v_answers jsonb[] := '{}';
+    v_notes jsonb[] := '{}';
 begin
-    select array_agg(i) into v_items from jsonb_populate_recordset(null::public.admission_item, p_items) as i;
-    foreach v_item in array v_items loop
-        if v_item.legacy_hash is not null then
-            perform public.move_legacy_key(v_item.legacy_hash, v_item.hashes[1], v_item.secret_id);
-        end if;
-    end loop;
-    v_busy := public.lock_users((
-        select array_agg(k.user_id) from unnest(v_items) as i, lateral (
-            select n.user_id from public.api_keys_new n where n.id = public.find_key(i.hashes, i.legacy_hash) limit 1
-        ) as k));
-    foreach v_item in array v_items loop
+    for v_raw in select i from jsonb_array_elements(p_items) as i loop
         begin
-            v_answer := public.admit_one(v_item, v_busy);
+            v_answer := public.admit_one(jsonb_populate_record(null::public.admission_item, v_raw), v_locked);
         exception when others then
             v_answer := jsonb_build_object('outcome', 'failed', 'sqlstate', sqlstate, 'message', sqlerrm);
         end;
-        v_answers := v_answers || (v_answer || jsonb_build_object('request_id', v_item.request_id));
+        if v_answer ? 'note' then
+            v_notes := v_notes || (v_answer -> 'note');
+        end if;
+        v_answers := v_answers || (v_answer - 'note' || jsonb_build_object('request_id', v_raw -> 'request_id'));
     end loop;
+    if cardinality(v_notes) > 0 then
+        perform public.note_refusals(v_notes);
+    end if;
     return to_jsonb(v_answers);
 end $$;
 comment on function public.admit_requests is

@@ -18,13 +18,15 @@ create type public.settlement_item as (
     time_to_first_token_ms bigint,
     generation_id text
 );
+revoke all on type public.settlement_item from public, anon, authenticated;
+grant usage on type public.settlement_item to service_role;
 
 create function public.correct_ring(p_ring bigint[], p_size int, p_admitted bigint, p_now bigint, p_delta bigint) returns bigint[]
 language plpgsql immutable set search_path = '' as $$
 declare
     v_ring bigint[] := public.advance_ring(p_ring, p_size, p_now);
 begin
-    return public.count_in_ring(v_ring, p_size, case when p_delta < 0 then p_admitted else p_now end, 0, p_delta);
+    return public.count_in_ring(v_ring, p_size, case when p_delta < 0 then p_admitted end, 0, p_delta);
 end $$;
 comment on function public.correct_ring is
     'More tokens than estimated count now; fewer are taken back where the estimate was counted, so that no bucket falls below zero.';
@@ -44,7 +46,6 @@ declare
     v_since timestamptz := public.budget_start(p_budget_window, p_now);
 begin
     update public.rate_limit_usage set
-        burst_ring = public.correct_ring(burst_ring, 11, v_then / 100, v_ms / 100, p_delta),
         minute_ring = public.correct_ring(minute_ring, 7, v_then / 10000, v_ms / 10000, p_delta),
         hour_ring = public.correct_ring(hour_ring, 13, v_then / 300000, v_ms / 300000, p_delta),
         day_ring = public.correct_ring(day_ring, 25, v_then / 3600000, v_ms / 3600000, p_delta),
@@ -54,12 +55,11 @@ begin
         test_slots = greatest(0, test_slots - case when p_record.environment = 'test' then v_released else 0 end)
     where subject = 'user' and subject_id = p_record.user_id;
     update public.rate_limit_usage set
-        burst_ring = public.correct_ring(burst_ring, 11, v_then / 100, v_ms / 100, p_delta),
         minute_ring = public.correct_ring(minute_ring, 7, v_then / 10000, v_ms / 10000, p_delta),
         hour_ring = public.correct_ring(hour_ring, 13, v_then / 300000, v_ms / 300000, p_delta),
         day_ring = public.correct_ring(day_ring, 25, v_then / 3600000, v_ms / 3600000, p_delta),
         slots = greatest(0, slots - v_released),
-        budget_spent_nanos = case when budget_since < v_since then 0 else budget_spent_nanos end + p_cost,
+        budget_spent_nanos = greatest(0, case when budget_since < v_since then 0 else budget_spent_nanos end + p_cost),
         budget_since = greatest(budget_since, v_since),
         budget_held_nanos = greatest(0, budget_held_nanos - case when v_first then p_record.hold_nanos else 0 end)
     where subject = 'key' and subject_id = p_record.key_id;
@@ -79,7 +79,7 @@ create function public.write_settlement(
         finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
         latency_ms = coalesce(latency_ms, p_item.latency_ms),
         time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
-        generation_id = coalesce(p_item.generation_id, generation_id)
+        generation_id = coalesce(left(p_item.generation_id, 256), generation_id)
     where request_id = p_item.request_id
 $$;
 revoke all on function public.write_settlement(public.settlement_item, bigint, bigint, bigint, timestamptz)
@@ -113,7 +113,15 @@ $$;
 revoke all on function public.settlement_answer(uuid, text) from public, anon, authenticated;
 grant execute on function public.settlement_answer(uuid, text) to service_role;
 
-create function public.settle_one(p_item public.settlement_item, p_busy bigint[]) returns jsonb
+-- Tokens as the windows count them: what is known, else the estimate. What an upstream invents must not overflow the counters.
+create function public.counted_tokens(p_prompt bigint, p_completion bigint, p_estimate bigint) returns bigint
+language sql immutable set search_path = '' as $$
+    select coalesce(least(greatest(p_prompt::numeric + p_completion, 0), 1e12)::bigint, p_estimate)
+$$;
+revoke all on function public.counted_tokens(bigint, bigint, bigint) from public, anon, authenticated;
+grant execute on function public.counted_tokens(bigint, bigint, bigint) to service_role;
+
+create function public.settle_one(p_item public.settlement_item, p_locked bigint[]) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_now timestamptz := clock_timestamp();
@@ -123,12 +131,12 @@ declare
     v_due bigint;
     v_cost bigint;
     v_unheld bigint;
-    v_delta bigint;
+    v_before bigint;
 begin
     select * into v_record from public.usage_records where request_id = p_item.request_id;
     if not found then
         return jsonb_build_object('outcome', 'unknown');
-    elsif v_record.user_id = any (p_busy) then
+    elsif v_record.user_id <> all (p_locked) then
         return jsonb_build_object('outcome', 'busy');
     elsif v_record.status <> 'pending' and (v_record.settlement_source <> 'none' or p_item.source = 'none') then
         return public.settlement_answer(p_item.request_id, 'repeated');
@@ -140,42 +148,51 @@ begin
     else
         v_due := ceil(p_item.billable_nanos * v_record.markup);
     end if;
-    select credits_nanos - held_nanos into v_unheld from public.users where id = v_record.user_id;
-    v_cost := least(v_due, v_held + v_unheld);
-    v_delta := coalesce(p_item.prompt_tokens + p_item.completion_tokens, v_record.prompt_estimate)
-               - case when v_record.status = 'pending' then v_record.prompt_estimate
-                      else coalesce(v_record.prompt_tokens + v_record.completion_tokens, v_record.prompt_estimate) end;
+    -- Unheld credits of a live database are real money: play money's requests cost no more than what was held for them.
+    select case when v_record.mode = s.mode then u.credits_nanos - u.held_nanos else 0 end into v_unheld
+    from public.users u, public.gateway_state s where u.id = v_record.user_id;
+    v_cost := least(v_due, v_record.cost_nanos + v_held + v_unheld);
+    v_before := case when v_record.status = 'pending' then v_record.prompt_estimate
+                     else public.counted_tokens(v_record.prompt_tokens, v_record.completion_tokens, v_record.prompt_estimate) end;
     perform public.write_settlement(p_item, v_cost, v_due - v_cost, v_upstream, v_now);
-    update public.users set credits_nanos = credits_nanos - v_cost, held_nanos = held_nanos - v_held where id = v_record.user_id;
-    perform public.release_counters(v_record, (select k.budget_window from public.api_keys_new k where k.id = v_record.key_id),
-                                    v_delta, v_cost, v_now);
+    update public.users set credits_nanos = credits_nanos - (v_cost - v_record.cost_nanos), held_nanos = held_nanos - v_held
+    where id = v_record.user_id;
+    perform public.release_counters(
+        v_record, (select k.budget_window from public.api_keys_new k where k.id = v_record.key_id),
+        public.counted_tokens(p_item.prompt_tokens, p_item.completion_tokens, v_record.prompt_estimate) - v_before,
+        v_cost - v_record.cost_nanos, v_now);
     perform public.expire_play_rest(v_record, v_cost);
     return public.settlement_answer(p_item.request_id, 'settled');
 end $$;
 revoke all on function public.settle_one(public.settlement_item, bigint[]) from public, anon, authenticated;
 grant execute on function public.settle_one(public.settlement_item, bigint[]) to service_role;
 
+-- The users whose requests these items name, before anything is known to be well-formed.
+create function public.settlement_users(p_items jsonb) returns bigint[] language sql stable set search_path = '' as $$
+    select array_agg((
+        select r.user_id from public.usage_records r
+        where r.request_id = case when i ->> 'request_id' ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+                                  then (i ->> 'request_id')::uuid end limit 1))
+    from jsonb_array_elements(p_items) as i
+$$;
+revoke all on function public.settlement_users(jsonb) from public, anon, authenticated;
+grant execute on function public.settlement_users(jsonb) to service_role;
+
 create function public.settle_requests(p_items jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
-    v_item public.settlement_item;
-    v_items public.settlement_item[];
-    v_busy bigint[];
+    v_locked bigint[] := public.lock_users(public.settlement_users(p_items));
+    v_raw jsonb;
     v_answer jsonb;
     v_answers jsonb[] := '{}';
 begin
-    select array_agg(i) into v_items from jsonb_populate_recordset(null::public.settlement_item, p_items) as i;
-    v_busy := public.lock_users((
-        select array_agg(r.user_id) from unnest(v_items) as i, lateral (
-            select u.user_id from public.usage_records u where u.request_id = i.request_id limit 1
-        ) as r));
-    foreach v_item in array v_items loop
+    for v_raw in select i from jsonb_array_elements(p_items) as i loop
         begin
-            v_answer := public.settle_one(v_item, v_busy);
+            v_answer := public.settle_one(jsonb_populate_record(null::public.settlement_item, v_raw), v_locked);
         exception when others then
             v_answer := jsonb_build_object('outcome', 'failed', 'sqlstate', sqlstate, 'message', sqlerrm);
         end;
-        v_answers := v_answers || (v_answer || jsonb_build_object('request_id', v_item.request_id));
+        v_answers := v_answers || (v_answer || jsonb_build_object('request_id', v_raw -> 'request_id'));
     end loop;
     return to_jsonb(v_answers);
 end $$;
@@ -185,23 +202,45 @@ comment on function public.settle_requests is
 revoke all on function public.settle_requests(jsonb) from public, anon, authenticated;
 grant execute on function public.settle_requests(jsonb) to service_role;
 
+create function public.note_generation(p_item public.settlement_item, p_locked bigint[]) returns text
+language plpgsql set search_path = '' as $$
+declare
+    v_user_id bigint;
+begin
+    select user_id into v_user_id from public.usage_records where request_id = p_item.request_id;
+    if v_user_id is not null and v_user_id <> all (p_locked) then
+        return 'busy';
+    end if;
+    update public.usage_records set generation_id = p_item.generation_id where request_id = p_item.request_id and status = 'pending';
+    return case when found then 'noted' else 'settled' end;
+end $$;
+revoke all on function public.note_generation(public.settlement_item, bigint[]) from public, anon, authenticated;
+grant execute on function public.note_generation(public.settlement_item, bigint[]) to service_role;
+
 -- Stores generation ids of requests that are still running, so that any instance can finish them.
 create function public.note_generations(p_items jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
-    v_item record;
+    v_locked bigint[] := public.lock_users(public.settlement_users(p_items));
+    v_raw jsonb;
+    v_outcome text;
+    v_answers jsonb[] := '{}';
 begin
-    for v_item in select request_id, generation_id from jsonb_to_recordset(p_items) as i (request_id uuid, generation_id text) loop
-        update public.usage_records set generation_id = v_item.generation_id
-        where request_id = v_item.request_id and status = 'pending';
+    for v_raw in select i from jsonb_array_elements(p_items) as i loop
+        begin
+            v_outcome := public.note_generation(jsonb_populate_record(null::public.settlement_item, v_raw), v_locked);
+        exception when others then
+            v_outcome := 'failed';
+        end;
+        v_answers := v_answers || jsonb_build_object('outcome', v_outcome, 'request_id', v_raw -> 'request_id');
     end loop;
-    return (select coalesce(jsonb_agg(jsonb_build_object('request_id', i ->> 'request_id', 'outcome', 'noted')), '[]')
-            from jsonb_array_elements(p_items) as i);
+    return to_jsonb(v_answers);
 end $$;
 revoke all on function public.note_generations(jsonb) from public, anon, authenticated;
 grant execute on function public.note_generations(jsonb) to service_role;
 
--- Expired holds, oldest first, and the watermark behind which none can be.
+-- Expired holds, oldest first, and the watermark behind which none can be. It stays a minute behind, for admissions that are
+-- still in a transaction: a hold that lives for less than their transaction took would otherwise appear behind it.
 create function public.list_expired_holds(p_limit int) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
@@ -213,8 +252,9 @@ begin
         where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
         order by r.expires_at limit p_limit
     ), moved as (
-        update public.gateway_state set swept_until = coalesce((select min(expires_at) from expired), v_now - interval '1 minute')
-        where singleton and swept_until < coalesce((select min(expires_at) from expired), v_now - interval '1 minute')
+        update public.gateway_state set swept_until = m.until
+        from (select least(min(expires_at), v_now - interval '1 minute') as until from expired) as m
+        where singleton and swept_until < m.until
     )
     select coalesce(jsonb_agg(jsonb_build_object('request_id', request_id, 'generation_id', generation_id, 'mode', mode,
                                                  'environment', environment) order by expires_at), '[]') into v_holds from expired;

@@ -68,7 +68,7 @@ begin
     if v_ring[27] >= p_limit then
         return false;
     end if;
-    update public.rate_limit_usage set hour_ring = public.count_in_ring(v_ring, 13, v_bucket, 1, 0), last_used_at = clock_timestamp()
+    update public.rate_limit_usage set hour_ring = public.count_in_ring(v_ring, 13, null, 1, 0), last_used_at = clock_timestamp()
     where subject = 'address' and subject_id = v_id;
     return true;
 end $$;
@@ -76,7 +76,7 @@ revoke all on function public.count_address(text, bigint) from public, anon, aut
 grant execute on function public.count_address(text, bigint) to service_role;
 
 -- p: username, email, auth_method, key {...}, signup_nanos, trial_days, address, address_subject (null: not limited), user_agent,
--- request_id, actor. Outcomes: registered, address_limit, username_taken, email_taken.
+-- request_id, actor, mode (of the instance). Outcomes: registered, address_limit, username_taken, email_taken, wrong_mode.
 create function public.register_user(p jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
@@ -85,6 +85,11 @@ declare
     v_nanos bigint := (p ->> 'signup_nanos')::bigint;
     v_constraint text;
 begin
+    -- A switch to live mode waits for this one, or this one for it: play credits of a new account would outlive the switch.
+    perform from public.gateway_state where singleton and mode = coalesce(p ->> 'mode', mode) for share;
+    if not found then
+        return jsonb_build_object('outcome', 'wrong_mode');
+    end if;
     if p ->> 'address_subject' is not null and not public.count_address('register:' || (p ->> 'address_subject'), 5) then
         return jsonb_build_object('outcome', 'address_limit');
     end if;
@@ -143,7 +148,7 @@ end $$;
 
 create function public.target_key(p jsonb) returns bigint language sql stable set search_path = '' as $$
     select coalesce((select k.id from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint),
-                    public.find_key(array(select jsonb_array_elements_text(p -> 'hashes')), null))
+                    public.find_key(array(select jsonb_array_elements_text(p -> 'hashes'))))
 $$;
 revoke all on function public.target_key(jsonb) from public, anon, authenticated;
 grant execute on function public.target_key(jsonb) to service_role;
@@ -165,7 +170,11 @@ begin
     elsif v_user.credits_nanos > 9000000000000000000 - v_amount then
         return jsonb_build_object('outcome', 'too_large');
     end if;
-    v_entry := public.change_credits(v_user.id, 'grant', v_amount, p ->> 'actor', coalesce(p ->> 'reason', ''), p ->> 'idempotency_key', null);
+    begin
+        v_entry := public.change_credits(v_user.id, 'grant', v_amount, p ->> 'actor', coalesce(p ->> 'reason', ''), p ->> 'idempotency_key', null);
+    exception when unique_violation then -- the same key, at the same time, for another user
+        return jsonb_build_object('outcome', 'conflict');
+    end;
     if (v_entry.user_id, v_entry.kind, v_entry.amount_nanos) is distinct from (v_user.id, 'grant'::text, v_amount) then
         return jsonb_build_object('outcome', 'conflict');
     end if;
@@ -190,7 +199,8 @@ declare
     v_key bigint := case when p ->> 'subject' = 'key' then public.target_key(p) end;
     v_limits public.rate_limit_configs;
 begin
-    if v_user.id is null then
+    if v_user.id is null or (p ->> 'subject' = 'key' and not exists (
+           select from public.api_keys_new k where k.id = v_key and k.user_id = v_user.id)) then
         return jsonb_build_object('outcome', 'not_found');
     end if;
     select * into v_limits from public.rate_limit_configs
@@ -256,6 +266,9 @@ declare
     v_mode text;
     v_user record;
 begin
+    if p_mode is null or p_mode not in ('sandbox', 'live') then
+        raise exception 'there is no mode %', p_mode using errcode = 'invalid_parameter_value';
+    end if;
     select mode into v_mode from public.gateway_state where singleton for update;
     if v_mode = p_mode then
         return jsonb_build_object('outcome', 'entered', 'mode', v_mode);

@@ -1,0 +1,108 @@
+"""Strangers can do nothing in the database, even where its default privileges give everything away; the gateway can do what it must."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+from sql_client import Client
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+STRANGERS = """
+with strangers as (select 0::oid as id union select oid from pg_roles where rolname in ('anon', 'authenticated')),
+objects as (
+    select c.oid::regclass::text as name,
+           coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner)) as acl
+    from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+    union all
+    select c.oid::regclass::text || '.' || a.attname, a.attacl from pg_attribute a join pg_class c on c.oid = a.attrelid
+    where c.relnamespace = 'public'::regnamespace and a.attacl is not null
+    union all
+    select p.oid::regprocedure::text, coalesce(p.proacl, acldefault('f', p.proowner)) from pg_proc p
+    where p.pronamespace = 'public'::regnamespace
+    union all
+    -- A table's row type comes and goes with the table, and is of no use without it.
+    select t.oid::regtype::text, coalesce(t.typacl, acldefault('T', t.typowner)) from pg_type t left join pg_class c on c.oid = t.typrelid
+    where t.typnamespace = 'public'::regnamespace and t.typelem = 0 and (c.oid is null or c.relkind = 'c')
+)
+select o.name, g.privilege_type from objects o, aclexplode(o.acl) g join strangers s on s.id = g.grantee
+"""
+
+
+async def test_strangers_have_no_privilege_on_anything(client: Client) -> None:
+    assert await client.rows(STRANGERS) == []
+
+
+async def test_the_audit_of_strangers_would_see_a_forgotten_revoke(fresh: Client) -> None:
+    await fresh.owner.execute(
+        "create table public.forgotten (id bigint generated always as identity); create view public.seen as select 1 as one;"
+        "create function public.open_to_all() returns int language sql as 'select 1'; create type public.shape as (a int)"
+    )
+    found = {row["name"] for row in await fresh.rows(STRANGERS)}
+    assert found == {"forgotten", "forgotten_id_seq", "seen", "open_to_all()", "shape"}
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated"])
+async def test_strangers_are_refused_when_they_try(client: Client, role: str) -> None:
+    async with client.database.connection(role) as stranger:
+        for statement in (
+            "select * from public.users",
+            "insert into public.users (username, email) values ('x', 'x@example.com')",
+            "select * from public.api_keys_new",
+            "select public.admit_requests('[]')",
+            "select public.grant_credits('{}')",
+            "select public.enter_mode('live')",
+            "select nextval('public.users_id_seq')",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await stranger.fetchval(statement)
+
+
+async def test_every_table_has_row_level_security_and_no_policy(client: Client) -> None:
+    query = "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relrowsecurity"
+    assert await client.rows(query) == []
+    assert await client.rows("select policyname from pg_policies where schemaname = 'public'") == []
+
+
+async def test_every_function_runs_as_its_caller_with_an_empty_search_path(client: Client) -> None:
+    query = """
+    select oid::regprocedure::text as name from pg_proc
+    where pronamespace = 'public'::regnamespace and (prosecdef or not coalesce(proconfig, '{}') @> array['search_path=""'])
+    """
+    assert await client.rows(query) == []
+
+
+async def test_the_gateway_may_call_every_function_and_read_every_table(client: Client) -> None:
+    query = """
+    select oid::regprocedure::text as name from pg_proc
+    where pronamespace = 'public'::regnamespace and not has_function_privilege('service_role', oid, 'execute')
+    union all
+    select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'
+        and not has_table_privilege('service_role', oid, 'select, insert')
+    """
+    assert await client.rows(query) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "refused"),
+    [
+        ("credit_transactions", ["update", "delete", "truncate"]),
+        ("usage_records", ["delete", "truncate"]),
+        ("audit_logs", ["delete", "truncate"]),
+    ],
+)
+async def test_the_gateway_may_not_change_the_books(client: Client, table: str, refused: list[str]) -> None:
+    for privilege in refused:
+        assert not await client.value("select has_table_privilege('service_role', $1, $2)", f"public.{table}", privilege)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await client.ask(f"delete from public.{table}")
+
+
+async def test_the_gateway_has_no_privileges_that_it_was_not_granted(client: Client) -> None:
+    """Old default privileges give the service role truncate, references and triggers as well."""
+    query = """
+    select c.relname, g.privilege_type from pg_class c, aclexplode(c.relacl) g
+    where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and g.grantee = 'service_role'::regrole
+        and g.privilege_type not in ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+    """
+    assert await client.rows(query) == []
