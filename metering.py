@@ -22,23 +22,12 @@ from admission import Hold, Order, limit_headers
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from money import credits_from_nanos, plain
-from openrouter import (
-    TIMEOUT_STATUSES,
-    Answer,
-    Unreachable,
-    Upstream,
-    error_of,
-    error_status,
-    is_price_change,
-    sanitised_error,
-    stops_on_abort,
-)
+from openrouter import Answer, Unreachable, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
 from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
-from replies import to_json
+from replies import charge_headers, gateway_usage, to_json
 from security import Credential
-from settlements import QUICK_LOOKUPS, settlement, with_generation
-from usage import Usage, parse_json, read_text, read_usage
+from settlements import settlement, with_generation
+from usage import Usage, parse_json, read_generation_id, read_text, read_usage
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -47,8 +36,6 @@ log = structlog.get_logger("metering")
 
 KEEP_ALIVE_SECONDS = 15.0
 NOTE_GENERATION_SECONDS = 2.0
-QUICK_LOOKUP_SECONDS = 5.0
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 250
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
@@ -90,7 +77,6 @@ class Ending:
     refused: bool = False
     generation_id: str | None = None
     finish_reason: str | None = None
-    error_code: str | None = None
     model: str | None = None
     provider: str | None = None
     first_token_ms: int | None = None
@@ -105,16 +91,11 @@ def read_body(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("The request body must be a JSON object.", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
-        _require_writable(body)
+        try:
+            orjson.dumps(body)  # which takes less nesting than reading does
+        except orjson.JSONEncodeError as error:
+            raise BadRequest(f"The request body is nested too deeply: {error}.", code="invalid_json") from None
     return body
-
-
-def _require_writable(body: dict[str, Any]) -> None:
-    """What is read must be written again: some nesting is too deep for that only."""
-    try:
-        orjson.dumps(body)
-    except orjson.JSONEncodeError as error:
-        raise BadRequest(f"The request body is nested too deeply: {error}.", code="invalid_json") from None
 
 
 @dataclass(slots=True)
@@ -246,13 +227,13 @@ class Exchange:
             elif answer.is_stream:
                 await self._relay(hold, answer)
             else:
-                self._read_plain(await answer.read(MAX_ANSWER_BYTES))
+                self._read_plain(await answer.read())
         finally:
             await answer.aclose()
 
     async def _read_refusal(self, answer: Answer) -> None:
-        self.ending.refused = 400 <= answer.status < 600 and answer.status not in TIMEOUT_STATUSES
-        failure = error_of(answer.status, answer.headers, await answer.read(MAX_ANSWER_BYTES))
+        self.ending.refused = answer.is_refusal
+        failure = error_of(answer.status, answer.headers, await answer.read())
         if is_price_change(failure):
             self.runtime.settlements.spawn(self._refresh_prices(), "refresh of the model list")
         raise failure
@@ -273,7 +254,7 @@ class Exchange:
             raise UpstreamError("The model provider's answer is not a JSON object.")
         ending = self.ending
         ending.usage = read_usage(data.get("usage"))
-        ending.generation_id = ending.generation_id or _generation_id(data.get("id"))
+        ending.generation_id = ending.generation_id or read_generation_id(data.get("id"))
         ending.model, ending.provider = read_text(data.get("model")), read_text(data.get("provider"))
         choices = data.get("choices")
         if data.get("error") and not choices:
@@ -292,15 +273,14 @@ class Exchange:
                 if stream.data_events and self.ending.first_token_ms is None:
                     self.ending.first_token_ms = self._elapsed_ms()
                 if self.ending.generation_id is None and stream.body_id is not None:
-                    self._learn_generation(hold, _generation_id(stream.body_id))
+                    self._learn_generation(hold, read_generation_id(stream.body_id))
                 await self._pass_on(hold, answer, passed)
                 if stream.done or (self.client.gone and self._may_abort()):
                     break
         await self._pass_on(hold, answer, stream.end())
         self._reader = None
-        whole = stream.done or stream.finish_reason is not None
-        self.ending.completed = whole and stream.error is None and stream.finish_reason != "error"
-        if not whole and stream.error is None and not self.client.gone:
+        self.ending.completed = stream.is_whole and stream.error is None and stream.finish_reason != "error"
+        if not stream.is_whole and stream.error is None and not self.client.gone:
             raise UpstreamError("The model provider's answer ended too early.")
 
     async def _pass_on(self, hold: Hold, answer: Answer, data: bytes) -> None:
@@ -348,30 +328,18 @@ class Exchange:
             ending.usage, ending.model, ending.provider = stream.usage, stream.model, stream.provider
             ending.finish_reason = stream.finish_reason
         item = self._settlement(hold)
-        if ending.generation_id is None or (item["source"] != "none" and self._has_said_all()):
+        said_all = stream is None or stream.is_whole  # in a stream that broke off, usage may be a running count
+        if ending.generation_id is None or (item["source"] != "none" and said_all):
             return await self.runtime.settlements.settle(item)
-        found = await self._look_up(hold, ending.generation_id)
+        place = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        found = await self.runtime.settlements.look_up_now(place)
         if found is None:
             # Whichever process is there then: what is asked later must be known to all of them.
             self.runtime.note_generation(hold.request_id, ending.generation_id)
-            self.runtime.settlements.resolve_later(self._whereabouts(hold, ending.generation_id), item)
+            self.runtime.settlements.resolve_later(place, item)
             return None
         ending.usage = found
         return await self.runtime.settlements.settle(with_generation(item, found))
-
-    def _has_said_all(self) -> bool:
-        """Whether usage is final: in a stream that broke off it may be a running count."""
-        return self._stream is None or self._stream.done or self._stream.finish_reason is not None
-
-    async def _look_up(self, hold: Hold, generation_id: str) -> Usage | None:
-        try:
-            async with asyncio.timeout(QUICK_LOOKUP_SECONDS):
-                return await self.runtime.settlements.look_up(self.runtime.mode, hold.environment, generation_id, QUICK_LOOKUPS)
-        except (UpstreamUnavailable, TimeoutError):
-            return None
-
-    def _whereabouts(self, hold: Hold, generation_id: str) -> dict[str, Any]:
-        return {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": generation_id}
 
     def _settlement(self, hold: Hold) -> dict[str, Any]:
         ending = self.ending
@@ -401,32 +369,22 @@ class Exchange:
         if self._stream is not None and self._stream_started:
             await self.client.send(self._tail(hold, self._stream), more=False)
         elif (failure := self.ending.failure) is not None:
-            failure.extra_headers |= {**self._headers(hold), **self._charge_headers()}
+            failure.extra_headers |= {**self._headers(hold), **charge_headers(self.settled)}
             raise failure
         elif self._plain is not None:
-            body = with_field(self._plain, "gateway_usage", self._gateway_usage(hold))
+            body = with_field(self._plain, "gateway_usage", self._charge(hold))
             about = {"content-type": "application/json", "content-length": str(len(body))}
-            await self.client.start(200, {**self._headers(hold), **self._charge_headers(), **about})
+            await self.client.start(200, {**self._headers(hold), **charge_headers(self.settled), **about})
             await self.client.send(body, more=False)
 
     def _tail(self, hold: Hold, stream: Stream) -> bytes:
-        parts = [usage_event(stream.held, stream, self._gateway_usage(hold))]
+        parts = [usage_event(stream.held, stream, self._charge(hold))]
         if self.ending.failure is not None:
             parts.append(b"data: " + to_json(self.ending.failure.body(hold.request_id)) + b"\n\n")
         return b"".join((*parts, DONE))
 
-    def _gateway_usage(self, hold: Hold) -> bytes:
-        """The JSON object that every answer carries: request_id, tokens_charged, cost, user_balance_after."""
-        tokens = self.ending.usage.total_tokens if self.ending.usage else 0
-        if self.settled is None:
-            cost = balance = "null"
-            open_end = ',"settlement":"pending"'
-        else:
-            cost, balance = (plain(credits_from_nanos(self.settled[name])) for name in ("cost_nanos", "balance_nanos"))
-            open_end = ""
-        return (
-            f'{{"request_id":"{hold.request_id}","tokens_charged":{tokens},"cost":{cost},"user_balance_after":{balance}{open_end}}}'
-        ).encode()
+    def _charge(self, hold: Hold) -> bytes:
+        return gateway_usage(hold.request_id, self.ending.usage.total_tokens if self.ending.usage else 0, self.settled)
 
     def _headers(self, hold: Hold) -> dict[str, str]:
         found = limit_headers(hold.limits)
@@ -438,17 +396,5 @@ class Exchange:
             found["x-gateway-max-tokens"] = str(hold.granted_output)
         return found
 
-    def _charge_headers(self) -> dict[str, str]:
-        if self.settled is None:
-            return {"x-gateway-settlement": "pending"}
-        return {
-            "x-gateway-cost": plain(credits_from_nanos(self.settled["cost_nanos"])),
-            "x-gateway-balance": plain(credits_from_nanos(self.settled["balance_nanos"])),
-        }
-
     def _elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
-
-
-def _generation_id(value: object) -> str | None:
-    return value if isinstance(value, str) and value.startswith("gen-") and len(value) <= 256 and value.isprintable() else None

@@ -27,10 +27,9 @@ log = structlog.get_logger("openrouter")
 
 CONNECT_SECONDS = 10.0
 LOOKUP_SECONDS = 15.0
-# These may leave a generation running, and billed, behind them.
 TIMEOUT_STATUSES = (408, 504, 524)
 MAX_ERROR_BYTES = 64 * 1024
-MAX_LIST_BYTES = 64 * 1024 * 1024
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
 BROKEN = "The connection to the model provider broke in mid-answer."
 MAX_BUILT = 64
 TEST_ANSWER_BYTES = 64 * 1024
@@ -122,6 +121,11 @@ class Answer:
         return value if value and len(value) <= 256 and value.isprintable() else None
 
     @property
+    def is_refusal(self) -> bool:
+        """Whether nothing was generated: what timed out may be running, and billed, behind its answer."""
+        return 400 <= self.status < 600 and self.status not in TIMEOUT_STATUSES
+
+    @property
     def is_stream(self) -> bool:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
@@ -140,14 +144,14 @@ class Answer:
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise UpstreamError(BROKEN) from error
 
-    async def read(self, limit: int) -> bytes:
-        """The whole body. Raises UpstreamError beyond `limit` bytes."""
+    async def read(self) -> bytes:
+        """The whole body, decoded. Raises UpstreamError beyond MAX_ANSWER_BYTES of it."""
         if self._response.is_stream_consumed:
             return self._response.content  # the SDK reads error answers itself, as far as `_bound_error` lets it
         body = bytearray()
         async for piece in self.chunks():
             body += piece
-            if len(body) > limit:
+            if len(body) > MAX_ANSWER_BYTES:
                 raise UpstreamError("The model provider's answer is too large.")
         return bytes(body)
 
@@ -234,7 +238,7 @@ class Upstream:
             raise UpstreamUnavailable() from error
         answer = Answer(response.status_code, response.headers, response)
         try:
-            return await answer.read(MAX_LIST_BYTES)
+            return await answer.read()
         except UpstreamError as error:
             raise UpstreamUnavailable() from error
         finally:

@@ -51,6 +51,11 @@ class Stream:
     _scanned: int = 0
     _has_returns: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer in it has come to its end, whatever may follow."""
+        return self.done or self.finish_reason is not None
+
     def feed(self, chunk: bytes) -> bytes:
         """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
         if not self._rest and self.held is None and self.body_id is not None and not self.done and _is_plain(chunk):

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
-from money import plain
+from money import credits_from_nanos, plain
 
 log = structlog.get_logger("errors")
 
@@ -34,6 +34,23 @@ def _encode(value: object) -> Any:
     if isinstance(value, frozenset | set | tuple):
         return list(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def gateway_usage(request_id: str, tokens: int, settled: Mapping[str, Any] | None) -> bytes:
+    """The JSON object that every completion carries; `settled` is the database's answer, None while the charge is open."""
+    cost, balance = (plain(credits_from_nanos(settled[name])) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
+    pending = "" if settled else ',"settlement":"pending"'
+    return f'{{"request_id":"{request_id}","tokens_charged":{tokens},"cost":{cost},"user_balance_after":{balance}{pending}}}'.encode()
+
+
+def charge_headers(settled: Mapping[str, Any] | None) -> dict[str, str]:
+    """The same for the headers of an answer that is sent after its settlement."""
+    if settled is None:
+        return {"x-gateway-settlement": "pending"}
+    return {
+        "x-gateway-cost": plain(credits_from_nanos(settled["cost_nanos"])),
+        "x-gateway-balance": plain(credits_from_nanos(settled["balance_nanos"])),
+    }
 
 
 class Reply(Response):

@@ -134,8 +134,14 @@ def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network
 
 
 def _ip(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, which some proxies write with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
+    text = text or ""
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
     try:
-        address = ipaddress.ip_address((text or "").split("%")[0].strip("[]"))
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address

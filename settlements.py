@@ -26,6 +26,7 @@ Item = dict[str, Any]
 Answer = dict[str, Any]
 
 QUICK_LOOKUPS = (0.0, 0.25, 0.5, 1.0)
+QUICK_LOOKUP_SECONDS = 5.0
 PATIENT_LOOKUPS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 120.0, 120.0)
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SWEEP_BATCH = 64
@@ -179,6 +180,14 @@ class Settlements:
             if data is not None and (found := read_generation(data)).cost is not None:
                 return found
         return None
+
+    async def look_up_now(self, hold: Mapping[str, Any]) -> Usage | None:
+        """What the upstream says within the few seconds that a client may be made to wait for it."""
+        try:
+            async with asyncio.timeout(QUICK_LOOKUP_SECONDS):
+                return await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], QUICK_LOOKUPS)
+        except (UpstreamUnavailable, TimeoutError):
+            return None
 
     def resolve_later(self, hold: Mapping[str, Any], item: Item) -> None:
         """Goes on asking for the cost of a generation; in the end it settles what is known, or leaves the hold to the sweep."""

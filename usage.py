@@ -65,6 +65,11 @@ def _decimal(text: str) -> Decimal | None:
         return None
 
 
+def read_generation_id(value: object) -> str | None:
+    """The id of an answer's body where it is one that GET /generation knows."""
+    return value if isinstance(value, str) and value.startswith("gen-") and len(value) <= MAX_TEXT and value.isprintable() else None
+
+
 def read_integer(text: str) -> int | None:
     """An integer literal; None where it has more digits than anything we know of."""
     return int(text) if len(text) <= MAX_DIGITS else None

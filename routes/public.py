@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db
-from errors import Conflict, GatewayError, ModelNotFound, RateLimited, RegistrationClosed
+from errors import Conflict, GatewayError, Misconfigured, ModelNotFound, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
@@ -140,6 +140,7 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
             "email": order.email,
             "auth_method": order.auth_method,
             "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
+            "mode": runtime.mode,
             "trial_days": runtime.settings.trial_days,
             "address": address,
             "address_subject": address_subject(address) if admin is None else None,
@@ -168,6 +169,8 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
 
 
 def _raise_refusal(outcome: str) -> None:
+    if outcome == "wrong_mode":
+        raise Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
     if outcome == "address_limit":
         raise RateLimited("Five accounts an hour may register from one network address. Try again later.", retry_after=3600)
     if outcome in ("username_taken", "email_taken"):

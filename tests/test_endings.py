@@ -309,3 +309,28 @@ async def test_a_stream_of_two_seconds_can_be_finished_by_any_instance(live_gate
         assert found[0]["status"] == "pending"
         assert found[0]["generation_id"] == completion(upstream).generation_id
     assert (await settled(user, upstream))["status"] == "cancelled"
+
+
+async def test_many_that_leave_at_any_time_are_charged_together_what_the_upstream_billed(live_gateway: Gateway, upstream: Upstream) -> None:
+    user = await live_gateway.register(credits=1)
+    await live_gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
+    upstream.scenario = "slow;ms=5;tokens=40"
+    models = ("openai/gpt-4o-mini", "google/gemini-2.5-flash", "meta-llama/llama-3.3-70b-instruct")
+
+    async def leave(number: int) -> None:
+        async with streaming(user, model=models[number % 3]) as lines:
+            await read_events(lines, number % 13)
+
+    await asyncio.gather(*(leave(number) for number in range(40)))
+
+    async def running() -> int:
+        return sum(record["status"] == "pending" for record in await user.records()) + len(upstream.sandbox.state.in_flight)
+
+    await eventually(running, lambda found: found == 0)
+    records = await user.records()
+    assert len(records) == upstream.inferences == 40
+    assert {record["status"] for record in records} == {"cancelled"}
+    assert sum(Decimal(str(record["cost"])) for record in records) == upstream.sandbox.state.billed > 0
+    balance = await user.balance()
+    assert balance["held"] == 0 and Decimal(str(balance["credits"])) == 1 - upstream.sandbox.state.billed
+    await live_gateway.database.assert_books_balance()

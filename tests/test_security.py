@@ -270,3 +270,12 @@ def test_header_text_is_stored_short_and_without_control_characters() -> None:
 def test_a_credential_becomes_the_fields_of_an_admission_item() -> None:
     item = Credential(("h",), "s", None, "live", "192.0.2.1", None, "agent").item()
     assert set(item) == {"hashes", "secret_id", "legacy_hash", "prefix_environment", "address", "domain", "user_agent"}
+
+
+@pytest.mark.parametrize(
+    ("hop", "address"),
+    [("203.0.113.7:5678", "203.0.113.7"), ("[2001:db8::1]:443", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1"), ("2001:db8::1", "2001:db8::1")],
+)
+def test_a_forwarded_address_may_carry_a_port(hop: str, address: str) -> None:
+    proxies = (ipaddress.ip_network("10.0.0.0/8"),)
+    assert client_address(Headers({"x-forwarded-for": hop}), "10.0.0.1", proxies, on_vercel=False) == address

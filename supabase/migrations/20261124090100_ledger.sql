@@ -2,42 +2,58 @@
 
 create table public.usage_records (
     request_id uuid primary key,
-    client_request_id text check (length(client_request_id) <= 256),
+    client_request_id varchar(256),
     user_id bigint not null references public.users (id),
     key_id bigint not null references public.api_keys_new (id),
-    mode text not null check (mode in ('sandbox', 'live')),
-    environment text not null check (environment in ('live', 'test', 'staging', 'development')),
+    mode text not null,
+    environment text not null,
     endpoint text not null,
     model text not null,
     model_used text,
     provider text,
-    prompt_estimate bigint not null default 0 check (prompt_estimate >= 0),
-    output_granted bigint not null default 0 check (output_granted >= 0),
+    prompt_estimate bigint not null default 0,
+    output_granted bigint not null default 0,
     prompt_tokens bigint,
     completion_tokens bigint,
     cached_tokens bigint,
     reasoning_tokens bigint,
-    hold_nanos bigint not null check (hold_nanos >= 0),
-    upstream_cost_nanos bigint check (upstream_cost_nanos >= 0),
-    cost_nanos bigint not null default 0 check (cost_nanos >= 0),
-    overrun_nanos bigint not null default 0 check (overrun_nanos >= 0),
-    markup numeric not null check (markup > 0),
-    status text not null default 'pending' check (status in ('pending', 'completed', 'failed', 'cancelled', 'expired')),
-    settlement_source text check (settlement_source in ('usage', 'generation', 'none')),
+    hold_nanos bigint not null,
+    upstream_cost_nanos bigint,
+    cost_nanos bigint not null default 0,
+    overrun_nanos bigint not null default 0,
+    markup numeric not null,
+    status text not null default 'pending',
+    settlement_source text,
     finish_reason text,
     error_code text,
     streamed boolean not null default false,
     latency_ms bigint,
     time_to_first_token_ms bigint,
-    generation_id text check (length(generation_id) <= 256),
+    generation_id varchar(256),
     created_at timestamptz not null,
     expires_at timestamptz not null,
-    settled_at timestamptz,
-    constraint usage_records_settled_is_complete check (
-        (status = 'pending') = (settled_at is null) and (status = 'pending') = (settlement_source is null)
-    ),
-    constraint usage_records_pending_costs_nothing check (status <> 'pending' or cost_nanos = 0)
+    settled_at timestamptz
 ) with (fillfactor = 40);
+
+-- What holds of every record. One function, because PostgreSQL reads the text of a table's checks anew for every statement: as a dozen
+-- checks these rules took a quarter of the time of admission and settlement.
+create function public.is_sound_record(r public.usage_records) returns boolean language plpgsql immutable as $$
+begin
+    return least(r.prompt_estimate, r.output_granted, r.hold_nanos, r.upstream_cost_nanos, r.cost_nanos, r.overrun_nanos) >= 0
+        and r.markup > 0
+        and r.mode in ('sandbox', 'live')
+        and r.environment in ('live', 'test', 'staging', 'development')
+        and case r.status
+            when 'pending' then r.settled_at is null and r.settlement_source is null and r.cost_nanos = 0
+            else r.status in ('completed', 'failed', 'cancelled', 'expired') and r.settled_at is not null
+                 and coalesce(r.settlement_source in ('usage', 'generation', 'none'), false)
+        end;
+end $$;
+revoke all on function public.is_sound_record(public.usage_records) from public, anon, authenticated;
+grant execute on function public.is_sound_record(public.usage_records) to service_role;
+alter table public.usage_records add constraint usage_records_sound check (public.is_sound_record(usage_records));
+comment on constraint usage_records_sound on public.usage_records is
+    'No negative amount; pending without an end and a cost, settled with both.';
 comment on table public.usage_records is
     'One row per admitted request: pending with its hold, then finished by settlement. No index may mention what settlement changes, '
     'or updates stop being heap-only; a settled row is longer, and 40 leaves room for a page whose rows are settled in one transaction.';

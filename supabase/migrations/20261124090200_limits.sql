@@ -11,12 +11,13 @@ revoke all on function public.empty_ring(int) from public, anon, authenticated;
 grant execute on function public.empty_ring(int) to service_role;
 
 create table public.rate_limit_usage (
-    subject text not null check (subject in ('user', 'key', 'address')),
+    subject text not null,
     subject_id bigint not null,
-    burst_ring bigint[] not null default public.empty_ring(11),
-    minute_ring bigint[] not null default public.empty_ring(7),
-    hour_ring bigint[] not null default public.empty_ring(13),
-    day_ring bigint[] not null default public.empty_ring(25),
+    -- Null for a key without limits of its own: there is nothing to count for.
+    burst_ring bigint[] default public.empty_ring(11),
+    minute_ring bigint[] default public.empty_ring(7),
+    hour_ring bigint[] default public.empty_ring(13),
+    day_ring bigint[] default public.empty_ring(25),
     plan_day date not null default '-infinity',
     plan_day_requests bigint not null default 0,
     plan_day_tokens bigint not null default 0,
@@ -34,9 +35,9 @@ create table public.rate_limit_usage (
     pending_since timestamptz not null default '-infinity',
     recounted_at timestamptz not null default '-infinity',
     primary key (subject, subject_id),
+    -- One short expression: PostgreSQL reads a table's checks anew for every statement.
     constraint rate_limit_usage_never_negative check (
-        slots >= 0 and test_slots >= 0 and budget_spent_nanos >= 0 and budget_held_nanos >= 0
-        and plan_day_tokens >= 0 and plan_month_tokens >= 0
+        least(slots, test_slots, budget_spent_nanos, budget_held_nanos, plan_day_tokens, plan_month_tokens) >= 0
     )
 ) with (fillfactor = 50);
 comment on table public.rate_limit_usage is 'The counters of a key, a user or a network address. No row is shared between users.';
@@ -45,14 +46,14 @@ revoke all on public.rate_limit_usage from public, anon, authenticated, service_
 grant select, insert, update, delete on public.rate_limit_usage to service_role;
 
 create function public.advance_ring(p_ring bigint[], p_size int, p_now bigint) returns bigint[]
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable as $$
 declare
     v_ring bigint[] := p_ring;
     v_newest bigint := p_ring[2 * p_size + 3];
     v_bucket bigint := v_newest;
     v_slot int;
 begin
-    if v_newest >= p_now then
+    if p_ring is null or v_newest >= p_now then
         return v_ring;
     end if;
     if p_now - v_newest >= p_size then
@@ -75,13 +76,13 @@ revoke all on function public.advance_ring(bigint[], int, bigint) from public, a
 grant execute on function public.advance_ring(bigint[], int, bigint) to service_role;
 
 create function public.count_in_ring(p_ring bigint[], p_size int, p_bucket bigint, p_requests bigint, p_tokens bigint) returns bigint[]
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable as $$
 declare
     v_ring bigint[] := p_ring;
     v_newest bigint := p_ring[2 * p_size + 3];
     v_slot int := least(p_bucket, v_newest) % p_size + 1;
 begin
-    if p_bucket <= v_newest - p_size then
+    if p_ring is null or p_bucket <= v_newest - p_size then
         return v_ring;
     end if;
     v_ring[v_slot] := v_ring[v_slot] + p_requests;
@@ -96,7 +97,7 @@ revoke all on function public.count_in_ring(bigint[], int, bigint, bigint, bigin
 grant execute on function public.count_in_ring(bigint[], int, bigint, bigint, bigint) to service_role;
 
 create function public.ring_frees_at(p_ring bigint[], p_size int, p_width_ms bigint, p_offset int, p_excess bigint) returns bigint
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable as $$
 declare
     v_newest bigint := p_ring[2 * p_size + 3];
     v_bucket bigint := v_newest - p_size;
@@ -136,7 +137,7 @@ grant usage on type public.limit_state to service_role;
 -- Of several refusals the one that lasts longest is told: after its Retry-After none of them stands in the way.
 create function public.refuse_until(
     p_state public.limit_state, p_window text, p_unit text, p_limit bigint, p_never boolean, p_frees_at_ms bigint
-) returns public.limit_state language plpgsql immutable set search_path = '' as $$
+) returns public.limit_state language plpgsql immutable as $$
 declare
     v_state public.limit_state := p_state;
 begin
@@ -155,7 +156,7 @@ grant execute on function public.refuse_until(public.limit_state, text, text, bi
 create function public.check_window(
     p_state public.limit_state, p_window text, p_ring bigint[], p_size int, p_width_ms bigint,
     p_requests bigint, p_tokens bigint, p_need bigint
-) returns public.limit_state language plpgsql immutable set search_path = '' as $$
+) returns public.limit_state language plpgsql immutable as $$
 declare
     v_state public.limit_state := p_state;
     v_requests bigint := p_ring[2 * p_size + 1];
@@ -188,7 +189,7 @@ grant execute on function public.check_window(public.limit_state, text, bigint[]
 
 create function public.check_limits(
     p_state public.limit_state, p_limits public.rate_limit_configs, p_usage public.rate_limit_usage, p_need bigint
-) returns public.limit_state language plpgsql immutable set search_path = '' as $$
+) returns public.limit_state language plpgsql immutable as $$
 declare
     v_state public.limit_state := p_state;
 begin
@@ -217,7 +218,7 @@ grant execute on function public.check_limits(public.limit_state, public.rate_li
 -- One counter of a plan (a UTC day or month): refuses, and takes part in the search for the tightest limit.
 create function public.check_plan_counter(
     p_state public.limit_state, p_window text, p_unit text, p_limit bigint, p_used bigint, p_need bigint, p_resets_ms bigint
-) returns public.limit_state language plpgsql immutable set search_path = '' as $$
+) returns public.limit_state language plpgsql immutable as $$
 declare
     v_state public.limit_state := p_state;
 begin
@@ -244,7 +245,7 @@ grant execute on function public.check_plan_counter(public.limit_state, text, te
 
 create function public.check_plan(
     p_state public.limit_state, p_plan public.plans, p_usage public.rate_limit_usage, p_factor numeric, p_need bigint, p_now timestamptz
-) returns public.limit_state language plpgsql stable set search_path = '' as $$
+) returns public.limit_state language plpgsql stable as $$
 declare
     v_state public.limit_state := p_state;
     v_day_ends bigint := extract(epoch from (date_trunc('day', p_now, 'UTC') + interval '1 day')) * 1000;
@@ -267,7 +268,7 @@ grant execute on function public.check_plan(public.limit_state, public.plans, pu
 
 -- The counters of a subject as of p_now: rings advanced, plan counters of another day or month and a budget of another window emptied.
 create function public.advance_usage(p_usage public.rate_limit_usage, p_now timestamptz, p_budget_window text)
-returns public.rate_limit_usage language plpgsql stable set search_path = '' as $$
+returns public.rate_limit_usage language plpgsql stable as $$
 declare
     v_usage public.rate_limit_usage := p_usage;
     v_ms bigint := extract(epoch from p_now) * 1000;
@@ -297,7 +298,7 @@ begin
 end $$;
 
 create function public.budget_start(p_window text, p_now timestamptz) returns timestamptz
-language sql stable set search_path = '' as $$
+language sql stable as $$
     select case p_window
         when 'day' then date_trunc('day', p_now, 'UTC')
         when 'week' then date_trunc('week', p_now, 'UTC')

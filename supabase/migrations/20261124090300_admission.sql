@@ -2,14 +2,14 @@
 -- Expected refusals are returned rows. Time is clock_timestamp() after the locks. Every writer locks its users first, in id order.
 
 create function public.scope_allows(p_scopes jsonb, p_verb text, p_resource text) returns boolean
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select coalesce((p_scopes -> p_verb) ?| array['*', p_resource], false)
 $$;
 revoke all on function public.scope_allows(jsonb, text, text) from public, anon, authenticated;
 grant execute on function public.scope_allows(jsonb, text, text) to service_role;
 
 create function public.domain_allowed(p_allowed text[], p_domain text) returns boolean
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select coalesce(bool_or(p_domain = d or (d like '*.%' and length(p_domain) > length(d) - 1 and right(p_domain, length(d) - 1) = substr(d, 2))), false)
     from unnest(p_allowed) as d
 $$;
@@ -18,7 +18,7 @@ revoke all on function public.domain_allowed(text[], text) from public, anon, au
 grant execute on function public.domain_allowed(text[], text) to service_role;
 
 create function public.models_allowed(p_allowed text[], p_models text[]) returns boolean
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select p_allowed is null or coalesce(bool_and(exists (
         select from unnest(p_allowed) as a where a = m or (right(a, 1) = '*' and starts_with(m, left(a, -1)))
     )), true) from unnest(p_models) as m
@@ -30,7 +30,7 @@ grant execute on function public.models_allowed(text[], text[]) to service_role;
 -- The id of the key with one of these hashes: current, or previous within its grace. A key of an older format that was moved is found
 -- by its hash like any other, so that rotating it ends the old secret.
 create function public.find_key(p_hashes text[]) returns bigint
-language plpgsql stable set search_path = '' as $$
+language plpgsql stable as $$
 declare
     v_id bigint;
 begin
@@ -46,7 +46,7 @@ grant execute on function public.find_key(text[]) to service_role;
 
 -- The owner must be locked: then the first of two concurrent first uses moves the key, and the second finds it moved.
 create function public.move_legacy_key(p_legacy_hash text, p_hash text, p_secret_id text) returns public.api_keys_new
-language plpgsql set search_path = '' as $$
+language plpgsql as $$
 declare
     v_old public.api_keys;
     v_key public.api_keys_new;
@@ -60,7 +60,8 @@ begin
     values (v_old.user_id, left(v_old.key_name, 80) || ' (imported ' || v_old.id || ')', v_old.key_prefix, v_old.last4, p_hash, p_secret_id,
             v_old.environment_tag, v_old.scope_permissions, v_old.expiration_date, v_old.max_requests, v_old.is_active)
     returning * into v_key;
-    insert into public.rate_limit_usage (subject, subject_id) values ('key', v_key.id);
+    insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
+    values ('key', v_key.id, null, null, null, null);
     update public.api_keys set moved_to = v_key.id where id = v_old.id;
     return v_key;
 end $$;
@@ -133,7 +134,7 @@ grant usage on type public.admission_item to service_role;
 
 -- A refusal's answer, with what the audit log is to hold of it (`note`, which is taken out before the answer leaves).
 create function public.refusal(p_code text, p_item public.admission_item, p_user_id bigint, p_key_id bigint) returns jsonb
-language sql stable set search_path = '' as $$
+language sql stable as $$
     select jsonb_build_object('outcome', p_code, 'note', jsonb_build_object(
         'actor', coalesce('key:' || p_key_id, 'address:' || p_item.address, 'unknown'), 'action', p_code, 'user_id', p_user_id,
         'key_id', p_key_id, 'ip', p_item.address::inet, 'user_agent', left(p_item.user_agent, 512), 'request_id', p_item.request_id))
@@ -143,7 +144,7 @@ grant execute on function public.refusal(text, public.admission_item, bigint, bi
 
 -- Why this key may not be used for this at all, as a code, or null. Limits and money come later.
 create function public.refuse_identity(p_key public.api_keys_new, p_user public.users, p_item public.admission_item, p_now timestamptz)
-returns text language plpgsql stable set search_path = '' as $$
+returns text language plpgsql stable as $$
 begin
     if p_key.id is null or (p_item.prefix_environment is not null and p_item.prefix_environment <> p_key.environment_tag) then
         return 'INVALID_KEY';
@@ -172,7 +173,7 @@ revoke all on function public.refuse_identity(public.api_keys_new, public.users,
 grant execute on function public.refuse_identity(public.api_keys_new, public.users, public.admission_item, timestamptz) to service_role;
 
 create function public.current_plan(p_user public.users, p_now timestamptz) returns public.plans
-language plpgsql stable set search_path = '' as $$
+language plpgsql stable as $$
 declare
     v_plan public.plans;
 begin
@@ -188,7 +189,7 @@ grant execute on function public.current_plan(public.users, timestamptz) to serv
 
 -- Up to four expired holds of a user, once in ten seconds, and slots and held budget counted anew from the journal.
 create function public.recount_user(p_user_id bigint, p_key_id bigint, p_now timestamptz) returns jsonb
-language plpgsql set search_path = '' as $$
+language plpgsql as $$
 declare
     v_since timestamptz;
     v_expired jsonb;
@@ -223,7 +224,7 @@ revoke all on function public.recount_user(bigint, bigint, timestamptz) from pub
 grant execute on function public.recount_user(bigint, bigint, timestamptz) to service_role;
 
 create function public.retry_after_seconds(p_frees_at_ms bigint, p_now timestamptz) returns bigint
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select greatest(1, ceil((p_frees_at_ms - extract(epoch from p_now) * 1000) / 1000.0))::bigint
 $$;
 revoke all on function public.retry_after_seconds(bigint, timestamptz) from public, anon, authenticated;
@@ -231,9 +232,10 @@ grant execute on function public.retry_after_seconds(bigint, timestamptz) to ser
 
 -- The limits' refusal of this request, or the state that allows it.
 create function public.check_all_limits(
-    p_key public.api_keys_new, p_user public.users, p_plan public.plans, p_key_usage public.rate_limit_usage,
+    p_key public.api_keys_new, p_user public.users, p_plan public.plans, p_key_limits public.rate_limit_configs,
+    p_key_usage public.rate_limit_usage,
     p_user_usage public.rate_limit_usage, p_need bigint, p_now timestamptz
-) returns public.limit_state language plpgsql stable set search_path = '' as $$
+) returns public.limit_state language plpgsql stable as $$
 declare
     v_state public.limit_state;
     v_limits public.rate_limit_configs;
@@ -241,12 +243,11 @@ declare
 begin
     v_state := public.check_plan(v_state, p_plan, p_user_usage,
                                  coalesce((p_plan.environment_factors ->> p_key.environment_tag)::numeric, 1), p_need, p_now);
-    select * into v_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
-    if found then
-        v_state := public.check_limits(v_state, v_limits, p_key_usage, p_need);
-        if v_state.refused_window is null and p_key_usage.slots >= v_limits.concurrency then
+    if p_key_limits.subject is not null then
+        v_state := public.check_limits(v_state, p_key_limits, p_key_usage, p_need);
+        if v_state.refused_window is null and p_key_usage.slots >= p_key_limits.concurrency then
             v_state.refused_window := 'concurrency';
-            v_state.refused_limit := v_limits.concurrency;
+            v_state.refused_limit := p_key_limits.concurrency;
         end if;
     end if;
     select * into v_limits from public.rate_limit_configs where subject = 'user' and subject_id = p_user.id;
@@ -269,14 +270,14 @@ begin
     end if;
     return v_state;
 end $$;
-revoke all on function public.check_all_limits(public.api_keys_new, public.users, public.plans, public.rate_limit_usage,
+revoke all on function public.check_all_limits(public.api_keys_new, public.users, public.plans, public.rate_limit_configs, public.rate_limit_usage,
     public.rate_limit_usage, bigint, timestamptz) from public, anon, authenticated;
-grant execute on function public.check_all_limits(public.api_keys_new, public.users, public.plans, public.rate_limit_usage,
+grant execute on function public.check_all_limits(public.api_keys_new, public.users, public.plans, public.rate_limit_configs, public.rate_limit_usage,
     public.rate_limit_usage, bigint, timestamptz) to service_role;
 
 -- How many output tokens this amount covers: p_max if it covers them all, else what it covers (below p_min is a refusal).
 create function public.affordable_output(p_item public.admission_item, p_available_nanos bigint) returns bigint
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable as $$
 declare
     v_left numeric;
 begin
@@ -294,7 +295,7 @@ revoke all on function public.affordable_output(public.admission_item, bigint) f
 grant execute on function public.affordable_output(public.admission_item, bigint) to service_role;
 
 create function public.limits_json(p_state public.limit_state, p_now timestamptz) returns jsonb
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select jsonb_build_object(
         'request_limit', p_state.request_limit, 'request_left', p_state.request_left,
         'request_reset', public.retry_after_seconds(p_state.request_reset_ms, p_now),
@@ -308,7 +309,7 @@ grant execute on function public.limits_json(public.limit_state, timestamptz) to
 create function public.record_admission(
     p_item public.admission_item, p_key public.api_keys_new, p_key_usage public.rate_limit_usage, p_user_usage public.rate_limit_usage,
     p_granted bigint, p_hold bigint, p_now timestamptz
-) returns void language plpgsql set search_path = '' as $$
+) returns void language plpgsql as $$
 declare
     v_need bigint := p_item.prompt_estimate;
     v_test int := (p_key.environment_tag = 'test')::int;
@@ -349,7 +350,7 @@ grant execute on function public.record_admission(public.admission_item, public.
     public.rate_limit_usage, bigint, bigint, timestamptz) to service_role;
 
 create function public.refuse_for_limits(p_item public.admission_item, p_key public.api_keys_new, p_state public.limit_state, p_now timestamptz)
-returns jsonb language plpgsql set search_path = '' as $$
+returns jsonb language plpgsql as $$
 begin
     return jsonb_build_object(
         'outcome', case when p_state.refused_window = 'concurrency' then 'concurrency'
@@ -366,9 +367,10 @@ grant execute on function public.refuse_for_limits(public.admission_item, public
 
 -- The answer to a request that passed the identity checks: limits, budget and credits decide, in this order.
 create function public.admit_checked(p_item public.admission_item, p_key public.api_keys_new, p_user public.users, p_now timestamptz)
-returns jsonb language plpgsql set search_path = '' as $$
+returns jsonb language plpgsql as $$
 declare
     v_key_usage public.rate_limit_usage;
+    v_key_limits public.rate_limit_configs;
     v_user_usage public.rate_limit_usage;
     v_plan public.plans := public.current_plan(p_user, p_now);
     v_state public.limit_state;
@@ -384,18 +386,27 @@ begin
     end if;
     select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
     if not found then
-        insert into public.rate_limit_usage (subject, subject_id) values ('key', p_key.id) returning * into v_key_usage;
+        insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
+        values ('key', p_key.id, null, null, null, null)
+        returning * into v_key_usage;
+    end if;
+    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
+    if found and v_key_usage.day_ring is null then
+        v_key_usage.burst_ring := public.empty_ring(11);
+        v_key_usage.minute_ring := public.empty_ring(7);
+        v_key_usage.hour_ring := public.empty_ring(13);
+        v_key_usage.day_ring := public.empty_ring(25);
     end if;
     v_user_usage := public.advance_usage(v_user_usage, p_now, null);
     v_key_usage := public.advance_usage(v_key_usage, p_now, p_key.budget_window);
     if v_key_usage.requests_used >= p_key.max_requests then
         return public.refusal('REQUEST_LIMIT_EXCEEDED', p_item, p_user.id, p_key.id) || jsonb_build_object('limit', p_key.max_requests);
-    elsif not public.models_allowed(v_plan.allowed_models, p_item.models) then
+    elsif v_plan.allowed_models is not null and not public.models_allowed(v_plan.allowed_models, p_item.models) then
         return jsonb_build_object('outcome', 'MODEL_NOT_ALLOWED');
     elsif not v_free and p_user.subscription_status = 'trial' and p_user.trial_expires_at <= p_now then
         return jsonb_build_object('outcome', 'trial_expired');
     end if;
-    v_state := public.check_all_limits(p_key, p_user, v_plan, v_key_usage, v_user_usage, p_item.prompt_estimate, p_now);
+    v_state := public.check_all_limits(p_key, p_user, v_plan, v_key_limits, v_key_usage, v_user_usage, p_item.prompt_estimate, p_now);
     if v_state.refused_window is not null then
         return public.refuse_for_limits(p_item, p_key, v_state, p_now);
     end if;
@@ -425,7 +436,7 @@ revoke all on function public.admit_checked(public.admission_item, public.api_ke
 grant execute on function public.admit_checked(public.admission_item, public.api_keys_new, public.users, timestamptz) to service_role;
 
 create function public.repeat_admission(p_item public.admission_item) returns jsonb
-language sql stable set search_path = '' as $$
+language sql stable as $$
     select jsonb_build_object('outcome', 'admitted', 'user_id', r.user_id, 'key_id', r.key_id, 'environment', r.environment,
                               'granted_output', r.output_granted, 'hold_nanos', r.hold_nanos, 'balance_nanos', u.credits_nanos,
                               'limits', '{}'::jsonb)
@@ -437,7 +448,7 @@ revoke all on function public.repeat_admission(public.admission_item) from publi
 grant execute on function public.repeat_admission(public.admission_item) to service_role;
 
 create function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
-language plpgsql set search_path = '' as $$
+language plpgsql as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_key public.api_keys_new;
@@ -485,7 +496,7 @@ revoke all on function public.admit_one(public.admission_item, bigint[]) from pu
 grant execute on function public.admit_one(public.admission_item, bigint[]) to service_role;
 
 -- The users whose keys these items present, before anything is known to be well-formed.
-create function public.admission_users(p_items jsonb) returns bigint[] language sql stable set search_path = '' as $$
+create function public.admission_users(p_items jsonb) returns bigint[] language sql stable as $$
     select array_agg(coalesce(
         (select n.user_id from public.api_keys_new n where n.id = public.find_key(h.hashes) limit 1),
         (select l.user_id from public.api_keys l where l.key_sha256 = i ->> 'legacy_hash' and l.moved_to is null limit 1)))

@@ -22,7 +22,7 @@ revoke all on type public.settlement_item from public, anon, authenticated;
 grant usage on type public.settlement_item to service_role;
 
 create function public.correct_ring(p_ring bigint[], p_size int, p_admitted bigint, p_now bigint, p_delta bigint) returns bigint[]
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable as $$
 declare
     v_ring bigint[] := public.advance_ring(p_ring, p_size, p_now);
 begin
@@ -35,7 +35,7 @@ grant execute on function public.correct_ring(bigint[], int, bigint, bigint, big
 
 create function public.release_counters(
     p_record public.usage_records, p_budget_window text, p_delta bigint, p_cost bigint, p_now timestamptz
-) returns void language plpgsql set search_path = '' as $$
+) returns void language plpgsql as $$
 declare
     v_then bigint := extract(epoch from p_record.created_at) * 1000;
     v_ms bigint := extract(epoch from p_now) * 1000;
@@ -69,7 +69,7 @@ grant execute on function public.release_counters(public.usage_records, text, bi
 
 create function public.write_settlement(
     p_item public.settlement_item, p_cost bigint, p_overrun bigint, p_upstream bigint, p_now timestamptz
-) returns void language sql set search_path = '' as $$
+) returns void language sql as $$
     update public.usage_records set
         status = p_item.status, settlement_source = p_item.source, settled_at = p_now,
         upstream_cost_nanos = p_upstream, cost_nanos = p_cost, overrun_nanos = p_overrun,
@@ -88,7 +88,7 @@ grant execute on function public.write_settlement(public.settlement_item, bigint
 
 -- What is left of play money's hold when a database has gone live: it leaves the account, as the unheld play credits did.
 create function public.expire_play_rest(p_record public.usage_records, p_cost bigint) returns void
-language plpgsql set search_path = '' as $$
+language plpgsql as $$
 declare
     v_rest bigint := p_record.hold_nanos - p_cost;
     v_balance bigint;
@@ -105,7 +105,7 @@ revoke all on function public.expire_play_rest(public.usage_records, bigint) fro
 grant execute on function public.expire_play_rest(public.usage_records, bigint) to service_role;
 
 create function public.settlement_answer(p_request_id uuid, p_outcome text) returns jsonb
-language sql stable set search_path = '' as $$
+language sql stable as $$
     select jsonb_build_object('outcome', p_outcome, 'status', r.status, 'cost_nanos', r.cost_nanos, 'overrun_nanos', r.overrun_nanos,
                               'balance_nanos', u.credits_nanos, 'user_id', r.user_id)
     from public.usage_records r join public.users u on u.id = r.user_id where r.request_id = p_request_id
@@ -115,14 +115,14 @@ grant execute on function public.settlement_answer(uuid, text) to service_role;
 
 -- Tokens as the windows count them: what is known, else the estimate. What an upstream invents must not overflow the counters.
 create function public.counted_tokens(p_prompt bigint, p_completion bigint, p_estimate bigint) returns bigint
-language sql immutable set search_path = '' as $$
+language sql immutable as $$
     select coalesce(least(greatest(p_prompt::numeric + p_completion, 0), 1e12)::bigint, p_estimate)
 $$;
 revoke all on function public.counted_tokens(bigint, bigint, bigint) from public, anon, authenticated;
 grant execute on function public.counted_tokens(bigint, bigint, bigint) to service_role;
 
 create function public.settle_one(p_item public.settlement_item, p_locked bigint[]) returns jsonb
-language plpgsql set search_path = '' as $$
+language plpgsql as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_record public.usage_records;
@@ -168,7 +168,7 @@ revoke all on function public.settle_one(public.settlement_item, bigint[]) from 
 grant execute on function public.settle_one(public.settlement_item, bigint[]) to service_role;
 
 -- The users whose requests these items name, before anything is known to be well-formed.
-create function public.settlement_users(p_items jsonb) returns bigint[] language sql stable set search_path = '' as $$
+create function public.settlement_users(p_items jsonb) returns bigint[] language sql stable as $$
     select array_agg((
         select r.user_id from public.usage_records r
         where r.request_id = case when i ->> 'request_id' ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'

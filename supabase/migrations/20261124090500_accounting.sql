@@ -124,7 +124,8 @@ begin
     values (p_user_id, p_key ->> 'key_name', p_key ->> 'key_prefix', p_key ->> 'last4', p_key ->> 'key_hash', p_key ->> 'hash_secret_id',
             p_key ->> 'environment_tag', p_key -> 'scope_permissions', p_primary)
     returning id into v_id;
-    insert into public.rate_limit_usage (subject, subject_id) values ('key', v_id);
+    insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
+    values ('key', v_id, null, null, null, null);
     return v_id;
 end $$;
 revoke all on function public.insert_key(bigint, jsonb, boolean) from public, anon, authenticated;

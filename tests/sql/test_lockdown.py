@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import asyncpg
 import pytest
 from sql_client import Client
+
+from supabase_config import MIGRATIONS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -64,12 +68,70 @@ async def test_every_table_has_row_level_security_and_no_policy(client: Client) 
     assert await client.rows("select policyname from pg_policies where schemaname = 'public'") == []
 
 
-async def test_every_function_runs_as_its_caller_with_an_empty_search_path(client: Client) -> None:
-    query = """
-    select oid::regprocedure::text as name from pg_proc
-    where pronamespace = 'public'::regnamespace and (prosecdef or not coalesce(proconfig, '{}') @> array['search_path=""'])
-    """
+# Called by other functions of ours only, whose empty search_path they inherit (docs/decisions/0005).
+INNER = set(
+    [
+        "admission_users",
+        "admit_checked",
+        "admit_one",
+        "advance_ring",
+        "advance_usage",
+        "affordable_output",
+        "budget_start",
+        "check_all_limits",
+        "check_limits",
+        "check_plan",
+        "check_plan_counter",
+        "check_window",
+        "correct_ring",
+        "count_in_ring",
+        "counted_tokens",
+        "current_plan",
+        "domain_allowed",
+        "expire_play_rest",
+        "find_key",
+        "is_sound_record",
+        "is_sound_user",
+        "limits_json",
+        "models_allowed",
+        "move_legacy_key",
+        "record_admission",
+        "recount_user",
+        "refusal",
+        "refuse_for_limits",
+        "refuse_identity",
+        "refuse_until",
+        "release_counters",
+        "repeat_admission",
+        "retry_after_seconds",
+        "ring_frees_at",
+        "scope_allows",
+        "settle_one",
+        "settlement_answer",
+        "settlement_users",
+        "write_settlement",
+    ]
+)
+
+
+async def test_every_function_runs_as_its_caller(client: Client) -> None:
+    query = "select oid::regprocedure::text as name from pg_proc where pronamespace = 'public'::regnamespace and prosecdef"
     assert await client.rows(query) == []
+
+
+async def test_every_function_but_the_inner_ones_sets_an_empty_search_path(client: Client) -> None:
+    query = """
+    select distinct proname as name from pg_proc
+    where pronamespace = 'public'::regnamespace and not coalesce(proconfig, '{}') @> array['search_path=""']
+    """
+    assert {row["name"] for row in await client.rows(query)} == INNER
+
+
+async def test_no_inner_function_is_called_from_outside() -> None:
+    root = MIGRATIONS.parent.parent
+    called = set(re.findall(r'call\(client, "(\w+)"', (root / "db.py").read_text() + (root / "db_security.py").read_text()))
+    assert called
+    assert not called & INNER
 
 
 async def test_the_gateway_may_call_every_function_and_read_every_table(client: Client) -> None:
