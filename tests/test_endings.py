@@ -324,7 +324,8 @@ async def test_many_that_leave_at_any_time_are_charged_together_what_the_upstrea
     await asyncio.gather(*(leave(number) for number in range(40)))
 
     async def running() -> int:
-        return sum(record["status"] == "pending" for record in await user.records()) + len(upstream.sandbox.state.in_flight)
+        pending = [record for record in await user.records() if record["status"] == "pending"]
+        return len(pending) + len(upstream.sandbox.state.in_flight)
 
     await eventually(running, lambda found: found == 0)
     records = await user.records()

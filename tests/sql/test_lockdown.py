@@ -69,49 +69,14 @@ async def test_every_table_has_row_level_security_and_no_policy(client: Client) 
 
 
 # Called by other functions of ours only, whose empty search_path they inherit (docs/decisions/0005).
-INNER = set(
-    [
-        "admission_users",
-        "admit_checked",
-        "admit_one",
-        "advance_ring",
-        "advance_usage",
-        "affordable_output",
-        "budget_start",
-        "check_all_limits",
-        "check_limits",
-        "check_plan",
-        "check_plan_counter",
-        "check_window",
-        "correct_ring",
-        "count_in_ring",
-        "counted_tokens",
-        "current_plan",
-        "domain_allowed",
-        "expire_play_rest",
-        "find_key",
-        "is_sound_record",
-        "is_sound_user",
-        "limits_json",
-        "models_allowed",
-        "move_legacy_key",
-        "record_admission",
-        "recount_user",
-        "refusal",
-        "refuse_for_limits",
-        "refuse_identity",
-        "refuse_until",
-        "release_counters",
-        "repeat_admission",
-        "retry_after_seconds",
-        "ring_frees_at",
-        "scope_allows",
-        "settle_one",
-        "settlement_answer",
-        "settlement_users",
-        "write_settlement",
-    ]
-)
+INNER = {
+    "admission_users", "admit_checked", "admit_one", "advance_ring", "advance_usage", "affordable_output", "budget_start",
+    "check_all_limits", "check_limits", "check_plan", "check_plan_counter", "check_window", "correct_ring", "count_in_ring",
+    "counted_tokens", "current_plan", "domain_allowed", "expire_play_rest", "find_key", "is_sound_record", "is_sound_user",
+    "limits_json", "models_allowed", "move_legacy_key", "record_admission", "recount_user", "refusal", "refuse_for_limits",
+    "refuse_identity", "refuse_until", "release_counters", "repeat_admission", "retry_after_seconds", "ring_frees_at",
+    "scope_allows", "settle_one", "settlement_answer", "settlement_users", "write_settlement",
+}  # fmt: skip
 
 
 async def test_every_function_runs_as_its_caller(client: Client) -> None:
