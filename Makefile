@@ -19,6 +19,8 @@ check: .venv/dev.done ## format, lint, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	@root=$$PWD; for part in tests tests/embedded tests/sandbox tests/sql; do \
+	  (cd $$part && MYPYPATH=$$root:$$root/tests:$$root/tests/sql:$$root/$$part $$root/.venv/bin/mypy --config-file $$root/pyproject.toml --cache-dir $$root/.mypy_cache/$$part *.py) || exit 1; done
 
 format: .venv/dev.done ## put the code into its form
 	.venv/bin/ruff check --fix .

@@ -80,7 +80,7 @@ class ModelIndex:
         if found is not None or ":" not in name:
             return found
         base, *suffixes = name.split(":")
-        kept = [suffix for suffix in suffixes if suffix not in ROUTING_SUFFIXES and suffix not in more_suffixes]
+        kept = [suffix for suffix in suffixes if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes]
         return self._by_id.get(":".join((base, *kept)))
 
 

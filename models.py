@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, WithJsonSchema, model_validator
 
 Credits = Annotated[Decimal, WithJsonSchema({"type": "number", "description": "Credits; 1 credit = 1 US dollar, exact to nine decimals"})]
-Limit = Annotated[int, Field(ge=0, le=2**53)]
-Id = Annotated[int, Field(ge=1, le=2**63 - 1)]
+# Strict, because `true` would be 1.
+Limit = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Id = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1)]
 
 
 class AuthMethod(StrEnum):
@@ -191,7 +192,7 @@ class RateLimits(RequestModel):
     tokens_per_minute: Limit | None = None
     tokens_per_hour: Limit | None = None
     tokens_per_day: Limit | None = None
-    concurrency: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    concurrency: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = None
     burst: Limit | None = Field(default=None, description="Requests within one second")
 
 
@@ -221,7 +222,7 @@ class PlanOrder(RequestModel):
 
     user_id: Id
     plan_id: Id
-    duration_months: Annotated[int, Field(ge=1, le=120)] = 1
+    duration_months: Annotated[int, Field(strict=True, ge=1, le=120)] = 1
 
 
 class PlanAssigned(BaseModel):

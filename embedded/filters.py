@@ -50,9 +50,7 @@ DIRECTIONS = {"asc": "asc", "desc": "desc", "nullsfirst": "nulls first", "nullsl
 
 OPERATION = re.compile(r"(?P<operator>[a-z]+)(?:\((?P<modifier>[^()]*)\))?\.(?P<value>.*)", re.DOTALL)
 NAME = r'"(?:[^"\\]|\\.)*"|[^",:>()*.-][^",:>().-]*(?:-(?!>)[^",:>().-]*)*'
-SELECTED = re.compile(
-    rf"(?:(?P<alias>{NAME}):(?!:))?(?P<field>(?:{NAME}|\*)(?:->>?(?:{NAME}|-?\d+))*)(?:::(?P<cast>[^:]+))?", re.DOTALL
-)
+SELECTED = re.compile(rf"(?:(?P<alias>{NAME}):(?!:))?(?P<field>(?:{NAME}|\*)(?:->>?(?:{NAME}|-?\d+))*)(?:::(?P<cast>[^:]+))?", re.DOTALL)
 FIELD = re.compile(rf"(?P<column>{NAME})(?P<path>(?:->>?(?:{NAME}|-?\d+))*)", re.DOTALL)
 STEP = re.compile(rf"(?P<arrow>->>?)(?P<key>{NAME}|-?\d+)", re.DOTALL)
 TYPE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?: [A-Za-z_][A-Za-z0-9_]*)*(?:\[\])?")

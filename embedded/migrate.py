@@ -119,9 +119,7 @@ async def _apply(connection: Connection, path: Path, script: str) -> None:
                 await connection.execute(statement.sql)
             except asyncpg.PostgresError as exc:
                 line = statement.line + _lines_before(statement.sql, exc)
-                raise EmbeddedDatabaseError(
-                    f"{path.name}, line {line}: {exc.message or exc} ({exc.sqlstate})."
-                ) from exc
+                raise EmbeddedDatabaseError(f"{path.name}, line {line}: {exc.message or exc} ({exc.sqlstate}).") from exc
         await connection.execute(
             "insert into supabase_migrations.schema_migrations (version, name, statements) values ($1, $2, $3)",
             _version(path),
@@ -136,9 +134,7 @@ def _check(path: Path, statement: Statement) -> None:
             f"{path.name}, line {statement.line}: a migration runs in one transaction, so it must not contain its own."
         )
     if SQL_BODY.search(statement.sql):
-        raise EmbeddedDatabaseError(
-            f"{path.name}, line {statement.line}: write the body in $$ instead of BEGIN ATOMIC."
-        )
+        raise EmbeddedDatabaseError(f"{path.name}, line {statement.line}: write the body in $$ instead of BEGIN ATOMIC.")
 
 
 def _lines_before(sql: str, error: asyncpg.PostgresError) -> int:

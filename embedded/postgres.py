@@ -38,9 +38,7 @@ class EmbeddedPostgres:
         self._restarting = asyncio.Lock()
 
     @classmethod
-    async def start(
-        cls, data_dir: Path, *, binaries: Path | None = None, settings: Mapping[str, str] | None = None
-    ) -> EmbeddedPostgres:
+    async def start(cls, data_dir: Path, *, binaries: Path | None = None, settings: Mapping[str, str] | None = None) -> EmbeddedPostgres:
         """Joins the server of `data_dir`, starting it (and creating its database) where needed.
 
         `binaries` is a folder with `postgres` and `initdb`; `settings` are PostgreSQL's own, put above our defaults.

@@ -99,9 +99,7 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         except Refusal as refusal:
             return refusal.response(request)
 
-    async def _answer_fresh(
-        self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes
-    ) -> httpx.Response:
+    async def _answer_fresh(self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes) -> httpx.Response:
         """The answer, after a second look at the schema where a name was not found: a migration may have added it."""
         known = self._connections.catalog
         try:
@@ -112,9 +110,7 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         self.forget_schema()
         return await self._answer(connection, request, target, query, body)
 
-    async def _answer(
-        self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes
-    ) -> httpx.Response:
+    async def _answer(self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes) -> httpx.Response:
         if target.startswith("rpc/"):
             return await self._answer_call(connection, request, target.removeprefix("rpc/"), query, body)
         relation = await self._relation(connection, target)
@@ -130,23 +126,14 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
             limit = asked.preferences.max_affected
             if limit is not None and row[1] > limit:
                 details = f"The query affects {row[1]} rows"
-                raise bad_request(
-                    "PGRST124", "Query result exceeds max-affected preference constraint", details=details
-                )
+                raise bad_request("PGRST124", "Query result exceeds max-affected preference constraint", details=details)
             return _changed(request, asked, row)
 
-    async def _answer_call(
-        self, connection: Proxy, request: httpx.Request, name: str, query: str, body: bytes
-    ) -> httpx.Response:
+    async def _answer_call(self, connection: Proxy, request: httpx.Request, name: str, query: str, body: bytes) -> httpx.Response:
         if request.method == "POST":
             given = _read_arguments(request, body)
             names = tuple(given) if isinstance(given, dict) else None
-            if (
-                not query
-                and names
-                and request.headers.get("accept", "*/*") in PLAIN_ACCEPTS
-                and "prefer" not in request.headers
-            ):
+            if not query and names and request.headers.get("accept", "*/*") in PLAIN_ACCEPTS and "prefer" not in request.headers:
                 return await self._answer_plain_call(connection, request, name, names, body)
             function = await self._function(connection, name, names)
             asked = read_query(request, read_parameters(query))
@@ -211,9 +198,7 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
             signature = f"public.{name}({', '.join(names or ())})"
             raise Refusal(404, "PGRST202", f"Could not find the function {signature} in the schema cache")
         if len(found) > 1:
-            raise Refusal(
-                300, "PGRST203", f"Could not choose the best candidate function between {len(found)} of public.{name}"
-            )
+            raise Refusal(300, "PGRST203", f"Could not choose the best candidate function between {len(found)} of public.{name}")
         if found[0].is_variadic:
             raise not_implemented("Calling a variadic function")
         return found[0]

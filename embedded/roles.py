@@ -23,10 +23,7 @@ API_ROLES = "anon, authenticated, service_role"
 # The defaults of projects made before 2026: what somebody forgets to revoke is open, and a test can see it.
 OLD_DEFAULT_PRIVILEGES = [
     f"grant usage on schema public to {API_ROLES}",
-    *(
-        f"alter default privileges in schema public grant all on {kind} to {API_ROLES}"
-        for kind in ("tables", "functions", "sequences")
-    ),
+    *(f"alter default privileges in schema public grant all on {kind} to {API_ROLES}" for kind in ("tables", "functions", "sequences")),
 ]
 
 

@@ -61,9 +61,7 @@ def update_statement(relation: Relation, query: Query, body: bytes) -> Statement
     columns = [_writable(relation, name) for name in names]
     arguments = Arguments([body.decode()])
     if not columns:
-        return _changed(
-            relation, query, f"select * from {relation.sql} where $1::text is null", arguments, is_read=True
-        )
+        return _changed(relation, query, f"select * from {relation.sql} where $1::text is null", arguments, is_read=True)
     source = Source(relation, relation.sql, arguments)
     values = ", ".join(f"{quote_identifier(c.name)} = {BODY}.{quote_identifier(c.name)}" for c in columns)
     rows_sql = _json_rows(columns, body, with_defaults=query.preferences.missing_is_default)
@@ -78,9 +76,7 @@ def delete_statement(relation: Relation, query: Query) -> Statement:
     return _changed(relation, query, f"delete from {relation.sql}{where}", arguments)
 
 
-def call_statement(
-    function: Function, names: Sequence[str], query: Query, max_rows: int, body: str | None
-) -> Statement:
+def call_statement(function: Function, names: Sequence[str], query: Query, max_rows: int, body: str | None) -> Statement:
     """A call with these named arguments, which are in the JSON object `body`; or `body` is the one unnamed argument."""
     arguments = Arguments([] if body is None else [body])
     call, source = _call(function, names, has_body=body is not None)
@@ -116,11 +112,7 @@ def _call(function: Function, names: Sequence[str], *, has_body: bool) -> tuple[
 def _scalar_text(function: Function, call: str) -> str:
     if function.return_type == "void":
         return f"{call}::text"
-    return (
-        f"coalesce({call}::text, 'null')"
-        if function.return_type in ("json", "jsonb")
-        else f"coalesce(to_json({call})::text, 'null')"
-    )
+    return f"coalesce({call}::text, 'null')" if function.return_type in ("json", "jsonb") else f"coalesce(to_json({call})::text, 'null')"
 
 
 def _answer(query: Query, total: str, *, element: str = PAGE, first: bool = False) -> str:
@@ -136,16 +128,12 @@ def _changed(relation: Relation, query: Query, sql: str, arguments: Arguments, *
     """A change as a statement that answers with its rows, or only with their number."""
     if query.preferences.returns == "minimal" and not query.is_single:
         returning = "" if is_read else " returning 1"
-        return Statement(
-            f"with {SOURCE} as ({sql}{returning}) select '', count(*), count(*) from {SOURCE}", arguments.values
-        )
+        return Statement(f"with {SOURCE} as ({sql}{returning}) select '', count(*), count(*) from {SOURCE}", arguments.values)
     returning = "" if is_read else f" returning {relation.sql}.*"
     reading = Source(relation, SOURCE, arguments)
     page = f"select {reading.selection(query.select)} from {SOURCE}{_order(reading, query)}"
     counted = f"(select count(*) from {SOURCE})"
-    return Statement(
-        f"with {SOURCE} as ({sql}{returning}), {PAGE} as ({page}) {_answer(query, counted)}", arguments.values
-    )
+    return Statement(f"with {SOURCE} as ({sql}{returning}), {PAGE} as ({page}) {_answer(query, counted)}", arguments.values)
 
 
 def _on_conflict(relation: Relation, query: Query, columns: Sequence[Column]) -> str:
@@ -168,13 +156,9 @@ def _json_rows(columns: Sequence[Column], body: bytes, *, with_defaults: bool) -
         return f"json_array_elements({array}) as {BODY}"
     if not with_defaults:
         return f"json_to_recordset({array}) as {BODY}({_definitions(columns)})"
-    defaults = ", ".join(
-        f"{_literal(column.name)}, {column.default}" for column in columns if column.default is not None
-    )
+    defaults = ", ".join(f"{_literal(column.name)}, {column.default}" for column in columns if column.default is not None)
     filled = f"select jsonb_build_object({defaults}) || element from jsonb_array_elements(({array})::jsonb) as element"
-    return (
-        f"({filled}) as pgrst_filled(row), lateral jsonb_to_record(pgrst_filled.row) as {BODY}({_definitions(columns)})"
-    )
+    return f"({filled}) as pgrst_filled(row), lateral jsonb_to_record(pgrst_filled.row) as {BODY}({_definitions(columns)})"
 
 
 def _definitions(columns: Sequence[Column]) -> str:

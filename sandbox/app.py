@@ -27,9 +27,7 @@ from .wire import BodyTooLarge, ClientGone, Connection, Receive, Scope, Send, du
 
 SCENARIO_HEADER = "x-sandbox-scenario"
 _PREFIXES = ("/api/v1", "/v1")
-_TOO_LATE = dumps(
-    {"error": {"code": 504, "message": "The sandbox ends answers here.", "metadata": {"error_type": "timeout"}}}
-)
+_TOO_LATE = dumps({"error": {"code": 504, "message": "The sandbox ends answers here.", "metadata": {"error_type": "timeout"}}})
 
 _Handler = Callable[[Connection, Call], Awaitable[None]]
 

@@ -127,9 +127,7 @@ def _call(function: Mapping[str, object], brief: Brief, index: int, thoughts: tu
     lead = min(tokens.count(name), room)
     pieces, finish = _cut(tokens.split(arguments), room - lead, brief.most_bytes)
     seed = zlib.crc32(f"{name}{arguments}{index}".encode())
-    return Choice(
-        index, thoughts, pieces, "tool_calls" if finish == "stop" else finish, ToolCall(f"call_{seed:08x}", name, lead)
-    )
+    return Choice(index, thoughts, pieces, "tool_calls" if finish == "stop" else finish, ToolCall(f"call_{seed:08x}", name, lead))
 
 
 def _called_function(brief: Brief) -> Mapping[str, object] | None:

@@ -89,9 +89,7 @@ _TABLE: dict[str, Scenario] = {
     "usage-every-event": Scenario("Stream: running usage in every event", {"usage": "every-event"}),
     "usage-twice": Scenario("Stream: the usage event comes twice", {"usage": "twice"}),
     "usage-missing": Scenario("No usage at all, `[DONE]` as usual", {"usage": "missing"}),
-    "usage-missing-no-done": Scenario(
-        "No usage, and the stream ends without `[DONE]`", {"usage": "missing", "done": False}
-    ),
+    "usage-missing-no-done": Scenario("No usage, and the stream ends without `[DONE]`", {"usage": "missing", "done": False}),
     "no-done": Scenario("Stream: usage comes, `[DONE]` does not", {"done": False}),
     "keepalive": Scenario("Stream: comment lines before and between the events", {"comments": (3, 1)}),
     "comment-as-data": Scenario(
@@ -103,9 +101,7 @@ _TABLE: dict[str, Scenario] = {
     "tool-call": Scenario("A tool call in fragments, asked for or not", {"calls_tool": True}),
     "reasoning": Scenario("Reasoning deltas before the answer, asked for or not", {"thinks": True}),
     "stream-error": Scenario("Stream: error with a number as code after `count` events", {"stream_error": "code"}),
-    "stream-error-string": Scenario(
-        "Stream: error with a string as code after `count` events", {"stream_error": "string"}
-    ),
+    "stream-error-string": Scenario("Stream: error with a string as code after `count` events", {"stream_error": "string"}),
     "stream-error-empty": Scenario("Stream: error with `choices: []` after `count` events", {"stream_error": "empty"}),
     "error-first": Scenario("Stream: an error is the first event", {"stream_error": "code", "after": 0}),
     "error-in-200": Scenario("Status 200 with an error as JSON, also where a stream was asked for", {"body": "error"}),

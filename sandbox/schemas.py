@@ -128,9 +128,7 @@ def _join(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str
 
 
 def _most_telling(options: list[object]) -> object:
-    return next(
-        (item for item in options if not (isinstance(item, Mapping) and item.get("type") == "null")), options[0]
-    )
+    return next((item for item in options if not (isinstance(item, Mapping) and item.get("type") == "null")), options[0])
 
 
 def _type_of(schema: Schema) -> str:

@@ -53,7 +53,7 @@ OWNERS = {"openai": {"openrouter.py"}, "supabase": {"supabase_config.py"}, "asyn
 
 
 def sources() -> list[Path]:
-    own = [path for path in ROOT.glob("*.py")]
+    own = list(ROOT.glob("*.py"))
     return sorted([*own, *(path for package in ("routes", "embedded", "sandbox") for path in (ROOT / package).rglob("*.py"))])
 
 

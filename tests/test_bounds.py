@@ -67,9 +67,7 @@ def chat(model: str | None = "plain/model", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def bound(
-    body: Mapping[str, Any], endpoint: str = CHAT, policy: BoundPolicy = POLICY, index: ModelIndex = INDEX
-) -> Bound:
+def bound(body: Mapping[str, Any], endpoint: str = CHAT, policy: BoundPolicy = POLICY, index: ModelIndex = INDEX) -> Bound:
     return bound_request(endpoint, body, len(json.dumps(body)), index, policy)
 
 
@@ -221,9 +219,7 @@ def test_a_citation_does_not_count_as_a_file() -> None:
     assert bound(chat(messages=[message])).fixed_nanos < 1_000 * 1_000
 
 
-@pytest.mark.parametrize(
-    "plugins", [[], [{"id": "file-parser"}], [{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]]
-)
+@pytest.mark.parametrize("plugins", [[], [{"id": "file-parser"}], [{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]])
 def test_a_file_whose_parser_may_charge_by_the_page_is_refused(plugins: list[Any]) -> None:
     found = refusal(with_parts(PDF, plugins=plugins))
     assert isinstance(found, UnboundedCost) and found.param == "plugins"
@@ -359,9 +355,7 @@ def test_a_model_of_unpriced_media_is_refused_without_asking() -> None:
 
 
 def test_all_models_are_reported_as_asked() -> None:
-    found = bound(
-        chat(models=["dear/model", "plain/model:floor", "plain/model"], fallbacks=[{"model": "cached/model"}])
-    )
+    found = bound(chat(models=["dear/model", "plain/model:floor", "plain/model"], fallbacks=[{"model": "cached/model"}]))
     assert found.models == ("plain/model", "dear/model", "plain/model:floor", "cached/model")
 
 
@@ -622,9 +616,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
     assert (found.status, found.code, found.param) == (400, "invalid_request", param)
 
 
-@pytest.mark.parametrize(
-    "field", ["max_tokens", "max_completion_tokens", "n", "stream", "provider", "tools", "plugins"]
-)
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n", "stream", "provider", "tools", "plugins"])
 def test_null_is_the_same_as_absent(field: str) -> None:
     assert bound(chat(**{field: None})).max_output == 4096
 
@@ -679,9 +671,7 @@ def test_embeddings_set_nothing_but_the_price_caps() -> None:
     assert set(bound(embedding(), "embeddings").apply(0)) == {"provider"}
 
 
-@pytest.mark.parametrize(
-    "value", [{"content": [image()]}, image(), {"type": "image_url", "content": None, "image_url": "https://x.y/z"}]
-)
+@pytest.mark.parametrize("value", [{"content": [image()]}, image(), {"type": "image_url", "content": None, "image_url": "https://x.y/z"}])
 def test_images_among_the_inputs_count(value: object) -> None:
     found = bound(embedding([value], model="plain/model"), "embeddings")
     assert found.fixed_nanos > IMAGE_TOKENS * 1_000
@@ -767,9 +757,7 @@ def test_what_goes_out_never_exceeds_the_grant(limit: int | None, granted: int, 
     assert all(sent[name] <= granted for name in ("max_tokens", "max_completion_tokens") if name in sent)
 
 
-@given(
-    first=st.sampled_from(usable), second=st.sampled_from(usable), own=st.lists(st.sampled_from(LIMITS), unique=True)
-)
+@given(first=st.sampled_from(usable), second=st.sampled_from(usable), own=st.lists(st.sampled_from(LIMITS), unique=True))
 def test_every_model_that_takes_a_limit_gets_one_that_it_lists(first: str, second: str, own: list[str]) -> None:
     sent = bound(chat(first, models=[second], **dict.fromkeys(own, 100))).apply(100)
     for name in (first, second):
@@ -792,14 +780,10 @@ scalars = (
     st.none()
     | st.booleans()
     | st.sampled_from([0, -1, 1, 2**63, -(10**40), 1.5, float("nan"), float("inf"), Decimal("NaN"), Decimal("1e400")])
-    | st.sampled_from(
-        ["", "web", "image_url", "text", "plain/model", "loose/model:online", "\ud800", "@preset/x", "auto"]
-    )
+    | st.sampled_from(["", "web", "image_url", "text", "plain/model", "loose/model:online", "\ud800", "@preset/x", "auto"])
 )
 keys = st.sampled_from(["type", "id", "content", "model", "max_price", "order", "image_url", "url", "prompt", "engine"])
-junk = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=12
-)
+junk = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
 READ_FIELDS = [
     *("model", "models", "fallbacks", "messages", "prompt", "input", "max_tokens", "max_completion_tokens", "n"),
     *("best_of", "stream", "user", "provider", "tools", "functions", "plugins", "modalities", "response_format"),
@@ -815,13 +799,11 @@ READ_FIELDS = [
 )
 @example(endpoint=CHAT, base=chat(), fields={"messages": [{"content": [[[[]]]]}]}, size=10)
 @example(endpoint=CHAT, base=chat(), fields={"max_tokens": 10**4000, "n": -(10**4000)}, size=10)
-def test_no_body_raises_anything_but_a_gateway_error(
-    endpoint: str, base: dict[str, Any], fields: dict[str, Any], size: int
-) -> None:
+def test_no_body_raises_anything_but_a_gateway_error(endpoint: str, base: dict[str, Any], fields: dict[str, Any], size: int) -> None:
     try:
         found = bound_request(endpoint, {**base, **fields}, size, INDEX, POLICY)
     except GatewayError as refused:
-        assert refused.status in (400, 403, 404) and refused.param
+        assert refused.status in (400, 403, 404) and refused.param  # noqa: PT017 - both ways out are checked
         orjson.dumps(refused.body("x"))
     else:
         assert found.fixed_nanos >= 0 and 0 <= found.min_output <= found.max_output

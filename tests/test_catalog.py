@@ -380,9 +380,7 @@ def test_more_suffixes_are_dropped_only_where_they_are_given() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(alphabet="aZ0.-é漢\ud800", max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3),
     max_leaves=8,
 )
 names = st.sampled_from(["id", "pricing", "context_length", "top_provider", "supported_parameters", "architecture"])

@@ -365,3 +365,8 @@ async def test_a_test_key_is_answered_by_the_sandbox_for_nothing(live_gateway: G
     records = await user.records()
     assert len(records) == 4 and {(record["cost"], record["held"], record["environment"]) for record in records} == {(0, 0, "test")}
     await live_gateway.database.assert_books_balance()
+
+
+async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:
+    user = await gateway.register()
+    assert (await user.chat(model="openai/gpt-4o-mini:slow;ms=1")).status_code == 200

@@ -39,9 +39,7 @@ def test_whole_amounts_print_without_an_exponent() -> None:
     assert str(price_of(request="0.5").base.request) == "500000000"
 
 
-@pytest.mark.parametrize(
-    "value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"]
-)
+@pytest.mark.parametrize("value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"])
 @pytest.mark.parametrize("component", ["prompt", "completion"])
 def test_a_token_price_that_is_none_leaves_the_model_unpriced(component: str, value: object) -> None:
     assert parse_price({**BASE, component: value}) is None
@@ -189,9 +187,7 @@ def test_price_caps_of_other_components_pass() -> None:
 
 
 @given(prompt=amounts, completion=amounts, write=amounts, tier=amounts, threshold=st.integers(0, 10**6))
-def test_longer_prompts_never_become_cheaper(
-    prompt: str, completion: str, write: str, tier: str, threshold: int
-) -> None:
+def test_longer_prompts_never_become_cheaper(prompt: str, completion: str, write: str, tier: str, threshold: int) -> None:
     price = price_of(
         prompt=prompt,
         completion=completion,
@@ -203,15 +199,8 @@ def test_longer_prompts_never_become_cheaper(
 
 
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.decimals()
-    | st.text(alphabet="aZ0.-é漢\ud800", max_size=8)
-    | amounts,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.decimals() | st.text(alphabet="aZ0.-é漢\ud800", max_size=8) | amounts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3),
     max_leaves=8,
 )
 names = st.sampled_from(["prompt", "completion", "overrides", "discount", "request", "image", "min_prompt_tokens", "x"])

@@ -10,12 +10,12 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from installations import INSTALLATIONS, QUICK
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
 
-SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
 FRESH_ROWS = '''
     truncate people, journal, "odd ""names""" restart identity;
     insert into people (name, code, age, feels, tags, data, born) values
@@ -23,11 +23,6 @@ FRESH_ROWS = '''
         ('Bob', 'BO', null, 'angry', '{y}', '{"city": {"zip": "20"}}', null),
         ('Cy, "the" (third)', null, 50, null, '{}', '{}', null);
 '''
-QUICK = {"fsync": "off"}
-INSTALLATIONS = [
-    pytest.param(None, id="wheel"),
-    pytest.param(SYSTEM_15, id="system-15", marks=pytest.mark.skipif(not SYSTEM_15.exists(), reason="not installed")),
-]
 
 
 @pytest.fixture(scope="session", params=INSTALLATIONS)
@@ -76,7 +71,5 @@ async def http(transport: PostgrestTransport) -> AsyncIterator[httpx.AsyncClient
 @pytest.fixture
 async def client(http: httpx.AsyncClient) -> AsyncClient:
     """The official client."""
-    options = AsyncClientOptions(
-        httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False
-    )
+    options = AsyncClientOptions(httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False)
     return await acreate_client("http://x.invalid", "service-role-key", options)

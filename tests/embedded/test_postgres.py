@@ -21,12 +21,12 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from installations import INSTALLATIONS, QUICK
 
 from embedded import EmbeddedDatabaseError
 from embedded.binaries import borrowed_identity, find_binaries
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
-from tests.embedded.conftest import INSTALLATIONS, QUICK
 
 PROJECT = Path(__file__).parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, see prctl(2)
@@ -160,9 +160,9 @@ async def test_a_new_database_is_what_a_supabase_project_starts_from(made: tuple
         assert await ask(server, "select has_table_privilege('anon', 'forgotten', 'select')")
         assert await ask(server, "drop table forgotten") is None
         settings = "select string_agg(name || '=' || setting, ' ' order by name) from pg_settings where name in"
-        assert await ask(
-            server, f"{settings} ('listen_addresses', 'synchronous_commit', 'TimeZone', 'server_encoding')"
-        ) == ("TimeZone=UTC listen_addresses= server_encoding=UTF8 synchronous_commit=on")
+        assert await ask(server, f"{settings} ('listen_addresses', 'synchronous_commit', 'TimeZone', 'server_encoding')") == (
+            "TimeZone=UTC listen_addresses= server_encoding=UTF8 synchronous_commit=on"
+        )
         assert await ask(server, "select datcollate from pg_database where datname = current_database()") == "C"
 
 
@@ -179,9 +179,7 @@ async def test_nobody_else_can_reach_the_server(made: tuple[Path, Path | None]) 
             await ask(server, "select 1", role="anon")
         me = pwd.getpwuid(os.geteuid()).pw_name
         assert (made[0] / "data" / "pg_hba.conf").read_text() == "local all all peer map=gateway\n"
-        assert {line.split()[1] for line in (made[0] / "data" / "pg_ident.conf").read_text().splitlines()} == {
-            f'"{me}"'
-        }
+        assert {line.split()[1] for line in (made[0] / "data" / "pg_ident.conf").read_text().splitlines()} == {f'"{me}"'}
 
 
 async def test_the_last_one_out_stops_the_server(made: tuple[Path, Path | None]) -> None:
@@ -313,9 +311,7 @@ def test_binaries_in_a_closed_folder_are_copied_once_to_an_open_one(tmp_path: Pa
         assert initdb.returncode == 0
 
 
-async def test_a_data_folder_with_a_path_too_long_for_a_socket_works(
-    made: tuple[Path, Path | None], tmp_path: Path
-) -> None:
+async def test_a_data_folder_with_a_path_too_long_for_a_socket_works(made: tuple[Path, Path | None], tmp_path: Path) -> None:
     long = tmp_path / ("x" * 100) / ("y" * 100)
     long.parent.mkdir()
     shutil.copytree(made[0], long)
@@ -360,9 +356,7 @@ async def test_missing_binaries_are_refused_in_one_sentence(tmp_path: Path) -> N
     assert "name the folder that holds postgres and initdb" in await refusal(tmp_path, binaries=tmp_path)
 
 
-async def test_a_database_of_another_version_is_refused_in_one_sentence(
-    made: tuple[Path, Path | None], tmp_path: Path
-) -> None:
+async def test_a_database_of_another_version_is_refused_in_one_sentence(made: tuple[Path, Path | None], tmp_path: Path) -> None:
     shutil.copytree(made[0], tmp_path / "copy")
     (tmp_path / "copy" / "data" / "PG_VERSION").write_text("14\n")
     assert "was made by PostgreSQL 14" in await refusal(tmp_path / "copy", binaries=made[1])

@@ -118,9 +118,7 @@ async def test_an_error_of_a_function_keeps_its_code_and_gets_postgrests_status(
         ('add"(1); drop table people; --', "{}", 404, "PGRST202"),
     ],
 )
-async def test_a_call_that_fits_no_function_is_refused(
-    http: httpx.AsyncClient, name: str, body: str, status: int, code: str
-) -> None:
+async def test_a_call_that_fits_no_function_is_refused(http: httpx.AsyncClient, name: str, body: str, status: int, code: str) -> None:
     answer = await http.post(f"/rpc/{name}", content=body)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
@@ -130,9 +128,7 @@ async def test_a_function_is_found_when_a_migration_adds_or_changes_it(client: A
     await owner.execute("create function late(p_a int) returns int language sql as 'select 1'")
     try:
         assert (await client.rpc("late", {"p_a": 1}).execute()).data == 1
-        await owner.execute(
-            "drop function late; create function late(p_a text) returns text language sql as 'select $1'"
-        )
+        await owner.execute("drop function late; create function late(p_a text) returns text language sql as 'select $1'")
         assert (await client.rpc("late", {"p_a": "new"}).execute()).data == "new"
     finally:
         await owner.execute("drop function late")

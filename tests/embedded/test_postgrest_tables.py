@@ -162,9 +162,7 @@ async def test_a_conflict_is_refused_merged_or_ignored_as_asked(client: AsyncCli
 
 
 async def test_an_update_changes_the_chosen_rows(client: AsyncClient, http: httpx.AsyncClient) -> None:
-    changed = (
-        await client.table("people").update({"age": 1, "data": {"k": None}}, count="exact").in_("id", [1, 2]).execute()
-    )
+    changed = await client.table("people").update({"age": 1, "data": {"k": None}}, count="exact").in_("id", [1, 2]).execute()
     assert ([row["data"] for row in changed.data], changed.count) == ([{"k": None}] * 2, 2)
     minimal = await http.patch("/people?id=eq.1", json={"age": None})
     assert (minimal.status_code, minimal.headers["content-range"]) == (204, "0-0/*")
@@ -229,9 +227,7 @@ async def test_names_with_quotes_are_only_names(http: httpx.AsyncClient) -> None
         ({"order": "friends(name)"}, 501, "PGRST501"),
     ],
 )
-async def test_a_query_that_cannot_be_read_is_refused(
-    http: httpx.AsyncClient, parameters: dict[str, str], status: int, code: str
-) -> None:
+async def test_a_query_that_cannot_be_read_is_refused(http: httpx.AsyncClient, parameters: dict[str, str], status: int, code: str) -> None:
     answer = await http.get("/people", params=parameters)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 

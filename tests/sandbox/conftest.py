@@ -55,9 +55,7 @@ async def client(app: Sandbox) -> AsyncIterator[Client]:
 @pytest.fixture
 async def sdk(app: Sandbox) -> AsyncIterator[openai.AsyncOpenAI]:
     http = httpx2.AsyncClient(transport=SandboxTransport(app))
-    async with openai.AsyncOpenAI(
-        api_key="sk-or-v1-test", base_url=BASE_URL, http_client=http, max_retries=0
-    ) as client:
+    async with openai.AsyncOpenAI(api_key="sk-or-v1-test", base_url=BASE_URL, http_client=http, max_retries=0) as client:
         yield client
 
 

@@ -40,9 +40,7 @@ def exact(text: str) -> Any:
 
 
 async def test_the_openai_sdk_reads_a_completion(sdk: openai.AsyncOpenAI) -> None:
-    completion = await sdk.chat.completions.create(
-        model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}]
-    )
+    completion = await sdk.chat.completions.create(model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}])
     assert completion.id.startswith("gen-")
     assert "Say hi" in (completion.choices[0].message.content or "")
     assert completion.choices[0].finish_reason == "stop"

@@ -21,15 +21,11 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 def spoken(text: str) -> str:
-    return "".join(
-        choice["delta"].get("content") or "" for event in events(text) for choice in event.get("choices", [])
-    )
+    return "".join(choice["delta"].get("content") or "" for event in events(text) for choice in event.get("choices", []))
 
 
 async def test_the_openai_sdk_reads_a_stream(sdk: openai.AsyncOpenAI) -> None:
-    stream = await sdk.chat.completions.create(
-        model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}], stream=True
-    )
+    stream = await sdk.chat.completions.create(model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}], stream=True)
     chunks = [chunk async for chunk in stream]
     assert "Say hi" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(chunks) - 2
@@ -45,8 +41,7 @@ async def test_a_stream_says_and_costs_what_the_whole_answer_does(client: Client
 
 async def test_the_three_usage_shapes_differ_in_their_choices(client: Client) -> None:
     last = {
-        name: events((await client.ask(f"usage-{name}", stream=True)).text)[-1]
-        for name in ("with-finish", "empty-choices", "null-finish")
+        name: events((await client.ask(f"usage-{name}", stream=True)).text)[-1] for name in ("with-finish", "empty-choices", "null-finish")
     }
     assert last["with-finish"]["choices"][0]["finish_reason"] == "stop"
     assert last["empty-choices"]["choices"] == []
