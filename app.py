@@ -16,7 +16,7 @@ from documentation import DESCRIPTION, document_proxy
 from logs import configure_logging
 from middleware import RequestLog
 from replies import HANDLERS
-from routes import admin, internal, proxy, public, users
+from routes import admin, internal, keys, operations, plans, proxy, public, users
 from runtime import Service
 from welcome import print_welcome
 
@@ -59,7 +59,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         strict_content_type=False,  # `curl -d` says it sends a form
     )
     app.state.runtime = Service(configuration)
-    for area in (public, users, admin, internal):
+    for area in (public, users, keys, plans, admin, operations, internal):
         app.include_router(area.router)
     proxy.add_proxy_routes(app)
     document_proxy(app)

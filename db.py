@@ -14,7 +14,8 @@ from supabase_config import AsyncClient, MissingFunction, call, execute
 Row = dict[str, Any]
 
 USER_COLUMNS = (
-    "id,username,email,auth_method,role,credits_nanos,held_nanos,is_active,subscription_status,trial_expires_at,registration_date"
+    "id,username,email,auth_method,role,credits_nanos,held_nanos,is_active,subscription_status,trial_expires_at,preferences,settings,"
+    "registration_date,created_at,updated_at"
 )
 RECORD_COLUMNS = (
     "request_id,client_request_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
@@ -120,3 +121,101 @@ async def list_transactions(client: AsyncClient, user_id: int, *, before: int | 
     if before is not None:
         query = query.lt("id", before)
     return list(await execute(query.order("id", desc=True).limit(limit)))
+
+
+# Profiles and accounts.
+
+
+async def update_profile(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome updated, username_taken, email_taken or not_found."""
+    return Row(await call(client, "update_profile", {"p": order}))
+
+
+async def delete_account(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome deleted or not_found."""
+    return Row(await call(client, "delete_account", {"p": order}))
+
+
+async def set_user(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Suspends, restores, or changes the role: outcome set or not_found."""
+    return Row(await call(client, "set_user", {"p": order}))
+
+
+async def list_users(client: AsyncClient, *, text: str | None, before: int | None, limit: int) -> list[Row]:
+    """Accounts by username or email, newest first, each with its keys (masked by whoever shows them)."""
+    query = client.table("users").select(USER_COLUMNS)
+    if text:
+        literal = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        # Within the quotes of a filter a backslash escapes once more.
+        pattern = "%" + literal.replace("\\", "\\\\").replace('"', '\\"') + "%"
+        query = query.or_(f'username.ilike."{pattern}",email.ilike."{pattern}"')
+    if before is not None:
+        query = query.lt("id", before)
+    return list(await execute(query.order("id", desc=True).limit(limit)))
+
+
+# Plans and limits.
+
+
+async def list_plans(client: AsyncClient) -> list[Row]:
+    """The plans on offer, cheapest first."""
+    return list(await execute(client.table("plans").select("*").eq("is_active", True).order("price_per_month_nanos").order("id")))
+
+
+async def get_plan(client: AsyncClient, plan_id: int) -> Row | None:
+    rows = await execute(client.table("plans").select("*").eq("id", plan_id).limit(1))
+    return rows[0] if rows else None
+
+
+async def create_plan(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome created or slug_taken."""
+    return Row(await call(client, "create_plan", {"p": order}))
+
+
+async def update_plan(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome updated, built_in or not_found."""
+    return Row(await call(client, "update_plan", {"p": order}))
+
+
+async def cancel_plan(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome cancelled or no_plan."""
+    return Row(await call(client, "cancel_plan", {"p": order}))
+
+
+async def read_limits(client: AsyncClient, user_id: int, key_id: int) -> Row:
+    """Limits, plan and counters of a user as of now."""
+    return Row(await call(client, "read_limits", {"p_user_id": user_id, "p_key_id": key_id}))
+
+
+# Corrections.
+
+
+async def refund_request(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome refunded, repeated, conflict, not_settled, too_much or not_found."""
+    return Row(await call(client, "refund_request", {"p": order}))
+
+
+async def adjust_credits(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome adjusted, repeated, conflict, too_much, too_large or not_found."""
+    return Row(await call(client, "adjust_credits", {"p": order}))
+
+
+# Analytics.
+
+
+async def report_usage(client: AsyncClient, *, user_id: int | None, report: Mapping[str, Any]) -> list[Row]:
+    """Settled requests by time and group; `report` holds start, end, zone, bucket, group and limit."""
+    return list(await call(client, "report_usage", {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}}))
+
+
+async def sum_up_usage(client: AsyncClient) -> bool:
+    """Sums up what is closed, at most a day of it; whether there is more."""
+    return bool(await call(client, "sum_up_usage", {}))
+
+
+async def usage_metrics(client: AsyncClient, user_id: int) -> Row:
+    return Row(await call(client, "usage_metrics", {"p_user_id": user_id}))
+
+
+async def system_metrics(client: AsyncClient) -> Row:
+    return Row(await call(client, "system_metrics", {}))

@@ -5,9 +5,93 @@ Keys arrive here as HMACs, computed elsewhere: this module never sees one in cle
 
 from __future__ import annotations
 
-from supabase_config import AsyncClient, call
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from supabase_config import AsyncClient, call, execute
+
+Row = dict[str, Any]
+
+AUDIT_COLUMNS = "id,actor,action,target,user_id,key_id,ip,user_agent,request_id,details,occurrences,created_at"
 
 
 async def list_key_secrets_in_use(client: AsyncClient) -> set[str]:
     """Ids of the HMAC secrets that stored keys still need; dropping one of them would lock its keys out."""
     return set(await call(client, "key_secrets_in_use", {}))
+
+
+# Keys. `order` holds user_id, the acting key (maker_id) and the stamp of the action.
+
+
+async def list_keys(client: AsyncClient, user_id: int) -> list[Row]:
+    """A user's keys that are not revoked, oldest first."""
+    return list(await call(client, "list_keys", {"p_user_id": user_id}))
+
+
+async def list_primary_keys(client: AsyncClient, user_ids: Sequence[int]) -> dict[int, str]:
+    """Users' primary keys, masked, by user id."""
+    query = client.table("api_keys_new").select("user_id,key_prefix,last4").in_("user_id", list(user_ids)).eq("is_primary", True)
+    return {row["user_id"]: f"{row['key_prefix']}...{row['last4']}" for row in await execute(query)} if user_ids else {}
+
+
+async def create_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome created, name_taken, too_many, broader or not_found."""
+    return Row(await call(client, "create_key", {"p": order}))
+
+
+async def update_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome updated, name_taken, too_many, broader or not_found."""
+    return Row(await call(client, "update_key", {"p": order}))
+
+
+async def rotate_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """All of them or none: outcome rotated, broader or not_found."""
+    return Row(await call(client, "rotate_keys", {"p": order}))
+
+
+async def revoke_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome revoked or not_found."""
+    return Row(await call(client, "revoke_key", {"p": order}))
+
+
+async def reveal_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome revealed (with the encrypted key), not_revealable, broader or not_found."""
+    return Row(await call(client, "reveal_key", {"p": order}))
+
+
+async def find_keys(client: AsyncClient, *, text: str | None, user_id: int | None, before: int | None, limit: int) -> list[Row]:
+    """Keys by prefix and last 4, or name; newest first."""
+    return list(await call(client, "find_keys", {"p_text": text, "p_user_id": user_id, "p_before": before, "p_limit": limit}))
+
+
+async def import_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome imported, or not_found."""
+    return Row(await call(client, "import_keys", {"p": order}))
+
+
+# The audit log.
+
+
+async def list_audit_logs(
+    client: AsyncClient,
+    *,
+    user_id: int | None = None,
+    key_id: int | None = None,
+    action: str | None = None,
+    start: str | None = None,
+    end: str | None = None,
+    before: int | None = None,
+    limit: int = 100,
+) -> list[Row]:
+    """Security events and administrators' actions, newest first; `before` is the id of the last row seen."""
+    query = client.table("audit_logs").select(AUDIT_COLUMNS)
+    for column, value in (("user_id", user_id), ("key_id", key_id), ("action", action)):
+        if value is not None:
+            query = query.eq(column, value)
+    if start is not None:
+        query = query.gte("created_at", start)
+    if end is not None:
+        query = query.lt("created_at", end)
+    if before is not None:
+        query = query.lt("id", before)
+    return list(await execute(query.order("id", desc=True).limit(limit)))

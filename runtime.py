@@ -121,6 +121,11 @@ class Runtime:
         """Finishes what crashed instances left behind."""
         return await self.settlements.sweep(lambda limit: db.list_expired_holds(self.client, limit))
 
+    async def sum_up(self) -> None:
+        """Brings the usage sums up to what is closed, a day at a time."""
+        while await db.sum_up_usage(self.client):
+            pass
+
     async def aclose(self) -> None:
         """Lets running requests end for a while, settles the others, and closes the upstreams."""
         if self.exchanges:
@@ -234,6 +239,7 @@ class Service:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await runtime.sweep()
+                await runtime.sum_up()
             except GatewayError as error:
                 log.warning("sweep_failed", reason=error.message)
 

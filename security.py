@@ -265,6 +265,17 @@ class Caller:
     def actor(self) -> str:
         return f"key:{self.key_id}"
 
+    def stamp(self) -> dict[str, Any]:
+        """Who acts, with which key, from where: the fields that every change is made and recorded with."""
+        return {
+            "user_id": self.user_id,
+            "maker_id": self.key_id,
+            "actor": self.actor,
+            "address": self.address,
+            "user_agent": self.user_agent,
+            "request_id": self.request_id,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Admin:

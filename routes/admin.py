@@ -1,18 +1,23 @@
-"""What may an administrator change? Credits, limits and plans."""
+"""What may an administrator change about an account? Credits, limits, plans, and whether it works."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 import db
+import db_security
 from errors import BadRequest, Conflict, NotFound
 from models import CreditGrant, CreditsGranted, ErrorBody, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target
+from models_accounts import Adjustment, Refund, UserChange
 from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
 from routes.exact import ExactRoute
+from routes.keys import view
+from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.users import shown_metrics
 from runtime import Runtime
 from security import AdminOnly, Declared
 
@@ -91,3 +96,125 @@ async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> R
 def _require_found(outcome: str) -> None:
     if outcome == "not_found":
         raise NotFound("There is no such user or key.", code="user_not_found")
+
+
+@router.post("/adjust_credits", summary="Correct a balance, up or down")
+async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    nanos = nanos_from_credits(order.credits)
+    found = await db.adjust_credits(
+        runtime.client,
+        {
+            **admin.stamp(),
+            **_whom(order, runtime),
+            "amount_nanos": str(nanos),
+            "reason": order.reason,
+            "idempotency_key": order.idempotency_key,
+        },
+    )
+    _raise_correction_refusal(found)
+    return Reply(_corrected(found, "Adjusted"))
+
+
+@router.post("/refund", summary="Give back what a request cost, or part of it")
+async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    nanos = None if order.credits is None else str(nanos_from_credits(order.credits))
+    found = await db.refund_request(
+        runtime.client,
+        {
+            **admin.stamp(),
+            "refunded_request_id": str(order.request_id),
+            "amount_nanos": nanos,
+            "reason": order.reason,
+            "idempotency_key": order.idempotency_key,
+        },
+    )
+    if found["outcome"] == "not_found":
+        raise NotFound("There is no request of this id.", param="request_id")
+    if found["outcome"] == "not_settled":
+        raise Conflict("This request has not been settled yet.", param="request_id")
+    _raise_correction_refusal(found)
+    return Reply({**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])})
+
+
+def _raise_correction_refusal(found: db.Row) -> None:
+    outcome = found["outcome"]
+    _require_found(outcome)
+    if outcome == "conflict":
+        raise Conflict("This idempotency_key belongs to another order.", param="idempotency_key")
+    if outcome == "too_large":
+        raise BadRequest("`credits`: the balance would exceed what can be stored.", param="credits")
+    if outcome == "too_much":
+        most: int = found["refundable_nanos"] if "refundable_nanos" in found else found["available_nanos"]
+        raise BadRequest(f"`credits`: at most {plain(credits_from_nanos(most))} are possible.", param="credits")
+
+
+def _corrected(found: db.Row, done: str) -> dict[str, Any]:
+    return {
+        "status": "success",
+        "message": "Was done before; nothing changed" if found["outcome"] == "repeated" else done,
+        "new_balance": credits_from_nanos(found["balance_nanos"]),
+        "user_id": found["user_id"],
+        "transaction_id": found["transaction_id"],
+    }
+
+
+@router.get("/users", summary="Accounts; search by name or email")
+async def list_users(
+    request: Request,
+    admin: AdminOnly,
+    search: Annotated[str | None, Query(max_length=254)] = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
+    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    return Reply({"status": "success", "users": [_user(row) for row in rows], "next_cursor": following})
+
+
+@router.get("/users/{user_id}", summary="One account, with its keys and limits")
+async def read_user(request: Request, user_id: PathId, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    row = await db.get_user(runtime.client, user_id)
+    if row is None:
+        raise NotFound("There is no such user.", param="user_id")
+    keys = [view(key) for key in await db_security.list_keys(runtime.client, user_id)]
+    metrics = shown_metrics(await db.usage_metrics(runtime.client, user_id))
+    return Reply({"status": "success", "user": _user(row), "keys": keys, "usage_metrics": metrics})
+
+
+@router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
+async def set_user(request: Request, user_id: PathId, order: UserChange, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    changes = order.model_dump(exclude_none=True)
+    found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
+    _require_found(found["outcome"])
+    row = await db.get_user(runtime.client, user_id)
+    return Reply({"status": "success", "user": None if row is None else _user(row)})
+
+
+@router.get("/balance", summary="Every account's balance")
+async def read_balances(request: Request, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
+    keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])
+    users = [
+        {
+            "user_id": row["id"],
+            "username": row["username"],
+            "api_key": keys.get(row["id"]),
+            "credits": credits_from_nanos(row["credits_nanos"]),
+            "held": credits_from_nanos(row["held_nanos"]),
+        }
+        for row in rows
+    ]
+    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    total = await db.count_users(runtime.client)
+    return Reply({"status": "success", "total_users": total, "users": users, "next_cursor": following})
+
+
+def _user(row: db.Row) -> dict[str, Any]:
+    amounts = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in ("credits", "held")}
+    return {**{name: value for name, value in row.items() if not name.endswith("_nanos")}, **amounts}

@@ -26,7 +26,9 @@ router = APIRouter(
 async def sweep(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     _require_secret(request, runtime)
-    return Reply({"status": "success", **await runtime.sweep()})
+    swept = await runtime.sweep()
+    await runtime.sum_up()
+    return Reply({"status": "success", **swept})
 
 
 def _require_secret(request: Request, runtime: Runtime) -> None:

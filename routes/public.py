@@ -100,6 +100,13 @@ async def list_models(request: Request) -> Response:
     return Reply({"status": "success", "total_models": len(index.raw), "models": index.raw, "timestamp": utc_now()})
 
 
+@router.get("/models/providers", summary="Who makes the models")
+async def list_providers(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(shown_environment(request)).models()
+    return Reply({"status": "success", "provider_statistics": provider_statistics(index.raw), "timestamp": utc_now()})
+
+
 @router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them")
 @router.get("/api/v1/models", include_in_schema=False)
 async def list_models_for_clients(request: Request) -> Response:
@@ -117,6 +124,33 @@ async def read_model(request: Request, model_id: str) -> Response:
         if entry.get("id") == model_id:
             return Reply(entry)
     raise ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param="model")
+
+
+def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """Models by the author that their ids begin with; the newest three of each are suggested."""
+    providers: dict[str, list[dict[str, Any]]] = {}
+    for model in models:
+        providers.setdefault(str(model.get("id", "")).split("/")[0], []).append(model)
+    shown: dict[str, dict[str, Any]] = {
+        author: {
+            "name": str(entries[0].get("name", author)).split(":")[0],
+            "model_count": len(entries),
+            "suggested_models": [e["id"] for e in sorted(entries, key=lambda e: -_created(e))[:3]],
+        }
+        for author, entries in sorted(providers.items())
+    }
+    return {
+        "total_providers": len(shown),
+        "total_models": len(models),
+        "suggested_models": sum(len(entry["suggested_models"]) for entry in shown.values()),
+        "pricing_available": sum(1 for model in models if model.get("pricing")),
+        "providers": shown,
+    }
+
+
+def _created(model: dict[str, Any]) -> float:
+    created = model.get("created")
+    return created if isinstance(created, int | float) else 0
 
 
 @router.post(

@@ -1,41 +1,43 @@
-"""What may a user see of their own account? Balance, usage and transactions."""
+"""What may a user see and change of their own account? Profile, balance, limits, usage and transactions."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import datetime
-from typing import Annotated
-from uuid import UUID
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 import db
-from errors import BadRequest, NotFound
+import db_security
+from errors import Conflict, NotFound
 from models import Balance, ErrorBody, Transaction, Transactions, UsageRecord, UsageRecords
+from models_accounts import AccountDeletion, Profile, ProfileChange
+from models_keys import Moment
 from money import credits_from_nanos
-from replies import Reply
+from replies import Reply, utc_now
+from routes.exact import ExactRoute
+from routes.pages import Cursor, PageSize, cursor_of, id_of, moment_and_id_of
+from routes.reports import Bucket, Format, Group, Zone, csv_answer, usage_report
 from runtime import Runtime
 from security import Caller, Declared, may
 
 router = APIRouter(
     prefix="/user",
     tags=["account"],
+    route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
 )
 
-PageSize = Annotated[int, Query(ge=1, le=1000, description="Rows a page")]
-Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")]
+LIMITS = ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+ProfileReader = Annotated[Caller, may("read", "profile")]
+UsageReader = Annotated[Caller, may("read", "usage")]
 
 
 @router.get("/balance", summary="What is left", response_model=Balance)
 async def read_balance(request: Request, caller: Annotated[Caller, may("read", "balance")]) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    user = await db.get_user(runtime.client, caller.user_id)
-    if user is None:
-        raise NotFound("This account no longer exists.")
+    user = await _require_user(runtime, caller)
     credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
     return Reply(
         Balance(
@@ -49,15 +51,111 @@ async def read_balance(request: Request, caller: Annotated[Caller, may("read", "
     )
 
 
-@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords)
-async def list_usage_records(
-    request: Request, caller: Annotated[Caller, may("read", "usage")], limit: PageSize = 100, cursor: Cursor = None
+@router.get("/profile", summary="Your account", response_model=Profile)
+async def read_profile(request: Request, caller: ProfileReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply(await _profile(runtime, caller))
+
+
+@router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
+async def update_profile(request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    given = order.model_dump(exclude_none=True)
+    changes = {("username" if name == "name" else name): value for name, value in given.items()}
+    found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
+    if found["outcome"] in ("username_taken", "email_taken"):
+        field = found["outcome"].removesuffix("_taken")
+        raise Conflict(f"This {field} is already registered.", param="name" if field == "username" else field)
+    return Reply(await _profile(runtime, caller))
+
+
+@router.delete("/account", summary="Delete your account, for good")
+async def delete_account(request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    await db.delete_account(runtime.client, caller.stamp())
+    message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
+    return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
+
+
+@router.get("/monitor", summary="What you have used, and your limits")
+async def read_monitor(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    user = await _require_user(runtime, caller)
+    metrics = await db.usage_metrics(runtime.client, caller.user_id)
+    limits = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    return Reply(
+        {
+            "status": "success",
+            "timestamp": utc_now(),
+            "user_id": caller.user_id,
+            "api_key": caller.masked_key,
+            "current_credits": credits_from_nanos(user["credits_nanos"]),
+            "usage_metrics": shown_metrics(metrics),
+            "rate_limits": {name: limits["limits"][name] for name in LIMITS},
+        }
+    )
+
+
+@router.get("/limit", summary="Your rate limits, and what is used of them")
+async def read_limit(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    shown = (*LIMITS, "concurrency", "burst")
+    key_limits = found["key_limits"]
+    return Reply(
+        {
+            "status": "success",
+            "api_key": caller.masked_key,
+            "current_limits": {name: found["limits"][name] for name in shown},
+            "key_limits": None if key_limits is None else {name: key_limits[name] for name in shown},
+            "current_usage": found["used"],
+            # Places free bucket by bucket; after these many seconds of silence everything is free again.
+            "reset_times": {"minute": 70, "hour": 3900, "day": 90000},
+        }
+    )
+
+
+@router.get("/environment-usage", summary="Requests by environment of your keys")
+async def read_environment_usage(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found: dict[str, dict[str, Any]] = {}
+    for row in await db_security.list_keys(runtime.client, caller.user_id):
+        entry = found.setdefault(row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0})
+        entry["total_requests"] += row["requests_used"]
+        entry["key_count"] += 1
+        if row["max_requests"] is not None:
+            entry["total_max_requests"] = (entry["total_max_requests"] or 0) + row["max_requests"]
+    return Reply({"status": "success", "environment_usage": found})
+
+
+@router.get("/usage", summary="What you have used, by time and group")
+async def read_usage(
+    request: Request,
+    caller: UsageReader,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    timezone: Zone = "UTC",
+    bucket: Bucket = "day",
+    group_by: Group = "model",
+    format: Format = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    before = _read_record_cursor(cursor) if cursor else None
-    rows = await db.list_usage_records(runtime.client, caller.user_id, before=before, limit=limit)
-    following = _cursor(f"{rows[-1]['created_at']} {rows[-1]['request_id']}") if len(rows) == limit else None
-    return Reply(UsageRecords(status="success", records=[_record(row) for row in rows], next_cursor=following))
+    return await usage_report(
+        runtime, user_id=caller.user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format
+    )
+
+
+@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords)
+async def list_usage_records(
+    request: Request, caller: UsageReader, limit: PageSize = 100, cursor: Cursor = None, format: Annotated[Format, Query()] = "json"
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_usage_records(runtime.client, caller.user_id, before=moment_and_id_of(cursor), limit=limit)
+    following = cursor_of(f"{rows[-1]['created_at']} {rows[-1]['request_id']}") if len(rows) == limit else None
+    records = [_record(row) for row in rows]
+    if format == "csv":
+        return csv_answer(UsageRecord.model_fields, (record.model_dump() for record in records), "records.csv")
+    return Reply(UsageRecords(status="success", records=records, next_cursor=following))
 
 
 @router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions)
@@ -65,10 +163,31 @@ async def list_transactions(
     request: Request, caller: Annotated[Caller, may("read", "transactions")], limit: PageSize = 100, cursor: Cursor = None
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    before = _read_id_cursor(cursor) if cursor else None
-    rows = await db.list_transactions(runtime.client, caller.user_id, before=before, limit=limit)
-    following = _cursor(str(rows[-1]["id"])) if len(rows) == limit else None
+    rows = await db.list_transactions(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
+    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
     return Reply(Transactions(status="success", transactions=[_transaction(row) for row in rows], next_cursor=following))
+
+
+async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
+    user = await db.get_user(runtime.client, caller.user_id)
+    if user is None:
+        raise NotFound("This account no longer exists.")
+    return user
+
+
+async def _profile(runtime: Runtime, caller: Caller) -> Profile:
+    user = await _require_user(runtime, caller)
+    shown = {name: user[name] for name in Profile.model_fields if name in user}
+    return Profile(**shown, user_id=caller.user_id, api_key=caller.masked_key, credits=credits_from_nanos(user["credits_nanos"]))
+
+
+def shown_metrics(metrics: db.Row) -> dict[str, Any]:
+    """Metrics with their amounts in credits."""
+    found = {
+        name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value for name, value in metrics.items()
+    }
+    total = metrics["total_requests"]
+    return {**found, "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0}
 
 
 def _record(row: db.Row) -> UsageRecord:
@@ -88,29 +207,3 @@ def _transaction(row: db.Row) -> Transaction:
         balance_after=credits_from_nanos(row.pop("balance_after_nanos")),
         **row,
     )
-
-
-def _cursor(text: str) -> str:
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _text_of(cursor: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-    except (binascii.Error, ValueError):
-        raise BadRequest("This is no cursor of ours.", param="cursor") from None
-
-
-def _read_record_cursor(cursor: str) -> tuple[str, str]:
-    moment, _, request_id = _text_of(cursor).partition(" ")
-    try:
-        return datetime.datetime.fromisoformat(moment).isoformat(), str(UUID(request_id))
-    except ValueError:
-        raise BadRequest("This is no cursor of ours.", param="cursor") from None
-
-
-def _read_id_cursor(cursor: str) -> int:
-    text = _text_of(cursor)
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise BadRequest("This is no cursor of ours.", param="cursor")
-    return int(text)

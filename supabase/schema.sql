@@ -1847,4 +1847,910 @@ revoke all on function public.audit_ledger() from public, anon, authenticated;
 grant execute on function public.audit_ledger() to service_role;
 
 
+
+-- ============================================================================
+-- keys
+-- ============================================================================
+
+-- Keys: making, changing, rotating and revoking them; never broader than the key that does it.
+-- Functions take p jsonb and return an outcome. The stamp of an action (actor, address, user_agent, request_id) is in p.
+
+create function public.scopes_within(p_inner jsonb, p_outer jsonb) returns boolean
+language sql immutable set search_path = '' as $$
+    select not exists (
+        select from jsonb_each(p_inner) as verb (name, resources), jsonb_array_elements_text(verb.resources) as resource (name)
+        where not coalesce((p_outer -> verb.name) ?| array['*', resource.name], false)
+    )
+$$;
+comment on function public.scopes_within is 'Whether everything that the inner scopes allow is allowed by the outer ones.';
+revoke all on function public.scopes_within(jsonb, jsonb) from public, anon, authenticated;
+grant execute on function public.scopes_within(jsonb, jsonb) to service_role;
+
+create function public.environment_rank(p_environment text) returns int language sql immutable set search_path = '' as $$
+    select case p_environment when 'test' then 1 when 'live' then 3 else 2 end
+$$;
+revoke all on function public.environment_rank(text) from public, anon, authenticated;
+grant execute on function public.environment_rank(text) to service_role;
+
+-- Why a key may not exist at the hands of its maker (the key that asks for it), or null. An administrator's hands have no key.
+create function public.broader_than(p_key public.api_keys_new, p_maker public.api_keys_new) returns text
+language plpgsql stable set search_path = '' as $$
+begin
+    if p_maker.id is null then
+        return null;
+    elsif not public.scopes_within(p_key.scope_permissions, p_maker.scope_permissions) then
+        return 'scope_permissions';
+    elsif public.environment_rank(p_key.environment_tag) > public.environment_rank(p_maker.environment_tag) then
+        return 'environment_tag';
+    elsif p_maker.expiration_date is not null and coalesce(p_key.expiration_date, 'infinity') > p_maker.expiration_date then
+        return 'expiration_date';
+    elsif p_maker.allowed_models is not null
+          and (p_key.allowed_models is null or not public.models_allowed(p_maker.allowed_models, p_key.allowed_models)) then
+        return 'allowed_models';
+    elsif cardinality(p_maker.ip_allowlist) > 0 and (cardinality(p_key.ip_allowlist) = 0 or exists (
+            select from unnest(p_key.ip_allowlist) as n where not n <<= any (p_maker.ip_allowlist))) then
+        return 'ip_allowlist';
+    elsif cardinality(p_maker.domain_referrers) > 0 and (cardinality(p_key.domain_referrers) = 0 or exists (
+            select from unnest(p_key.domain_referrers) as d
+            where not (d = any (p_maker.domain_referrers) or public.domain_allowed(p_maker.domain_referrers, ltrim(d, '*.'))))) then
+        return 'domain_referrers';
+    elsif p_maker.max_requests is not null and (p_key.id is distinct from p_maker.id or coalesce(p_key.max_requests, 'infinity'::numeric) > p_maker.max_requests) then
+        return 'max_requests';
+    elsif p_maker.budget_nanos is not null and (p_key.id is distinct from p_maker.id or p_key.budget_nanos is null
+          or p_key.budget_nanos > p_maker.budget_nanos or p_key.budget_window <> p_maker.budget_window) then
+        return 'budget';
+    end if;
+    return null;
+end $$;
+comment on function public.broader_than is
+    'A restricted key makes only keys with the same restrictions; one that counts requests or money makes none, as each key counts anew.';
+revoke all on function public.broader_than(public.api_keys_new, public.api_keys_new) from public, anon, authenticated;
+grant execute on function public.broader_than(public.api_keys_new, public.api_keys_new) to service_role;
+
+create function public.key_view(p_key public.api_keys_new) returns jsonb language sql stable set search_path = '' as $$
+    select (to_jsonb(p_key) - 'key_hash' - 'hash_secret_id' - 'encrypted_key' - 'previous_key_hash' - 'previous_hash_secret_id')
+           || jsonb_build_object('is_revealable', p_key.encrypted_key is not null, 'requests_used', coalesce(u.requests_used, 0),
+                                 'last_used_at', u.last_used_at, 'budget_since', nullif(u.budget_since, '-infinity'),
+                                 'budget_spent_nanos', case when u.budget_since < public.budget_start(p_key.budget_window, now()) then 0
+                                                            else coalesce(u.budget_spent_nanos, 0) end)
+    from (select) as one left join public.rate_limit_usage u on u.subject = 'key' and u.subject_id = p_key.id
+$$;
+revoke all on function public.key_view(public.api_keys_new) from public, anon, authenticated;
+grant execute on function public.key_view(public.api_keys_new) to service_role;
+
+create function public.list_keys(p_user_id bigint) returns jsonb language sql stable set search_path = '' as $$
+    select coalesce(jsonb_agg(public.key_view(k) order by k.id), '[]') from public.api_keys_new k
+    where k.user_id = p_user_id and k.revoked_at is null
+$$;
+revoke all on function public.list_keys(bigint) from public, anon, authenticated;
+grant execute on function public.list_keys(bigint) to service_role;
+
+create function public.audit_key(p jsonb, p_action text, p_key public.api_keys_new, p_details jsonb) returns void
+language sql set search_path = '' as $$
+    select public.write_audit(p ->> 'actor', p_action, 'key:' || p_key.id, p_key.user_id, p_key.id, p ->> 'address', p ->> 'user_agent',
+                              (p ->> 'request_id')::uuid, p_details)
+$$;
+revoke all on function public.audit_key(jsonb, text, public.api_keys_new, jsonb) from public, anon, authenticated;
+grant execute on function public.audit_key(jsonb, text, public.api_keys_new, jsonb) to service_role;
+
+-- The key that acts, after its user's row is locked: it may have been revoked since it was verified.
+create function public.acting_key(p jsonb) returns public.api_keys_new language sql stable set search_path = '' as $$
+    select k from public.api_keys_new k where k.id = (p ->> 'maker_id')::bigint and k.is_active and k.revoked_at is null
+$$;
+revoke all on function public.acting_key(jsonb) from public, anon, authenticated;
+grant execute on function public.acting_key(jsonb) to service_role;
+
+-- p: user_id, maker_id, key {...}. Outcomes: created, too_many, name_taken, broader, not_found.
+create function public.create_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_key public.api_keys_new;
+    v_why text;
+begin
+    if v_user.id is null or v_maker.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_key := jsonb_populate_record(v_key, p -> 'key');
+    v_why := public.broader_than(v_key, v_maker);
+    if v_why is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', v_why);
+    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then
+        return jsonb_build_object('outcome', 'too_many');
+    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.key_name = v_key.key_name) then
+        return jsonb_build_object('outcome', 'name_taken');
+    end if;
+    insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, encrypted_key, environment_tag,
+                                     scope_permissions, ip_allowlist, domain_referrers, allowed_models, expiration_date, max_requests,
+                                     budget_nanos, budget_window)
+    values (v_user.id, v_key.key_name, v_key.key_prefix, v_key.last4, v_key.key_hash, v_key.hash_secret_id, v_key.encrypted_key,
+            v_key.environment_tag, v_key.scope_permissions, v_key.ip_allowlist, v_key.domain_referrers, v_key.allowed_models,
+            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window)
+    returning * into v_key;
+    insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
+    values ('key', v_key.id, null, null, null, null);
+    perform public.audit_key(p, 'create', v_key, jsonb_build_object('key_name', v_key.key_name, 'environment_tag', v_key.environment_tag));
+    return jsonb_build_object('outcome', 'created', 'key', public.key_view(v_key));
+end $$;
+revoke all on function public.create_key(jsonb) from public, anon, authenticated;
+grant execute on function public.create_key(jsonb) to service_role;
+
+-- p: user_id, maker_id, key_id, changes {...}. Outcomes: updated, name_taken, broader, too_many, not_found.
+create function public.update_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_key public.api_keys_new;
+    v_why text;
+begin
+    select * into v_key from public.api_keys_new k
+    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null for update;
+    if not found or v_maker.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_key := jsonb_populate_record(v_key, p -> 'changes');
+    v_why := public.broader_than(v_key, v_maker);
+    if v_why is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', v_why);
+    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
+                  and k.key_name = v_key.key_name and k.id <> v_key.id) then
+        return jsonb_build_object('outcome', 'name_taken');
+    elsif v_key.is_active and (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
+                               and k.is_active and k.id <> v_key.id) >= 50 then
+        return jsonb_build_object('outcome', 'too_many');
+    end if;
+    update public.api_keys_new k set
+        key_name = v_key.key_name, scope_permissions = v_key.scope_permissions, ip_allowlist = v_key.ip_allowlist,
+        domain_referrers = v_key.domain_referrers, allowed_models = v_key.allowed_models, expiration_date = v_key.expiration_date,
+        max_requests = v_key.max_requests, budget_nanos = v_key.budget_nanos, budget_window = v_key.budget_window,
+        is_active = v_key.is_active, updated_at = clock_timestamp()
+    where k.id = v_key.id returning * into v_key;
+    perform public.audit_key(p, 'update', v_key, jsonb_build_object('fields', (select jsonb_agg(f) from jsonb_object_keys(p -> 'changes') f)));
+    return jsonb_build_object('outcome', 'updated', 'key', public.key_view(v_key));
+end $$;
+revoke all on function public.update_key(jsonb) from public, anon, authenticated;
+grant execute on function public.update_key(jsonb) to service_role;
+
+-- p: user_id, maker_id, grace_seconds, keys [{key_id, key_hash, hash_secret_id, last4, encrypted_key}]: all of them or none.
+-- Outcomes: rotated, broader, not_found.
+create function public.rotate_keys(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_new record;
+    v_key public.api_keys_new;
+    v_until timestamptz := clock_timestamp() + make_interval(secs => (p ->> 'grace_seconds')::int);
+    v_views jsonb := '[]';
+begin
+    for v_new in select n.* from jsonb_to_recordset(p -> 'keys')
+                 as n (key_id bigint, key_hash text, hash_secret_id text, last4 text, encrypted_key text) loop
+        select * into v_key from public.api_keys_new k where k.id = v_new.key_id and k.user_id = v_user.id and k.revoked_at is null;
+        if not found or v_maker.id is null then
+            return jsonb_build_object('outcome', 'not_found', 'key_id', v_new.key_id);
+        elsif public.broader_than(v_key, v_maker) is not null then
+            return jsonb_build_object('outcome', 'broader', 'field', public.broader_than(v_key, v_maker), 'key_id', v_key.id);
+        end if;
+    end loop;
+    for v_new in select n.* from jsonb_to_recordset(p -> 'keys')
+                 as n (key_id bigint, key_hash text, hash_secret_id text, last4 text, encrypted_key text) loop
+        update public.api_keys_new k set
+            previous_key_hash = k.key_hash, previous_hash_secret_id = k.hash_secret_id, previous_valid_until = v_until,
+            key_hash = v_new.key_hash, hash_secret_id = v_new.hash_secret_id, last4 = v_new.last4,
+            encrypted_key = case when k.encrypted_key is not null then v_new.encrypted_key end, updated_at = clock_timestamp()
+        where k.id = v_new.key_id returning * into v_key;
+        perform public.audit_key(p, 'rotate', v_key, jsonb_build_object('grace_seconds', (p ->> 'grace_seconds')::int));
+        v_views := v_views || public.key_view(v_key);
+    end loop;
+    return jsonb_build_object('outcome', 'rotated', 'keys', v_views);
+end $$;
+revoke all on function public.rotate_keys(jsonb) from public, anon, authenticated;
+grant execute on function public.rotate_keys(jsonb) to service_role;
+
+-- p: user_id (null: anybody's, for an administrator), key_id. Outcomes: revoked, not_found.
+create function public.revoke_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p || jsonb_build_object('user_id', coalesce((p ->> 'user_id')::bigint, (
+        select k.user_id from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint))));
+    v_key public.api_keys_new;
+begin
+    update public.api_keys_new k set is_active = false, is_primary = false, revoked_at = clock_timestamp(), updated_at = clock_timestamp(),
+        encrypted_key = null, previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
+    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null returning * into v_key;
+    if not found then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    perform public.audit_key(p, 'delete', v_key, jsonb_build_object('key_name', v_key.key_name));
+    return jsonb_build_object('outcome', 'revoked', 'user_id', v_key.user_id, 'key_id', v_key.id);
+end $$;
+revoke all on function public.revoke_key(jsonb) from public, anon, authenticated;
+grant execute on function public.revoke_key(jsonb) to service_role;
+
+-- p: user_id, maker_id, key_id. Outcomes: revealed (with the token), not_revealable, broader, not_found. Every look is audited.
+create function public.reveal_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_key public.api_keys_new;
+begin
+    select * into v_key from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null;
+    if not found or v_maker.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    elsif v_key.encrypted_key is null then
+        return jsonb_build_object('outcome', 'not_revealable');
+    elsif public.broader_than(v_key, v_maker) is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', public.broader_than(v_key, v_maker));
+    end if;
+    perform public.audit_key(p, 'reveal', v_key, null);
+    return jsonb_build_object('outcome', 'revealed', 'encrypted_key', v_key.encrypted_key, 'key', public.key_view(v_key));
+end $$;
+revoke all on function public.reveal_key(jsonb) from public, anon, authenticated;
+grant execute on function public.reveal_key(jsonb) to service_role;
+
+-- p: keys [{user_id, key_sha256, key_name, key_prefix, last4, environment_tag, ...}]. Known ones are left as they are.
+-- Outcomes: imported, not_found (with the user_id that does not exist: nothing is imported).
+create function public.import_keys(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_missing bigint;
+    v_count int;
+begin
+    select (i ->> 'user_id')::bigint into v_missing from jsonb_array_elements(p -> 'keys') as i
+    where not exists (select from public.users u where u.id = (i ->> 'user_id')::bigint and u.deleted_at is null) limit 1;
+    if found then
+        return jsonb_build_object('outcome', 'not_found', 'user_id', v_missing);
+    end if;
+    perform public.lock_users(array(select (i ->> 'user_id')::bigint from jsonb_array_elements(p -> 'keys') as i));
+    insert into public.api_keys (user_id, key_sha256, key_name, key_prefix, last4, environment_tag, scope_permissions, expiration_date,
+                                 max_requests, is_active)
+    select k.user_id, k.key_sha256, k.key_name, k.key_prefix, k.last4, k.environment_tag, k.scope_permissions, k.expiration_date,
+           k.max_requests, k.is_active
+    from jsonb_populate_recordset(null::public.api_keys, p -> 'keys') as k
+    on conflict (key_sha256) do nothing;
+    get diagnostics v_count = row_count;
+    perform public.write_audit(p ->> 'actor', 'import_keys', null, null, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, jsonb_build_object('imported', v_count));
+    return jsonb_build_object('outcome', 'imported', 'imported', v_count, 'known', jsonb_array_length(p -> 'keys') - v_count);
+end $$;
+revoke all on function public.import_keys(jsonb) from public, anon, authenticated;
+grant execute on function public.import_keys(jsonb) to service_role;
+
+-- Keys by what is shown of them (prefix and last 4), name or user, for an administrator.
+create function public.find_keys(p_text text, p_user_id bigint, p_before bigint, p_limit int) returns jsonb
+language sql stable set search_path = '' as $$
+    select coalesce(jsonb_agg(public.key_view(k) order by k.id desc), '[]') from (
+        select * from public.api_keys_new k
+        where (p_user_id is null or k.user_id = p_user_id) and (p_before is null or k.id < p_before)
+          and (p_text is null or k.last4 = right(p_text, 4) and starts_with(p_text, k.key_prefix) or strpos(lower(k.key_name), lower(p_text)) > 0
+               or starts_with(k.key_prefix, p_text))
+        order by k.id desc limit p_limit) as k
+$$;
+revoke all on function public.find_keys(text, bigint, bigint, int) from public, anon, authenticated;
+grant execute on function public.find_keys(text, bigint, bigint, int) to service_role;
+
+
+-- ============================================================================
+-- management
+-- ============================================================================
+
+-- Management: profiles, deletion, suspension, roles, plans, refunds and adjustments. p jsonb in, outcome out, as with keys.
+
+-- p: user_id, changes {username, email, preferences, settings}. Outcomes: updated, username_taken, email_taken, not_found.
+create function public.update_profile(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_constraint text;
+begin
+    if v_user.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_user := jsonb_populate_record(v_user, p -> 'changes');
+    begin
+        update public.users set username = v_user.username, email = v_user.email, preferences = v_user.preferences,
+            settings = v_user.settings, updated_at = clock_timestamp()
+        where id = v_user.id;
+    exception when unique_violation then
+        get stacked diagnostics v_constraint = constraint_name;
+        return jsonb_build_object('outcome', case v_constraint when 'users_email_key' then 'email_taken' else 'username_taken' end);
+    end;
+    perform public.write_audit(p ->> 'actor', 'update_profile', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
+        (p ->> 'request_id')::uuid, jsonb_build_object('fields', (select jsonb_agg(f) from jsonb_object_keys(p -> 'changes') f)));
+    return jsonb_build_object('outcome', 'updated');
+end $$;
+revoke all on function public.update_profile(jsonb) from public, anon, authenticated;
+grant execute on function public.update_profile(jsonb) to service_role;
+
+create function public.expire_unheld(p_user_id bigint, p_reason text) returns void language plpgsql set search_path = '' as $$
+declare
+    v_unheld bigint;
+begin
+    select credits_nanos - held_nanos into v_unheld from public.users where id = p_user_id;
+    if v_unheld > 0 then
+        perform public.change_credits(p_user_id, 'expiry', -v_unheld, 'gateway', p_reason, null, null);
+    end if;
+end $$;
+revoke all on function public.expire_unheld(bigint, text) from public, anon, authenticated;
+grant execute on function public.expire_unheld(bigint, text) to service_role;
+
+-- p: user_id. Keys die at once, running requests settle, what is left of the credits leaves; the books stay. Outcomes: deleted, not_found.
+create function public.delete_account(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+begin
+    if v_user.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    update public.api_keys_new set is_active = false, is_primary = false, revoked_at = clock_timestamp(), encrypted_key = null,
+        previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
+    where user_id = v_user.id and revoked_at is null;
+    update public.api_keys set is_active = false where user_id = v_user.id;
+    update public.user_plans set is_active = false where user_id = v_user.id and is_active;
+    perform public.expire_unheld(v_user.id, 'account deleted');
+    update public.users set username = 'deleted-' || v_user.id, email = 'deleted-' || v_user.id, preferences = '{}', settings = '{}',
+        is_active = false, deleted_at = clock_timestamp(), updated_at = clock_timestamp()
+    where id = v_user.id;
+    perform public.write_audit(p ->> 'actor', 'delete', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, null);
+    return jsonb_build_object('outcome', 'deleted', 'user_id', v_user.id);
+end $$;
+revoke all on function public.delete_account(jsonb) from public, anon, authenticated;
+grant execute on function public.delete_account(jsonb) to service_role;
+
+-- What running requests still held of a deleted account leaves as they are settled.
+create function public.expire_rest_of_deleted() returns trigger language plpgsql set search_path = '' as $$
+begin
+    perform public.expire_unheld(new.id, 'account deleted');
+    return null;
+end $$;
+revoke all on function public.expire_rest_of_deleted() from public, anon, authenticated;
+grant execute on function public.expire_rest_of_deleted() to service_role;
+create trigger users_deleted_keep_nothing after update of held_nanos on public.users
+    for each row when (new.deleted_at is not null and new.credits_nanos > new.held_nanos)
+    execute function public.expire_rest_of_deleted();
+
+-- p: user_id, changes {is_active, role}. Outcomes: set, not_found.
+create function public.set_user(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+begin
+    if v_user.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_user := jsonb_populate_record(v_user, p -> 'changes');
+    update public.users set is_active = v_user.is_active, role = v_user.role, updated_at = clock_timestamp() where id = v_user.id;
+    perform public.write_audit(p ->> 'actor', 'set_user', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, p -> 'changes');
+    return jsonb_build_object('outcome', 'set', 'user_id', v_user.id);
+end $$;
+revoke all on function public.set_user(jsonb) from public, anon, authenticated;
+grant execute on function public.set_user(jsonb) to service_role;
+
+-- p: user_id. Outcomes: cancelled, no_plan.
+create function public.cancel_plan(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_plan public.user_plans;
+    v_now timestamptz := clock_timestamp();
+begin
+    update public.user_plans set is_active = false, end_date = greatest(least(end_date, v_now), start_date + interval '1 microsecond')
+    where user_id = v_user.id and is_active and v_now < end_date returning * into v_plan;
+    if not found then
+        return jsonb_build_object('outcome', 'no_plan');
+    end if;
+    update public.users set subscription_status = 'cancelled', updated_at = v_now where id = v_user.id;
+    perform public.write_audit(p ->> 'actor', 'cancel_plan', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, jsonb_build_object('plan_id', v_plan.plan_id));
+    return jsonb_build_object('outcome', 'cancelled', 'plan_id', v_plan.plan_id);
+end $$;
+revoke all on function public.cancel_plan(jsonb) from public, anon, authenticated;
+grant execute on function public.cancel_plan(jsonb) to service_role;
+
+-- What a user may and does use: plan (if any), the limits that apply, counters of today and this month, rate limits and their rings.
+create function public.read_limits(p_user_id bigint, p_key_id bigint) returns jsonb language plpgsql stable set search_path = '' as $$
+declare
+    v_now timestamptz := clock_timestamp();
+    v_user public.users;
+    v_usage public.rate_limit_usage;
+    v_limits public.rate_limit_configs;
+begin
+    select * into v_user from public.users where id = p_user_id;
+    select * into v_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user_id;
+    v_usage := public.advance_usage(v_usage, v_now, null);
+    select * into v_limits from public.rate_limit_configs
+    where (subject, subject_id) in (('user', p_user_id), ('default', 0)) order by (subject = 'default') limit 1;
+    return jsonb_build_object(
+        'now', v_now, 'limits', to_jsonb(v_limits),
+        'key_limits', (select to_jsonb(c) from public.rate_limit_configs c where c.subject = 'key' and c.subject_id = p_key_id),
+        'used', jsonb_build_object(
+            'requests_per_minute', v_usage.minute_ring[15], 'tokens_per_minute', v_usage.minute_ring[16],
+            'requests_per_hour', v_usage.hour_ring[27], 'tokens_per_hour', v_usage.hour_ring[28],
+            'requests_per_day', v_usage.day_ring[51], 'tokens_per_day', v_usage.day_ring[52], 'running', v_usage.slots),
+        'plan', to_jsonb(public.current_plan(v_user, v_now)),
+        'assigned', (select to_jsonb(up) from public.user_plans up where up.user_id = p_user_id and up.is_active
+                     and up.start_date <= v_now and v_now < up.end_date),
+        'plan_used', jsonb_build_object('daily_requests', v_usage.plan_day_requests, 'daily_tokens', v_usage.plan_day_tokens,
+                                        'monthly_requests', v_usage.plan_month_requests, 'monthly_tokens', v_usage.plan_month_tokens));
+end $$;
+revoke all on function public.read_limits(bigint, bigint) from public, anon, authenticated;
+grant execute on function public.read_limits(bigint, bigint) to service_role;
+
+-- p: plan {...}. Outcomes: created, slug_taken.
+create function public.create_plan(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_plan public.plans := jsonb_populate_record(null::public.plans, p -> 'plan');
+begin
+    insert into public.plans (slug, name, description, price_per_month_nanos, daily_request_limit, monthly_request_limit, daily_token_limit,
+                              monthly_token_limit, concurrency, features, allowed_models, environment_factors)
+    values (v_plan.slug, v_plan.name, v_plan.description, v_plan.price_per_month_nanos, v_plan.daily_request_limit,
+            v_plan.monthly_request_limit, v_plan.daily_token_limit, v_plan.monthly_token_limit, v_plan.concurrency, v_plan.features,
+            v_plan.allowed_models, v_plan.environment_factors)
+    on conflict (slug) do nothing returning * into v_plan;
+    if not found then
+        return jsonb_build_object('outcome', 'slug_taken');
+    end if;
+    perform public.write_audit(p ->> 'actor', 'create_plan', 'plan:' || v_plan.id, null, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, p -> 'plan');
+    return jsonb_build_object('outcome', 'created', 'plan', to_jsonb(v_plan));
+end $$;
+revoke all on function public.create_plan(jsonb) from public, anon, authenticated;
+grant execute on function public.create_plan(jsonb) to service_role;
+
+-- p: plan_id, changes {...}; is_active false takes a plan off the list, those who have it keep it. Outcomes: updated, not_found, built_in.
+create function public.update_plan(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_plan public.plans;
+begin
+    select * into v_plan from public.plans where id = (p ->> 'plan_id')::bigint for update;
+    if not found then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_plan := jsonb_populate_record(v_plan, p -> 'changes');
+    if not v_plan.is_active and v_plan.slug in ('free', 'pay-as-you-go') then
+        return jsonb_build_object('outcome', 'built_in');
+    end if;
+    update public.plans set name = v_plan.name, description = v_plan.description, price_per_month_nanos = v_plan.price_per_month_nanos,
+        daily_request_limit = v_plan.daily_request_limit, monthly_request_limit = v_plan.monthly_request_limit,
+        daily_token_limit = v_plan.daily_token_limit, monthly_token_limit = v_plan.monthly_token_limit, concurrency = v_plan.concurrency,
+        features = v_plan.features, allowed_models = v_plan.allowed_models, environment_factors = v_plan.environment_factors,
+        is_active = v_plan.is_active, updated_at = clock_timestamp()
+    where id = v_plan.id returning * into v_plan;
+    perform public.write_audit(p ->> 'actor', 'update_plan', 'plan:' || v_plan.id, null, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, p -> 'changes');
+    return jsonb_build_object('outcome', 'updated', 'plan', to_jsonb(v_plan));
+end $$;
+revoke all on function public.update_plan(jsonb) from public, anon, authenticated;
+grant execute on function public.update_plan(jsonb) to service_role;
+
+-- p: request_id_refunded, amount_nanos (null: all of it), reason, idempotency_key. A request is refunded at most its cost.
+-- Outcomes: refunded, repeated, conflict, not_found, not_settled, too_much.
+create function public.refund_request(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_record public.usage_records;
+    v_refunded bigint;
+    v_amount bigint;
+    v_balance bigint;
+    v_entry public.credit_transactions;
+begin
+    select * into v_record from public.usage_records where request_id = (p ->> 'refunded_request_id')::uuid;
+    if not found then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    perform from public.users where id = v_record.user_id for no key update;
+    select * into v_record from public.usage_records where request_id = v_record.request_id;
+    select * into v_entry from public.credit_transactions where idempotency_key = p ->> 'idempotency_key';
+    if found then
+        return jsonb_build_object('outcome', case when v_entry.request_id = v_record.request_id
+                                                       and v_entry.amount_nanos = coalesce((p ->> 'amount_nanos')::bigint, v_entry.amount_nanos)
+                                                  then 'repeated' else 'conflict' end,
+                                  'transaction_id', v_entry.id, 'user_id', v_entry.user_id, 'amount_nanos', v_entry.amount_nanos,
+                                  'balance_nanos', (select credits_nanos from public.users where id = v_entry.user_id));
+    elsif v_record.status = 'pending' then
+        return jsonb_build_object('outcome', 'not_settled');
+    end if;
+    select coalesce(sum(amount_nanos), 0) into v_refunded from public.credit_transactions where request_id = v_record.request_id;
+    v_amount := coalesce((p ->> 'amount_nanos')::bigint, v_record.cost_nanos - v_refunded);
+    if v_amount <= 0 or v_amount > v_record.cost_nanos - v_refunded then
+        return jsonb_build_object('outcome', 'too_much', 'refundable_nanos', v_record.cost_nanos - v_refunded);
+    end if;
+    update public.users set credits_nanos = credits_nanos + v_amount where id = v_record.user_id returning credits_nanos into v_balance;
+    insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, request_id, actor, reason, idempotency_key)
+    values (v_record.user_id, 'refund', v_amount, v_balance, v_record.request_id, p ->> 'actor', coalesce(p ->> 'reason', ''), p ->> 'idempotency_key')
+    returning * into v_entry;
+    perform public.write_audit(p ->> 'actor', 'refund', 'request:' || v_record.request_id, v_record.user_id, v_record.key_id, p ->> 'address',
+                               p ->> 'user_agent', (p ->> 'request_id')::uuid, jsonb_build_object('amount_nanos', v_amount));
+    return jsonb_build_object('outcome', 'refunded', 'transaction_id', v_entry.id, 'user_id', v_record.user_id, 'amount_nanos', v_amount,
+                              'balance_nanos', v_balance);
+end $$;
+revoke all on function public.refund_request(jsonb) from public, anon, authenticated;
+grant execute on function public.refund_request(jsonb) to service_role;
+
+-- p: user_id or hashes, amount_nanos (signed), reason, idempotency_key. What is held cannot be taken.
+-- Outcomes: adjusted, repeated, conflict, not_found, too_much, too_large.
+create function public.adjust_credits(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_amount bigint := (p ->> 'amount_nanos')::bigint;
+    v_known public.credit_transactions;
+    v_entry public.credit_transactions;
+begin
+    if v_user.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    select * into v_known from public.credit_transactions where idempotency_key = p ->> 'idempotency_key';
+    if found then
+        return jsonb_build_object('outcome', case when (v_known.user_id, v_known.kind, v_known.amount_nanos) = (v_user.id, 'adjustment', v_amount)
+                                                  then 'repeated' else 'conflict' end,
+                                  'transaction_id', v_known.id, 'user_id', v_user.id, 'balance_nanos', v_user.credits_nanos);
+    elsif v_user.credits_nanos - v_user.held_nanos + v_amount < 0 then
+        return jsonb_build_object('outcome', 'too_much', 'available_nanos', v_user.credits_nanos - v_user.held_nanos);
+    elsif v_user.credits_nanos > 9000000000000000000 - v_amount then
+        return jsonb_build_object('outcome', 'too_large');
+    end if;
+    v_entry := public.change_credits(v_user.id, 'adjustment', v_amount, p ->> 'actor', coalesce(p ->> 'reason', ''), p ->> 'idempotency_key', null);
+    perform public.write_audit(p ->> 'actor', 'adjust_credits', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
+                               (p ->> 'request_id')::uuid, jsonb_build_object('amount_nanos', v_amount, 'transaction_id', v_entry.id));
+    return jsonb_build_object('outcome', 'adjusted', 'transaction_id', v_entry.id, 'user_id', v_user.id,
+                              'balance_nanos', v_entry.balance_after_nanos);
+end $$;
+revoke all on function public.adjust_credits(jsonb) from public, anon, authenticated;
+grant execute on function public.adjust_credits(jsonb) to service_role;
+
+
+-- ============================================================================
+-- analytics
+-- ============================================================================
+
+-- Analytics: what was used, summed up by the database.
+--
+-- usage_slots counts by quarter of an hour, so that a day of any time zone is made of whole slots; usage_days by UTC day, for long ranges.
+-- What is closed is summed up now and then (by the sweep, or before a report); what is not is counted from the journal as it stands, so a
+-- report is always complete. Admission and settlement pay nothing for it.
+
+create table public.usage_slots (
+    user_id bigint not null references public.users (id),
+    slot timestamptz not null,
+    key_id bigint not null,
+    model text not null collate "C",
+    provider text not null collate "C",
+    environment text not null collate "C",
+    endpoint text not null collate "C",
+    status text not null collate "C",
+    error_code text not null collate "C",
+    requests bigint not null default 0,
+    prompt_tokens bigint not null default 0,
+    completion_tokens bigint not null default 0,
+    cached_tokens bigint not null default 0,
+    reasoning_tokens bigint not null default 0,
+    cost_nanos bigint not null default 0,
+    upstream_cost_nanos bigint not null default 0,
+    overrun_nanos bigint not null default 0,
+    latency_ms_total bigint not null default 0,
+    latency_00 integer not null default 0, latency_01 integer not null default 0, latency_02 integer not null default 0,
+    latency_03 integer not null default 0, latency_04 integer not null default 0, latency_05 integer not null default 0,
+    latency_06 integer not null default 0, latency_07 integer not null default 0, latency_08 integer not null default 0,
+    latency_09 integer not null default 0, latency_10 integer not null default 0, latency_11 integer not null default 0,
+    latency_12 integer not null default 0, latency_13 integer not null default 0, latency_14 integer not null default 0,
+    latency_15 integer not null default 0, latency_16 integer not null default 0, latency_17 integer not null default 0,
+    latency_18 integer not null default 0, latency_19 integer not null default 0, latency_20 integer not null default 0,
+    latency_21 integer not null default 0, latency_22 integer not null default 0, latency_23 integer not null default 0,
+    primary key (user_id, slot, key_id, model, provider, environment, endpoint, status, error_code)
+) with (fillfactor = 70);
+comment on table public.usage_slots is 'Settled requests by quarter of an hour; adds up to usage_records.';
+create index usage_slots_slot_idx on public.usage_slots (slot);
+alter table public.usage_slots enable row level security;
+revoke all on public.usage_slots from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.usage_slots to service_role;
+
+create table public.usage_days (
+    user_id bigint not null references public.users (id),
+    day date not null,
+    key_id bigint not null,
+    model text not null collate "C",
+    provider text not null collate "C",
+    environment text not null collate "C",
+    endpoint text not null collate "C",
+    status text not null collate "C",
+    error_code text not null collate "C",
+    requests bigint not null default 0,
+    prompt_tokens bigint not null default 0,
+    completion_tokens bigint not null default 0,
+    cached_tokens bigint not null default 0,
+    reasoning_tokens bigint not null default 0,
+    cost_nanos bigint not null default 0,
+    upstream_cost_nanos bigint not null default 0,
+    overrun_nanos bigint not null default 0,
+    latency_ms_total bigint not null default 0,
+    latency_00 integer not null default 0, latency_01 integer not null default 0, latency_02 integer not null default 0,
+    latency_03 integer not null default 0, latency_04 integer not null default 0, latency_05 integer not null default 0,
+    latency_06 integer not null default 0, latency_07 integer not null default 0, latency_08 integer not null default 0,
+    latency_09 integer not null default 0, latency_10 integer not null default 0, latency_11 integer not null default 0,
+    latency_12 integer not null default 0, latency_13 integer not null default 0, latency_14 integer not null default 0,
+    latency_15 integer not null default 0, latency_16 integer not null default 0, latency_17 integer not null default 0,
+    latency_18 integer not null default 0, latency_19 integer not null default 0, latency_20 integer not null default 0,
+    latency_21 integer not null default 0, latency_22 integer not null default 0, latency_23 integer not null default 0,
+    primary key (user_id, day, key_id, model, provider, environment, endpoint, status, error_code)
+) with (fillfactor = 70);
+comment on table public.usage_days is 'Settled requests by UTC day; adds up to usage_slots.';
+create index usage_days_day_idx on public.usage_days (day);
+alter table public.usage_days enable row level security;
+revoke all on public.usage_days from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.usage_days to service_role;
+
+create function public.latency_bounds() returns bigint[] language sql immutable set search_path = '' as $$
+    select array[25, 50, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 4000, 5000, 7500, 10000, 15000, 20000, 30000, 60000, 120000, 300000]::bigint[]
+$$;
+comment on function public.latency_bounds is 'Upper bounds, in milliseconds, of latency_00 and the following; the last column has none.';
+revoke all on function public.latency_bounds() from public, anon, authenticated;
+grant execute on function public.latency_bounds() to service_role;
+
+create table public.usage_sums_state (
+    singleton boolean primary key default true check (singleton),
+    summed_until timestamptz not null default '-infinity'
+);
+comment on table public.usage_sums_state is 'One row: requests admitted before summed_until are in the sums, later ones are counted as they stand.';
+insert into public.usage_sums_state default values;
+alter table public.usage_sums_state enable row level security;
+revoke all on public.usage_sums_state from public, anon, authenticated, service_role;
+grant select, insert, update on public.usage_sums_state to service_role;
+create index usage_records_created_idx on public.usage_records using brin (created_at) with (pages_per_range = 16);
+
+-- Settled requests of a range of admission times, in the shape of usage_slots.
+create function public.count_usage(p_user_id bigint, p_from timestamptz, p_until timestamptz) returns setof public.usage_slots
+language sql stable set search_path = '' as $$
+    select r.user_id, date_bin('15 minutes', r.created_at, '2000-01-01 00:00:00+00'), r.key_id, coalesce(r.model_used, r.model),
+           coalesce(r.provider, ''), r.environment, r.endpoint, r.status, coalesce(r.error_code, ''),
+           count(*), coalesce(sum(r.prompt_tokens), 0)::bigint, coalesce(sum(r.completion_tokens), 0)::bigint,
+           coalesce(sum(r.cached_tokens), 0)::bigint, coalesce(sum(r.reasoning_tokens), 0)::bigint, sum(r.cost_nanos)::bigint,
+           coalesce(sum(r.upstream_cost_nanos), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
+           (count(*) filter (where b.bucket = 0))::int, (count(*) filter (where b.bucket = 1))::int,
+           (count(*) filter (where b.bucket = 2))::int, (count(*) filter (where b.bucket = 3))::int,
+           (count(*) filter (where b.bucket = 4))::int, (count(*) filter (where b.bucket = 5))::int,
+           (count(*) filter (where b.bucket = 6))::int, (count(*) filter (where b.bucket = 7))::int,
+           (count(*) filter (where b.bucket = 8))::int, (count(*) filter (where b.bucket = 9))::int,
+           (count(*) filter (where b.bucket = 10))::int, (count(*) filter (where b.bucket = 11))::int,
+           (count(*) filter (where b.bucket = 12))::int, (count(*) filter (where b.bucket = 13))::int,
+           (count(*) filter (where b.bucket = 14))::int, (count(*) filter (where b.bucket = 15))::int,
+           (count(*) filter (where b.bucket = 16))::int, (count(*) filter (where b.bucket = 17))::int,
+           (count(*) filter (where b.bucket = 18))::int, (count(*) filter (where b.bucket = 19))::int,
+           (count(*) filter (where b.bucket = 20))::int, (count(*) filter (where b.bucket = 21))::int,
+           (count(*) filter (where b.bucket = 22))::int, (count(*) filter (where b.bucket = 23))::int
+    from public.usage_records r, lateral (select width_bucket(coalesce(r.latency_ms, 0), public.latency_bounds()) as bucket) as b
+    where (p_user_id is null or r.user_id = p_user_id) and r.created_at >= p_from and r.created_at < p_until and r.status <> 'pending'
+    group by 1, 2, 3, 4, 5, 6, 7, 8, 9
+$$;
+revoke all on function public.count_usage(bigint, timestamptz, timestamptz) from public, anon, authenticated;
+grant execute on function public.count_usage(bigint, timestamptz, timestamptz) to service_role;
+
+-- Sums up what is closed: whole slots before the oldest request that is still pending, at most a day a call. Returns whether there is more.
+create function public.sum_up_usage() returns boolean language plpgsql set search_path = '' as $$
+declare
+    v_from timestamptz;
+    v_closed timestamptz;
+    v_until timestamptz;
+begin
+    select summed_until into v_from from public.usage_sums_state for update skip locked;
+    if not found then
+        return false;
+    end if;
+    select date_bin('15 minutes', least(clock_timestamp() - interval '1 minute', min(r.created_at)), '2000-01-01 00:00:00+00') into v_closed
+    from public.usage_records r
+    where r.expires_at >= (select swept_until from public.gateway_state) and r.status = 'pending';
+    select greatest(v_from, date_bin('15 minutes', min(r.created_at), '2000-01-01 00:00:00+00')) into v_from
+    from public.usage_records r where r.created_at >= v_from;
+    v_until := least(v_closed, v_from + interval '1 day');
+    if v_until is null or v_until <= v_from then
+        return false;
+    end if;
+    with counted as (
+        select * from public.count_usage(null, v_from, v_until)
+    ), by_slot as (
+        insert into public.usage_slots select * from counted
+    )
+    insert into public.usage_days as d
+    select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+           sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+           sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+           sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+           sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+           sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+           sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+           sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+    from counted s group by 1, 2, 3, 4, 5, 6, 7, 8, 9
+    on conflict (user_id, day, key_id, model, provider, environment, endpoint, status, error_code) do update set
+           requests = d.requests + excluded.requests, prompt_tokens = d.prompt_tokens + excluded.prompt_tokens,
+           completion_tokens = d.completion_tokens + excluded.completion_tokens, cached_tokens = d.cached_tokens + excluded.cached_tokens,
+           reasoning_tokens = d.reasoning_tokens + excluded.reasoning_tokens, cost_nanos = d.cost_nanos + excluded.cost_nanos,
+           upstream_cost_nanos = d.upstream_cost_nanos + excluded.upstream_cost_nanos, overrun_nanos = d.overrun_nanos + excluded.overrun_nanos,
+           latency_ms_total = d.latency_ms_total + excluded.latency_ms_total, latency_00 = d.latency_00 + excluded.latency_00,
+           latency_01 = d.latency_01 + excluded.latency_01, latency_02 = d.latency_02 + excluded.latency_02,
+           latency_03 = d.latency_03 + excluded.latency_03, latency_04 = d.latency_04 + excluded.latency_04,
+           latency_05 = d.latency_05 + excluded.latency_05, latency_06 = d.latency_06 + excluded.latency_06,
+           latency_07 = d.latency_07 + excluded.latency_07, latency_08 = d.latency_08 + excluded.latency_08,
+           latency_09 = d.latency_09 + excluded.latency_09, latency_10 = d.latency_10 + excluded.latency_10,
+           latency_11 = d.latency_11 + excluded.latency_11, latency_12 = d.latency_12 + excluded.latency_12,
+           latency_13 = d.latency_13 + excluded.latency_13, latency_14 = d.latency_14 + excluded.latency_14,
+           latency_15 = d.latency_15 + excluded.latency_15, latency_16 = d.latency_16 + excluded.latency_16,
+           latency_17 = d.latency_17 + excluded.latency_17, latency_18 = d.latency_18 + excluded.latency_18,
+           latency_19 = d.latency_19 + excluded.latency_19, latency_20 = d.latency_20 + excluded.latency_20,
+           latency_21 = d.latency_21 + excluded.latency_21, latency_22 = d.latency_22 + excluded.latency_22,
+           latency_23 = d.latency_23 + excluded.latency_23;
+    update public.usage_sums_state set summed_until = v_until where singleton;
+    return v_until < v_closed;
+end $$;
+revoke all on function public.sum_up_usage() from public, anon, authenticated;
+grant execute on function public.sum_up_usage() to service_role;
+
+-- A record that was settled at no known cost, summed up and amended since: the sums follow.
+create function public.correct_sums() returns trigger language plpgsql set search_path = '' as $$
+begin
+    perform from public.usage_sums_state where old.created_at < summed_until for update;
+    if not found then
+        return null;
+    end if;
+    delete from public.usage_slots s where s.user_id = new.user_id
+        and s.slot = date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00');
+    insert into public.usage_slots select * from public.count_usage(
+        new.user_id, date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00'),
+        date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00') + interval '15 minutes');
+    delete from public.usage_days d where d.user_id = new.user_id and d.day = (new.created_at at time zone 'UTC')::date;
+    insert into public.usage_days
+    select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+           sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+           sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+           sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+           sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+           sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+           sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+           sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+    from public.usage_slots s
+    where s.user_id = new.user_id and (s.slot at time zone 'UTC')::date = (new.created_at at time zone 'UTC')::date
+    group by 1, 2, 3, 4, 5, 6, 7, 8, 9;
+    return null;
+end $$;
+revoke all on function public.correct_sums() from public, anon, authenticated;
+grant execute on function public.correct_sums() to service_role;
+create trigger usage_records_amended after update of status on public.usage_records
+    for each row when (old.status <> 'pending') execute function public.correct_sums();
+
+-- The p-quantile of a latency histogram, in milliseconds, linear within its bucket; null for an empty one.
+create function public.latency_quantile(p_counts numeric[], p_quantile numeric) returns bigint
+language plpgsql immutable set search_path = '' as $$
+declare
+    v_bounds bigint[] := public.latency_bounds();
+    v_wanted numeric := p_quantile * (select sum(c) from unnest(p_counts) as c);
+    v_seen numeric := 0;
+    v_low bigint;
+    v_high bigint;
+begin
+    for v_i in 1 .. cardinality(p_counts) loop
+        if p_counts[v_i] > 0 and v_seen + p_counts[v_i] >= v_wanted then
+            v_low := case when v_i = 1 then 0 else v_bounds[v_i - 1] end;
+            v_high := coalesce(v_bounds[v_i], v_low);
+            return v_low + round((v_high - v_low) * (v_wanted - v_seen) / p_counts[v_i]);
+        end if;
+        v_seen := v_seen + p_counts[v_i];
+    end loop;
+    return null;
+end $$;
+revoke all on function public.latency_quantile(numeric[], numeric) from public, anon, authenticated;
+grant execute on function public.latency_quantile(numeric[], numeric) to service_role;
+
+-- p_bucket: hour | day | month | none; p_group: model | key | provider | environment | endpoint | status | error_code | user | none.
+-- The range is widened to whole slots. In UTC, days and months over whole days come from usage_days.
+create function public.report_usage(
+    p_user_id bigint, p_start timestamptz, p_end timestamptz, p_zone text, p_bucket text, p_group text, p_limit int
+) returns jsonb language plpgsql stable set search_path = '' as $$
+declare
+    v_by_day boolean := p_zone = 'UTC' and p_bucket <> 'hour'
+        and p_start = date_trunc('day', p_start, 'UTC') and p_end = date_trunc('day', p_end, 'UTC');
+    v_source text := case when v_by_day then '(day::timestamp at time zone ''UTC'')' else 'slot' end;
+    v_bucket text := case when p_bucket = 'none' then 'null::timestamp' else format('date_trunc(%L, %s at time zone %L)', p_bucket, v_source, p_zone) end;
+    v_group text := case p_group when 'none' then 'null::text' when 'key' then 'key_id::text' when 'user' then 'user_id::text'
+                                 else quote_ident(p_group) end;
+    v_range text := case when v_by_day then '$2::date <= day and day < $3::date' else '$2 <= slot and slot < $3' end;
+    v_columns text := (
+        select string_agg(quote_ident(a.attname), ', ' order by a.attnum) from pg_catalog.pg_attribute a
+        where a.attrelid = 'public.usage_slots'::regclass and a.attnum > 0 and not a.attisdropped);
+    v_rows jsonb;
+begin
+    execute format($q$
+        select coalesce(jsonb_agg(to_jsonb(x) order by x.bucket, x.cost_nanos desc, x."group"), '[]') from (
+            select %s as bucket, %s as "group", sum(r.requests)::bigint as requests, sum(r.prompt_tokens)::bigint as prompt_tokens, sum(r.completion_tokens)::bigint as completion_tokens, sum(r.cached_tokens)::bigint as cached_tokens, sum(r.reasoning_tokens)::bigint as reasoning_tokens, sum(r.cost_nanos)::bigint as cost_nanos, sum(r.upstream_cost_nanos)::bigint as upstream_cost_nanos, sum(r.overrun_nanos)::bigint as overrun_nanos, sum(r.latency_ms_total)::bigint as latency_ms_total,
+                   public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.5) as latency_p50_ms,
+                   public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.95) as latency_p95_ms,
+                   public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.99) as latency_p99_ms
+            from (
+                select * from public.%I where ($1 is null or user_id = $1) and %s
+                union all
+                select %s from public.count_usage($1, greatest($2, (select summed_until from public.usage_sums_state)), $3)
+            ) as r
+            group by 1, 2 limit $4
+        ) as x
+    $q$, v_bucket, v_group, case when v_by_day then 'usage_days' else 'usage_slots' end, v_range,
+         case when v_by_day then replace(v_columns, 'slot', '(slot at time zone ''UTC'')::date') else v_columns end)
+    into v_rows using p_user_id, p_start, p_end, p_limit;
+    return v_rows;
+end $$;
+revoke all on function public.report_usage(bigint, timestamptz, timestamptz, text, text, text, int) from public, anon, authenticated;
+grant execute on function public.report_usage(bigint, timestamptz, timestamptz, text, text, text, int) to service_role;
+
+create function public.usage_by_day(p_user_id bigint)
+returns table (user_id bigint, day date, model text, requests bigint, tokens bigint, cost_nanos bigint)
+language sql stable set search_path = '' as $$
+    select d.user_id, d.day, d.model, d.requests, d.prompt_tokens + d.completion_tokens, d.cost_nanos
+    from public.usage_days d where p_user_id is null or d.user_id = p_user_id
+    union all
+    select s.user_id, (s.slot at time zone 'UTC')::date, s.model, s.requests, s.prompt_tokens + s.completion_tokens, s.cost_nanos
+    from public.count_usage(p_user_id, (select summed_until from public.usage_sums_state), 'infinity') s
+$$;
+revoke all on function public.usage_by_day(bigint) from public, anon, authenticated;
+grant execute on function public.usage_by_day(bigint) to service_role;
+
+-- A user's figures for /user/monitor, of all time, today and this month (UTC).
+create function public.usage_metrics(p_user_id bigint) returns jsonb language sql stable set search_path = '' as $$
+    with days as (
+        select day, model, sum(requests) as requests, sum(tokens) as tokens, sum(cost_nanos) as cost
+        from public.usage_by_day(p_user_id) group by 1, 2
+    ), today as (select (now() at time zone 'UTC')::date as day)
+    select jsonb_build_object(
+        'total_requests', coalesce(sum(requests), 0), 'total_tokens', coalesce(sum(tokens), 0), 'total_cost_nanos', coalesce(sum(cost), 0),
+        'requests_today', coalesce(sum(requests) filter (where d.day = t.day), 0),
+        'tokens_today', coalesce(sum(tokens) filter (where d.day = t.day), 0),
+        'cost_today_nanos', coalesce(sum(cost) filter (where d.day = t.day), 0),
+        'requests_this_month', coalesce(sum(requests) filter (where d.day >= date_trunc('month', t.day)), 0),
+        'tokens_this_month', coalesce(sum(tokens) filter (where d.day >= date_trunc('month', t.day)), 0),
+        'cost_this_month_nanos', coalesce(sum(cost) filter (where d.day >= date_trunc('month', t.day)), 0),
+        'most_used_model', (select m.model from days m group by m.model order by sum(m.requests) desc, m.model limit 1),
+        'last_request_time', (select u.last_used_at from public.rate_limit_usage u where u.subject = 'user' and u.subject_id = p_user_id))
+    from (select) as one left join days d on true left join today t on true
+$$;
+revoke all on function public.usage_metrics(bigint) from public, anon, authenticated;
+grant execute on function public.usage_metrics(bigint) to service_role;
+
+-- What an administrator sees of the whole installation.
+create function public.system_metrics() returns jsonb language sql stable set search_path = '' as $$
+    select jsonb_build_object(
+        'total_users', (select count(*) from public.users where deleted_at is null),
+        'active_users_today', (select count(distinct d.user_id) from public.usage_by_day(null) d where d.day = (now() at time zone 'UTC')::date),
+        'metrics', public.usage_metrics(null),
+        'top_users', (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
+            select d.user_id, u.username, sum(d.requests) as requests, sum(d.tokens) as tokens, sum(d.cost_nanos) as cost_nanos
+            from public.usage_by_day(null) d join public.users u on u.id = d.user_id
+            where d.day >= date_trunc('month', now() at time zone 'UTC') group by 1, 2 order by 5 desc, 3 desc, 1 limit 10) as t),
+        'recent', (select coalesce(jsonb_agg(to_jsonb(t)), '[]') from (
+            select request_id, user_id, key_id, endpoint, model, status, cost_nanos, created_at
+            from public.usage_records order by request_id desc limit 20) as t))
+$$;
+revoke all on function public.system_metrics() from public, anon, authenticated;
+grant execute on function public.system_metrics() to service_role;
+
+-- What does not add up between the journal and its sums. No row, ever.
+create function public.audit_usage() returns table (user_id bigint, part text, journal numeric, sums numeric)
+language sql stable set search_path = '' as $$
+    with journal as (
+        select r.user_id, count(*)::numeric as requests, sum(r.cost_nanos) as cost,
+               sum(coalesce(r.prompt_tokens, 0) + coalesce(r.completion_tokens, 0)) as tokens
+        from public.usage_records r
+        where r.status <> 'pending' and r.created_at < (select summed_until from public.usage_sums_state) group by 1
+    ), slots as (
+        select s.user_id, sum(s.requests) as requests, sum(s.cost_nanos) as cost, sum(s.prompt_tokens + s.completion_tokens) as tokens
+        from public.usage_slots s group by 1
+    ), days as (
+        select d.user_id, sum(d.requests) as requests, sum(d.cost_nanos) as cost, sum(d.prompt_tokens + d.completion_tokens) as tokens
+        from public.usage_days d group by 1
+    ), compared as (
+        select u.id, x.part, x.journal, x.sums from public.users u
+        left join journal j on j.user_id = u.id left join slots s on s.user_id = u.id left join days d on d.user_id = u.id,
+        lateral (values ('slot requests', j.requests, s.requests), ('slot cost', j.cost, s.cost), ('slot tokens', j.tokens, s.tokens),
+                        ('day requests', j.requests, d.requests), ('day cost', j.cost, d.cost), ('day tokens', j.tokens, d.tokens)
+                ) as x (part, journal, sums)
+    )
+    select c.id, c.part, coalesce(c.journal, 0), coalesce(c.sums, 0) from compared c where coalesce(c.journal, 0) <> coalesce(c.sums, 0)
+$$;
+revoke all on function public.audit_usage() from public, anon, authenticated;
+grant execute on function public.audit_usage() to service_role;
+
+create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
+    select 20261124100200::bigint
+$$;
+
+
 notify pgrst, 'reload schema';

@@ -1,0 +1,143 @@
+"""What do requests and answers about accounts, plans and corrections look like? The same rules as in `models`."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
+
+from models import AuthMethod, Credits, Environment, Id, KeyName, RequestModel, Target, Username
+from models_keys import ModelPattern, Moment, Scopes
+
+
+class ProfileChange(RequestModel):
+    """At least one of them."""
+
+    name: Username | None = None
+    email: Annotated[EmailStr, Field(max_length=254)] | None = None
+    preferences: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set or all(getattr(self, name) is None for name in self.model_fields_set):
+            raise ValueError("names nothing to change")
+        return self
+
+
+class AccountDeletion(RequestModel):
+    confirmation: Literal["DELETE_ACCOUNT"]
+
+
+class Profile(BaseModel):
+    user_id: int
+    api_key: str
+    credits: Credits
+    username: str
+    email: str
+    auth_method: AuthMethod
+    subscription_status: str
+    trial_expires_at: str | None
+    is_active: bool
+    role: str
+    preferences: dict[str, Any]
+    settings: dict[str, Any]
+    registration_date: str
+    created_at: str
+    updated_at: str
+
+
+# Plans.
+
+PlanLimit = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Factor = Annotated[Decimal, Field(ge=0, le=1000)]
+
+
+class PlanChange(RequestModel):
+    """Fields of a plan; null is unlimited, 0 refuses all."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
+    description: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    price_per_month: Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=9)] | None = None
+    daily_request_limit: PlanLimit | None = None
+    monthly_request_limit: PlanLimit | None = None
+    daily_token_limit: PlanLimit | None = None
+    monthly_token_limit: PlanLimit | None = None
+    concurrency: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = None
+    features: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=100)]], Field(max_length=100)] | None = None
+    allowed_models: Annotated[list[ModelPattern], Field(max_length=200)] | None = None
+    environment_factors: dict[Literal["staging", "development"], Factor] | None = None
+    is_active: bool | None = None
+
+
+class PlanOrderNew(PlanChange):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"slug": "team", "name": "Team", "daily_request_limit": 10000}]})
+
+    slug: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+class Plan(BaseModel):
+    id: int
+    slug: str
+    name: str
+    description: str
+    price_per_month: Credits
+    daily_request_limit: int | None
+    monthly_request_limit: int | None
+    daily_token_limit: int | None
+    monthly_token_limit: int | None
+    concurrency: int | None
+    features: list[str]
+    allowed_models: list[str] | None
+    environment_factors: dict[str, Credits]
+    is_active: bool
+
+
+class UserChange(RequestModel):
+    """Suspend or restore an account, or change its role."""
+
+    is_active: bool | None = None
+    role: Literal["user", "admin"] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.is_active is None and self.role is None:
+            raise ValueError("names nothing to change")
+        return self
+
+
+class Refund(RequestModel):
+    request_id: UUID
+    credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="null: all of it")
+    reason: Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")] = ""
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+
+
+class Adjustment(Target):
+    credits: Annotated[Decimal, Field(ge=-1_000_000_000, le=1_000_000_000, decimal_places=9)]
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _not_nothing(self) -> Self:
+        if self.credits == 0:
+            raise ValueError("credits must not be 0")
+        return self
+
+
+class LegacyKey(RequestModel):
+    user_id: Id
+    api_key: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{16,256}$")]
+    key_name: KeyName = "Imported key"
+    environment_tag: Environment = Environment.LIVE
+    scope_permissions: Scopes | None = None
+    expiration_date: Moment | None = None
+    max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None
+    is_active: bool = True
+
+
+class LegacyImport(RequestModel):
+    keys: Annotated[list[LegacyKey], Field(min_length=1, max_length=1000)]

@@ -1,0 +1,185 @@
+"""What do requests and answers about API keys look like? The same rules as in `models`."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from models import Credits, Environment, KeyName, RequestModel
+
+ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
+Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
+ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x20*]*\*?$")]
+Domain = Annotated[
+    str,
+    StringConstraints(
+        min_length=1, max_length=253, to_lower=True, pattern=r"^(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9-]{1,63}$"
+    ),
+]
+
+
+def _network(text: str) -> str:
+    """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return str(ipaddress.ip_network((mapped, network.prefixlen - 96))) if mapped and network.prefixlen >= 96 else str(network)
+
+
+NetworkText = Annotated[str, StringConstraints(max_length=64), AfterValidator(_network)]
+Moment = Annotated[AwareDatetime, Field(description="ISO 8601, with a time zone")]
+
+
+class KeyRules(RequestModel):
+    """What a key may do, and for how long."""
+
+    scope_permissions: Scopes | None = None
+    ip_allowlist: Annotated[list[NetworkText], Field(max_length=100)] | None = None
+    domain_referrers: Annotated[list[Domain], Field(max_length=100)] | None = None
+    allowed_models: Annotated[list[ModelPattern], Field(max_length=200)] | None = Field(
+        default=None, description="Exact ids, or prefixes that end with *; null allows all"
+    )
+    expiration_days: Annotated[int, Field(strict=True, gt=0, le=36500)] | None = None
+    max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None
+    budget: Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="Credits a window")
+    budget_window: Literal["day", "week", "month", "lifetime"] | None = None
+
+    @model_validator(mode="after")
+    def _budget_has_window(self) -> Self:
+        if (self.budget is None) != (self.budget_window is None):
+            raise ValueError("budget and budget_window belong together")
+        return self
+
+
+class KeyOrder(KeyRules):
+    """A key to make. Its scopes and restrictions may be no broader than those of the key that makes it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"key_name": "ci", "environment_tag": "test", "expiration_days": 30, "max_requests": 1000}]}
+    )
+
+    action: Literal["create"] = "create"
+    key_name: KeyName
+    environment_tag: Environment = Environment.LIVE
+    revealable: bool = Field(default=False, description="Keep it encrypted, so that it can be shown again")
+
+
+class KeyChange(KeyRules):
+    """A change of a key. Fields that are left out stay as they are; null takes a restriction away."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"action": "update", "ip_allowlist": ["203.0.113.0/24"]}]})
+
+    action: Literal["update", "rotate", "bulk_rotate"] = "update"
+    key_name: KeyName | None = None
+    is_active: bool | None = None
+    environment_tag: Environment | None = Field(default=None, description="With bulk_rotate: only keys of this environment")
+    grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * 86400)] = Field(
+        default=0, description="Seconds that the old secret still works"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_change(self) -> Self:
+        if self.action == "update":
+            if not self.model_fields_set - {"action"}:
+                raise ValueError("names nothing to change")
+            if self.environment_tag is not None:
+                raise ValueError("environment_tag of a key never changes; make a new key")
+        return self
+
+
+class Rotation(RequestModel):
+    grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * 86400)] = Field(
+        default=0, description="Seconds that the old secret still works"
+    )
+
+
+class KeyRevocation(RequestModel):
+    confirmation: Literal["DELETE_KEY"]
+
+
+class KeyView(BaseModel):
+    """A key as it may be shown."""
+
+    id: int
+    api_key: str = Field(description="Masked")
+    key_name: str
+    environment_tag: Environment
+    scope_permissions: dict[str, list[str]]
+    is_active: bool
+    is_primary: bool
+    is_revealable: bool
+    expiration_date: str | None
+    days_remaining: int | None
+    max_requests: int | None
+    requests_used: int
+    requests_remaining: int | None
+    usage_percentage: float | None
+    ip_allowlist: list[str]
+    domain_referrers: list[str]
+    allowed_models: list[str] | None
+    budget: Credits | None
+    budget_window: str | None
+    budget_spent: Credits
+    created_at: str
+    updated_at: str
+    last_used_at: str | None
+
+
+class Keys(BaseModel):
+    status: str
+    total_keys: int
+    keys: list[KeyView]
+
+
+class KeyMade(BaseModel):
+    """A new key; `api_key` is shown this once, unless it is revealable."""
+
+    status: str
+    message: str
+    api_key: str
+    key_name: str
+    environment_tag: Environment
+    security_features: dict[str, Any]
+    key: KeyView
+
+
+class KeyChanged(BaseModel):
+    status: str
+    message: str
+    updated_key: KeyView | None = None
+    api_key: str | None = Field(default=None, description="The new secret, after a rotation")
+    rotated_count: int | None = None
+    new_keys: list[dict[str, Any]] | None = None
+    timestamp: datetime.datetime
+
+
+class KeyRevoked(BaseModel):
+    status: str
+    message: str
+    deleted_key_id: int
+    timestamp: datetime.datetime
+
+
+class AuditLog(BaseModel):
+    id: int
+    actor: str
+    action: str
+    target: str | None
+    user_id: int | None
+    key_id: int | None
+    ip: str | None
+    user_agent: str | None
+    request_id: str | None
+    details: dict[str, Any]
+    occurrences: int
+    created_at: str
+
+
+class AuditLogs(BaseModel):
+    status: str
+    total_logs: int = Field(description="Rows on this page")
+    logs: list[AuditLog]
+    next_cursor: str | None

@@ -1,0 +1,280 @@
+"""What may a user do with their API keys? Make, list, change, rotate, reveal and revoke them, and see who did what."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db_security
+from errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
+from models import ErrorBody
+from models_keys import (
+    AuditLog,
+    AuditLogs,
+    KeyChange,
+    KeyChanged,
+    KeyMade,
+    KeyOrder,
+    KeyRevocation,
+    KeyRevoked,
+    KeyRules,
+    Keys,
+    KeyView,
+    Moment,
+    Rotation,
+)
+from money import credits_from_nanos, nanos_from_credits
+from replies import Reply, utc_now
+from routes.exact import ExactRoute
+from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from runtime import Runtime
+from security import DEFAULT_SCOPES, Caller, Declared, masked, may, new_key
+
+router = APIRouter(
+    prefix="/user/api-keys",
+    tags=["keys"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+)
+
+Reader = Annotated[Caller, may("read", "keys")]
+Writer = Annotated[Caller, may("write", "keys")]
+
+
+@router.get("", summary="Your keys", response_model=Keys)
+async def list_keys(request: Request, caller: Reader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db_security.list_keys(runtime.client, caller.user_id)
+    return Reply(Keys(status="success", total_keys=len(rows), keys=[view(row) for row in rows]))
+
+
+@router.post("", summary="Make a key", response_model=KeyMade)
+async def create_key(request: Request, order: KeyOrder, caller: Writer) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    environment = order.environment_tag.value
+    key = new_key(environment)
+    stored = {
+        **runtime.keyring.stored(key, environment, order.key_name),
+        "scope_permissions": DEFAULT_SCOPES,
+        "ip_allowlist": [],
+        "domain_referrers": [],
+        "encrypted_key": runtime.vault.encrypt(key) if order.revealable else None,
+        **_rules(order),
+    }
+    found = await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored})
+    raise_key_refusal(found)
+    made = view(found["key"])
+    return Reply(
+        KeyMade(
+            status="success",
+            message="Keep the API key: it is shown this once." if not order.revealable else "The API key can be shown again.",
+            api_key=key,
+            key_name=order.key_name,
+            environment_tag=order.environment_tag,
+            security_features={
+                "ip_allowlist": made.ip_allowlist,
+                "domain_referrers": made.domain_referrers,
+                "expiration_date": made.expiration_date,
+                "max_requests": made.max_requests,
+                "scope_permissions": made.scope_permissions,
+            },
+            key=made,
+        )
+    )
+
+
+@router.get("/usage", summary="What each key has used")
+async def read_usage(request: Request, caller: Reader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db_security.list_keys(runtime.client, caller.user_id)
+    keys = [view(row) for row in rows]
+    return Reply({"user_id": caller.user_id, "total_keys": len(keys), "keys": keys, "audit_logging": True})
+
+
+@router.get("/audit-logs", summary="Who did what with your keys", response_model=AuditLogs)
+async def list_audit_logs(
+    request: Request,
+    caller: Annotated[Caller, may("read", "audit")],
+    key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    action: Annotated[str | None, Query(max_length=64)] = None,
+    start_date: Moment | None = None,
+    end_date: Moment | None = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await audit_page(
+        runtime, user_id=caller.user_id, key_id=key_id, action=action, start=start_date, end=end_date, limit=limit, cursor=cursor
+    )
+
+
+@router.get("/{key_id}", summary="One key", response_model=KeyView)
+async def read_key(request: Request, key_id: PathId, caller: Reader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    for row in await db_security.list_keys(runtime.client, caller.user_id):
+        if row["id"] == key_id:
+            return Reply(view(row))
+    raise NotFound("There is no such key.", param="key_id")
+
+
+@router.get("/{key_id}/reveal", summary="Show a revealable key again")
+async def reveal_key(request: Request, key_id: PathId, caller: Writer) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.reveal_key(runtime.client, {**caller.stamp(), "key_id": key_id})
+    raise_key_refusal(found)
+    key = runtime.vault.decrypt(found["encrypted_key"])
+    if key is None:
+        raise NotFound("This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).", param="key_id")
+    return Reply({"status": "success", "api_key": key, "key": view(found["key"])})
+
+
+@router.put("/{key_id}", summary="Change or rotate a key", response_model=KeyChanged)
+async def update_key(request: Request, key_id: PathId, order: KeyChange, caller: Writer) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    if order.action == "rotate":
+        return await _rotate(runtime, caller, key_id, order.grace_period)
+    if order.action == "bulk_rotate":
+        return await _rotate_all(runtime, caller, order)
+    changes = _rules(order)
+    for name in ("key_name", "is_active"):
+        if (value := getattr(order, name)) is not None:
+            changes[name] = value
+    found = await db_security.update_key(runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes})
+    raise_key_refusal(found)
+    return Reply(KeyChanged(status="success", message="The key is changed", updated_key=view(found["key"]), timestamp=utc_now()))
+
+
+@router.post("/{key_id}/rotate", summary="A new secret for a key", response_model=KeyChanged)
+async def rotate_key(request: Request, key_id: PathId, caller: Writer, order: Rotation | None = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await _rotate(runtime, caller, key_id, order.grace_period if order else 0)
+
+
+@router.delete("/{key_id}", summary="Revoke a key, for good", response_model=KeyRevoked)
+async def revoke_key(request: Request, key_id: PathId, order: KeyRevocation, caller: Writer) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
+    raise_key_refusal(found)
+    return Reply(KeyRevoked(status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()))
+
+
+async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> Response:
+    row = await _require_key(runtime, caller, key_id)
+    key, stored = _new_secret(runtime, row)
+    found = await db_security.rotate_keys(runtime.client, {**caller.stamp(), "grace_seconds": grace, "keys": [stored]})
+    raise_key_refusal(found)
+    changed = view(found["keys"][0])
+    return Reply(KeyChanged(status="success", message="The key has a new secret", updated_key=changed, api_key=key, timestamp=utc_now()))
+
+
+async def _rotate_all(runtime: Runtime, caller: Caller, order: KeyChange) -> Response:
+    rows = await db_security.list_keys(runtime.client, caller.user_id)
+    wanted = [row for row in rows if row["is_active"] and order.environment_tag in (None, row["environment_tag"])]
+    secrets = [_new_secret(runtime, row) for row in wanted]
+    found = await db_security.rotate_keys(
+        runtime.client, {**caller.stamp(), "grace_seconds": order.grace_period, "keys": [stored for _, stored in secrets]}
+    )
+    raise_key_refusal(found)
+    new = [{"id": row["id"], "key_name": row["key_name"], "api_key": key} for row, (key, _) in zip(found["keys"], secrets, strict=True)]
+    message = f"{len(new)} keys have new secrets"
+    return Reply(KeyChanged(status="success", message=message, rotated_count=len(new), new_keys=new, timestamp=utc_now()))
+
+
+async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> dict[str, Any]:
+    for row in await db_security.list_keys(runtime.client, caller.user_id):
+        if row["id"] == key_id:
+            return row
+    raise NotFound("There is no such key.", param="key_id")
+
+
+def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    key = new_key(row["environment_tag"])
+    stored = runtime.keyring.stored(key, row["environment_tag"], row["key_name"])
+    fields = {name: stored[name] for name in ("key_hash", "hash_secret_id", "last4")}
+    return key, {"key_id": row["id"], **fields, "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None}
+
+
+def _rules(order: KeyRules) -> dict[str, Any]:
+    """The columns that these rules set: what was left out is not among them."""
+    given = order.model_fields_set
+    found: dict[str, Any] = {name: getattr(order, name) for name in ("allowed_models", "max_requests") if name in given}
+    if "scope_permissions" in given and order.scope_permissions is not None:
+        found["scope_permissions"] = order.scope_permissions
+    for name in ("ip_allowlist", "domain_referrers"):
+        if name in given:
+            found[name] = getattr(order, name) or []
+    if "expiration_days" in given:
+        days = order.expiration_days
+        found["expiration_date"] = None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
+    if "budget" in given:
+        found["budget_nanos"] = None if order.budget is None else nanos_from_credits(order.budget)
+        found["budget_window"] = order.budget_window
+    return found
+
+
+def view(row: dict[str, Any]) -> KeyView:
+    """A key as it may be shown."""
+    used, most = row["requests_used"], row["max_requests"]
+    budget = row["budget_nanos"]
+    shown = {name: row[name] for name in KeyView.model_fields if name in row}
+    return KeyView(
+        **shown,
+        api_key=masked(row["key_prefix"], row["last4"]),
+        days_remaining=_days_until(row["expiration_date"]),
+        requests_remaining=None if most is None else max(0, most - used),
+        usage_percentage=None if most is None else round(100 * used / most, 2),
+        budget=None if budget is None else credits_from_nanos(budget),
+        budget_spent=credits_from_nanos(row["budget_spent_nanos"]),
+    )
+
+
+def _days_until(moment: str | None) -> int | None:
+    return None if moment is None else max(0, (datetime.datetime.fromisoformat(moment) - utc_now()).days)
+
+
+def raise_key_refusal(found: dict[str, Any]) -> None:
+    """The error that a refusal of a key function means, if it is one."""
+    refusals: dict[str, GatewayError] = {
+        "not_found": NotFound("There is no such key.", param="key_id"),
+        "name_taken": Conflict("You have a key of this name already.", param="key_name"),
+        "too_many": Conflict("You have 50 active keys, the most that are allowed. Revoke one first."),
+        "not_revealable": BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id"),
+        "broader": MissingScope(
+            f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.", param=found.get("field")
+        ),
+    }
+    if found["outcome"] in refusals:
+        raise refusals[found["outcome"]]
+
+
+async def audit_page(
+    runtime: Runtime,
+    *,
+    user_id: int | None,
+    key_id: int | None,
+    action: str | None,
+    start: datetime.datetime | None,
+    end: datetime.datetime | None,
+    limit: int,
+    cursor: str | None,
+) -> Response:
+    """One page of the audit log. Raises BadRequest for dates in the wrong order."""
+    if start is not None and end is not None and start >= end:
+        raise BadRequest("`end_date` must be after `start_date`.", param="end_date")
+    rows = await db_security.list_audit_logs(
+        runtime.client,
+        user_id=user_id,
+        key_id=key_id,
+        action=action,
+        start=start.isoformat() if start else None,
+        end=end.isoformat() if end else None,
+        before=id_of(cursor),
+        limit=limit,
+    )
+    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    logs = [AuditLog(**row) for row in rows]
+    return Reply(AuditLogs(status="success", total_logs=len(logs), logs=logs, next_cursor=following))

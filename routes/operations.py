@@ -1,0 +1,154 @@
+"""What may an operator look at and do across all accounts? Monitoring, usage, keys, the audit log, and the model cache."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db
+import db_security
+from errors import NotFound
+from models import ErrorBody
+from models_accounts import LegacyImport, LegacyKey
+from models_keys import AuditLogs, Moment
+from money import credits_from_nanos
+from replies import Reply, utc_now
+from routes.exact import ExactRoute
+from routes.keys import audit_page, raise_key_refusal, view
+from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
+from routes.users import shown_metrics
+from runtime import Runtime
+from security import DEFAULT_SCOPES, AdminOnly, Declared
+
+router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+)
+
+
+@router.get("/monitor", summary="The whole installation at a glance")
+async def read_monitor(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.system_metrics(runtime.client)
+    metrics = shown_metrics(found["metrics"])
+    return Reply(
+        {
+            "status": "success",
+            "timestamp": utc_now(),
+            "total_users": found["total_users"],
+            "active_users_today": found["active_users_today"],
+            "requests_today": metrics["requests_today"],
+            "tokens_today": metrics["tokens_today"],
+            "cost_today": metrics["cost_today"],
+            "system_usage_metrics": metrics,
+            "top_users_by_usage": [_with_cost(row) for row in found["top_users"]],
+            "recent_activity": [_with_cost(row) for row in found["recent"]],
+        }
+    )
+
+
+@router.get("/usage", summary="What everybody has used, by time and group")
+async def read_usage(
+    request: Request,
+    admin: AdminOnly,
+    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    timezone: Zone = "UTC",
+    bucket: Bucket = "day",
+    group_by: AdminGroup = "model",
+    format: Format = "json",
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await usage_report(runtime, user_id=user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format)
+
+
+@router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs)
+async def list_audit_logs(
+    request: Request,
+    admin: AdminOnly,
+    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    action: Annotated[str | None, Query(max_length=64)] = None,
+    start_date: Moment | None = None,
+    end_date: Moment | None = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await audit_page(
+        runtime, user_id=user_id, key_id=key_id, action=action, start=start_date, end=end_date, limit=limit, cursor=cursor
+    )
+
+
+@router.get("/keys", summary="Find keys by what is shown of them, or by name")
+async def find_keys(
+    request: Request,
+    admin: AdminOnly,
+    search: Annotated[str | None, Query(min_length=1, max_length=256, description="A masked or whole key, its last 4, or a name")] = None,
+    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db_security.find_keys(runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit)
+    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    keys = [{**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows]
+    return Reply({"status": "success", "keys": keys, "next_cursor": following})
+
+
+@router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")
+async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
+    raise_key_refusal(found)
+    return Reply({"status": "success", "message": "The key no longer works", "user_id": found["user_id"], "deleted_key_id": key_id})
+
+
+@router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
+async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]})
+    if found["outcome"] == "not_found":
+        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param="user_id")
+    return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
+
+
+@router.post("/refresh-models", summary="Fetch the model list now")
+async def refresh_models(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(None).refresh()
+    return Reply({"status": "success", "message": "The model list is fresh", "total_models": len(index.raw), "timestamp": utc_now()})
+
+
+@router.get("/cache-status", summary="How old the model list is")
+async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply({"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()})
+
+
+def _with_cost(row: db.Row) -> dict[str, Any]:
+    return {**{name: value for name, value in row.items() if name != "cost_nanos"}, "cost": credits_from_nanos(row["cost_nanos"])}
+
+
+def _legacy(key: LegacyKey) -> dict[str, Any]:
+    return {
+        "user_id": key.user_id,
+        "key_sha256": hashlib.sha256(key.api_key.encode()).hexdigest(),
+        "key_name": key.key_name,
+        "key_prefix": key.api_key[:4],
+        "last4": key.api_key[-4:],
+        "environment_tag": key.environment_tag,
+        "scope_permissions": key.scope_permissions or DEFAULT_SCOPES,
+        "expiration_date": key.expiration_date.isoformat() if key.expiration_date else None,
+        "max_requests": key.max_requests,
+        "is_active": key.is_active,
+    }

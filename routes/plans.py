@@ -1,0 +1,158 @@
+"""Which plans are there, and what does a user's plan allow? The public list, one's own plan, and its administration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db
+from errors import BadRequest, Conflict, NotFound
+from models import ErrorBody
+from models_accounts import Plan, PlanChange, PlanOrderNew
+from money import credits_from_nanos, nanos_from_credits
+from replies import Reply
+from routes.exact import ExactRoute
+from routes.pages import PathId
+from runtime import Runtime
+from security import AdminOnly, Caller, Declared, may
+
+ERRORS: Any = {code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)}
+router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=ERRORS)
+
+LIMITS = ("daily_requests", "daily_tokens", "monthly_requests", "monthly_tokens")
+COLUMNS = {
+    "daily_requests": "daily_request_limit",
+    "daily_tokens": "daily_token_limit",
+    "monthly_requests": "monthly_request_limit",
+    "monthly_tokens": "monthly_token_limit",
+}
+PlanReader = Annotated[Caller, may("read", "plan")]
+
+
+@router.get("/plans", summary="The plans on offer", response_model=list[Plan])
+async def list_plans(request: Request) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply([shown_plan(row) for row in await db.list_plans(runtime.client)])
+
+
+@router.get("/plans/{plan_id}", summary="One plan", response_model=Plan)
+async def read_plan(request: Request, plan_id: PathId) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    row = await db.get_plan(runtime.client, plan_id)
+    if row is None or not row["is_active"]:
+        raise NotFound("There is no such plan.", param="plan_id")
+    return Reply(shown_plan(row))
+
+
+@router.get("/user/plan", summary="Your plan; 404 without one", dependencies=Declared)
+async def read_own_plan(request: Request, caller: PlanReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    assigned = found["assigned"]
+    if assigned is None:
+        raise NotFound("You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan")
+    period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
+    return Reply({"status": "success", "plan": shown_plan(found["plan"]), "limits": _limits(found["plan"]), **period})
+
+
+@router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
+async def cancel_plan(request: Request, caller: Annotated[Caller, may("write", "plan")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.cancel_plan(runtime.client, caller.stamp())
+    if found["outcome"] == "no_plan":
+        raise NotFound("You have no plan.", code="no_plan")
+    return Reply({"status": "success", "message": "The plan is cancelled", "plan_id": found["plan_id"]})
+
+
+@router.get("/user/plan/usage", summary="What you have used of your plan's limits", dependencies=Declared)
+async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    limits, used = _limits(found["plan"]), found["plan_used"]
+    remaining = {name: None if limits[name] is None else max(0, limits[name] - used[name]) for name in LIMITS}
+    return Reply(
+        {
+            "status": "success",
+            "has_plan": found["assigned"] is not None,
+            "plan_name": found["plan"]["name"],
+            "usage": used,
+            "limits": limits,
+            "remaining": remaining,
+            "at_limit": {name: remaining[name] == 0 for name in LIMITS},
+        }
+    )
+
+
+@router.get("/user/plan/entitlements", summary="What your plan allows", dependencies=Declared)
+async def read_entitlements(request: Request, caller: PlanReader, feature: Annotated[str | None, Query(max_length=100)] = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    plan, assigned = found["plan"], found["assigned"]
+    return Reply(
+        {
+            "has_plan": assigned is not None,
+            "plan_name": plan["name"],
+            "limits": _limits(plan),
+            "features": plan["features"],
+            "allowed_models": plan["allowed_models"],
+            "can_access_feature": None if feature is None else feature in plan["features"],
+            "plan_expires": None if assigned is None else assigned["end_date"],
+        }
+    )
+
+
+@router.post("/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared)
+async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    blank = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
+    found = await db.create_plan(runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(order), "slug": order.slug}})
+    if found["outcome"] == "slug_taken":
+        raise Conflict("There is a plan with this slug already.", param="slug")
+    return Reply(shown_plan(found["plan"]))
+
+
+@router.put("/admin/plans/{plan_id}", summary="Change a plan", response_model=Plan, tags=["admin"], dependencies=Declared)
+async def update_plan(request: Request, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
+
+
+@router.delete("/admin/plans/{plan_id}", summary="Take a plan off the list", tags=["admin"], dependencies=Declared)
+async def withdraw_plan(request: Request, plan_id: PathId, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
+    return Reply({"status": "success", "message": "The plan is no longer offered; who has it keeps it", "plan_id": plan_id})
+
+
+async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes: dict[str, Any]) -> db.Row:
+    found = await db.update_plan(runtime.client, {**stamp, "plan_id": plan_id, "changes": changes})
+    if found["outcome"] == "not_found":
+        raise NotFound("There is no such plan.", param="plan_id")
+    if found["outcome"] == "built_in":
+        raise BadRequest("This plan applies to everybody without a plan and cannot be taken off.", param="plan_id")
+    return db.Row(found["plan"])
+
+
+def _columns(order: PlanChange) -> dict[str, Any]:
+    given = order.model_dump(exclude_unset=True, exclude={"slug"})
+    nullable = {"daily_request_limit", "monthly_request_limit", "daily_token_limit", "monthly_token_limit", "concurrency", "allowed_models"}
+    for name, value in given.items():
+        if value is None and name not in nullable:
+            raise BadRequest(f"`{name}` cannot be null.", param=name)
+    if "price_per_month" in given:
+        given["price_per_month_nanos"] = nanos_from_credits(given.pop("price_per_month"))
+    if "environment_factors" in given:
+        given["environment_factors"] = {name: str(factor) for name, factor in given["environment_factors"].items()}
+    return given
+
+
+def _limits(plan: db.Row) -> dict[str, int | None]:
+    return {name: plan[COLUMNS[name]] for name in LIMITS}
+
+
+def shown_plan(row: db.Row) -> Plan:
+    """A plan as it is shown."""
+    shown = {name: row[name] for name in Plan.model_fields if name in row}
+    return Plan(**shown, price_per_month=credits_from_nanos(row["price_per_month_nanos"]))

@@ -1,0 +1,139 @@
+"""How is usage asked for and shown? Ranges, time zones, buckets, groups, and the same rows as JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+from collections.abc import AsyncIterator, Iterable
+from typing import Annotated, Any, Literal
+from zoneinfo import available_timezones
+
+from fastapi import Query
+from fastapi.responses import Response, StreamingResponse
+from pydantic import AfterValidator
+
+import db
+from errors import BadRequest
+from money import credits_from_nanos, plain
+from replies import Reply, utc_now
+from runtime import Runtime
+
+MAX_ROWS = 10_000
+MAX_DAYS = 3660
+FAR = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
+SLOT = datetime.timedelta(minutes=15)
+
+Bucket = Literal["hour", "day", "month", "none"]
+Group = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "none"]
+AdminGroup = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "none"]
+Format = Literal["json", "csv"]
+
+
+def _zone(name: str) -> str:
+    if name != "UTC" and name not in available_timezones():
+        raise ValueError("is no time zone (an IANA name such as Europe/Berlin)")
+    return name
+
+
+Zone = Annotated[str, Query(max_length=64, description="IANA name"), AfterValidator(_zone)]
+AMOUNTS = ("cost", "upstream_cost", "overrun")
+COLUMNS = (
+    "bucket",
+    "group",
+    "requests",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "cost",
+    "upstream_cost",
+    "overrun",
+    "latency_average_ms",
+    "latency_p50_ms",
+    "latency_p95_ms",
+    "latency_p99_ms",
+)
+
+
+def read_range(start: datetime.datetime | None, end: datetime.datetime | None) -> tuple[datetime.datetime, datetime.datetime]:
+    """The range that was asked for, widened to quarters of an hour; the last 30 days unless said otherwise. Raises BadRequest."""
+    until = _round_up(min(end or utc_now(), FAR))
+    since = (start or until - datetime.timedelta(days=30)).astimezone(datetime.UTC)
+    since -= datetime.timedelta(minutes=since.minute % 15, seconds=since.second, microseconds=since.microsecond)
+    if since >= until:
+        raise BadRequest("`end` must be after `start`.", param="end")
+    if until - since > datetime.timedelta(days=MAX_DAYS):
+        raise BadRequest("The range is longer than ten years.", param="start")
+    return since, until
+
+
+def _round_up(moment: datetime.datetime) -> datetime.datetime:
+    moment = moment.astimezone(datetime.UTC)
+    over = datetime.timedelta(minutes=moment.minute % 15, seconds=moment.second, microseconds=moment.microsecond)
+    return moment - over + (SLOT if over else datetime.timedelta())
+
+
+async def usage_report(
+    runtime: Runtime,
+    *,
+    user_id: int | None,
+    start: datetime.datetime | None,
+    end: datetime.datetime | None,
+    zone: str,
+    bucket: str,
+    group: str,
+    form: Format,
+) -> Response:
+    """The report as an answer."""
+    since, until = read_range(start, end)
+    report = {"start": since.isoformat(), "end": until.isoformat(), "zone": zone, "bucket": bucket, "group": group, "limit": MAX_ROWS + 1}
+    found = await db.report_usage(runtime.client, user_id=user_id, report=report)
+    if len(found) > MAX_ROWS:
+        raise BadRequest(f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.", param="bucket")
+    rows = [_row(row) for row in found]
+    if form == "csv":
+        return csv_answer(COLUMNS, rows, "usage.csv")
+    about = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
+    return Reply({"status": "success", **about, "total": _total(rows), "rows": rows})
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    shown = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS}
+    requests = row["requests"]
+    average = round(row["latency_ms_total"] / requests) if requests else None
+    return {name: {**row, **shown, "latency_average_ms": average}.get(name) for name in COLUMNS}
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [name for name in COLUMNS[2:] if not name.startswith("latency")]
+    return {name: sum(row[name] for row in rows) for name in names}
+
+
+def csv_answer(columns: Iterable[str], rows: Iterable[dict[str, Any]], filename: str) -> StreamingResponse:
+    """Rows as CSV, line by line."""
+    names = list(columns)
+
+    async def lines() -> AsyncIterator[str]:
+        yield _csv_line(names)
+        for row in rows:
+            yield _csv_line([_cell(row.get(name)) for name in names])
+
+    headers = {"content-disposition": f'attachment; filename="{filename}"'}
+    return StreamingResponse(lines(), media_type="text/csv; charset=utf-8", headers=headers)
+
+
+def _cell(value: Any) -> str:
+    """A value as a spreadsheet reads it; text that it would run as a formula is quoted."""
+    if value is None:
+        return ""
+    if hasattr(value, "scaleb"):
+        return plain(value)
+    text = str(value)
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") and isinstance(value, str) else text
+
+
+def _csv_line(cells: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue()
