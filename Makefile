@@ -1,6 +1,6 @@
 # `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format migrate schema bench vercel-check sandbox lock clean
+.PHONY: help run test check format migrate schema fuzz bench vercel-check sandbox lock clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -37,6 +37,9 @@ schema: ## write supabase/schema.sql, the readable whole, out of the migrations
 	for f in supabase/migrations/*.sql; do \
 	  printf '\n\n-- %s\n-- %s\n-- %s\n\n' "$$(printf '=%.0s' $$(seq 76))" "$$(basename $$f .sql | sed 's/^[0-9]*_//')" "$$(printf '=%.0s' $$(seq 76))"; \
 	  grep -v '^notify pgrst' $$f; done; echo; echo "notify pgrst, 'reload schema';"; } > supabase/schema.sql
+
+fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
+	$(PY) tests/fuzz.py $(ARGS)
 
 bench: .venv/dev.done ## measure the gateway beside nginx and the direct upstream (needs wrk and nginx)
 	$(PY) -m benchmarks

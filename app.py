@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from config import Configuration, load_configuration
-from documentation import DESCRIPTION, document_proxy
+from documentation import DESCRIPTION, add_documentation_page, document_proxy
 from logs import configure_logging
 from middleware import RequestLog
 from replies import HANDLERS
@@ -55,6 +55,8 @@ def create_app(configuration: Configuration) -> FastAPI:
         version=public.VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         exception_handlers=dict(HANDLERS),
         strict_content_type=False,  # `curl -d` says it sends a form
     )
@@ -63,6 +65,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         app.include_router(area.router)
     proxy.add_proxy_routes(app)
     document_proxy(app)
+    add_documentation_page(app)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
 
 DESCRIPTION = """OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.
 
@@ -66,6 +71,41 @@ def _chat() -> dict[str, Any]:
     return {**CHAT, "responses": dict(sorted(answers.items()))}
 
 
+def _say_400(schema: dict[str, Any]) -> None:
+    """Wrong input is answered with 400 and our envelope, not with the framework's 422; an oversized body with 413, anywhere."""
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            answers = operation["responses"]
+            if answers.pop("422", None) is not None:
+                answers["400"] = {"description": ERRORS["400"], "content": error}
+            if "requestBody" in operation:
+                answers.setdefault("413", {"description": ERRORS["413"], "content": error})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+
+
+ASSETS = "/docs/assets"
+
+
+def add_documentation_page(app: FastAPI) -> None:
+    """/docs without a CDN: its assets come from a package, which is found without being imported."""
+    spec = find_spec("fastapi_offline")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("fastapi-offline is not installed; it stands in requirements.txt")
+    app.mount(ASSETS, StaticFiles(directory=Path(spec.origin).parent / "static"), name="documentation assets")
+
+    @app.get("/docs", include_in_schema=False)
+    async def read_documentation() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url=app.openapi_url or "/openapi.json",
+            title=app.title,
+            swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{ASSETS}/favicon.png",
+        )
+
+
 def document_proxy(app: FastAPI) -> None:
     """Adds the proxy's endpoints to the application's OpenAPI."""
 
@@ -73,6 +113,7 @@ def document_proxy(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schema["paths"]["/v1/chat/completions"] = {"post": _chat()}
+            _say_400(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -17,7 +17,7 @@ router = APIRouter(
     prefix="/internal",
     tags=["internal"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (401, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 503)},
 )
 
 

@@ -1,0 +1,50 @@
+"""What /docs says is true, and needs no other host."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import Gateway
+
+PUBLIC = {
+    ("get", "/"),
+    ("get", "/health"),
+    ("get", "/health/live"),
+    ("get", "/health/ready"),
+    ("get", "/models"),
+    ("get", "/models/providers"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model_id}"),
+    ("get", "/plans"),
+    ("get", "/plans/{plan_id}"),
+    ("post", "/auth/register"),
+}
+
+
+async def test_the_documentation_page_loads_everything_from_here(gateway: Gateway) -> None:
+    page = await gateway.http.get("/docs")
+    assert page.status_code == 200
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(assets) == 3
+    for asset in assets:
+        assert asset.startswith("/docs/assets/")
+        assert (await gateway.http.get(asset)).status_code == 200
+    assert "https://" not in page.text
+
+
+async def test_every_operation_has_a_summary_and_every_closed_one_its_security(gateway: Gateway) -> None:
+    schema = (await gateway.http.get("/openapi.json")).json()
+    assert set(schema["components"]["securitySchemes"]) == {"bearer", "APIKeyHeader"}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            assert operation.get("summary"), (method, path)
+            assert operation.get("tags"), (method, path)
+            assert bool(operation.get("security")) == ((method, path) not in PUBLIC), (method, path)
+            assert "422" not in operation["responses"], (method, path)
+
+
+async def test_every_order_has_an_example_or_fields_that_explain_themselves(gateway: Gateway) -> None:
+    schema = (await gateway.http.get("/openapi.json")).json()
+    chat = schema["paths"]["/v1/chat/completions"]["post"]
+    assert chat["requestBody"]["content"]["application/json"]["example"]["model"]
+    assert {"401", "402", "429", "502"} <= chat["responses"].keys()
