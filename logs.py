@@ -8,6 +8,7 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
+import orjson
 import structlog
 
 SECRET = re.compile(r"(gw_(?:live|test|staging|dev)_|sk-or-(?:v\d-)?|sk-|sb_secret_|Bearer\s+|eyJ[\w-]{10})[\w.~+/=-]{6,}")
@@ -25,9 +26,17 @@ def _scrub_event(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
     return event
 
 
+def _to_json(event: Any, **_rest: Any) -> str:
+    return orjson.dumps(event, default=str).decode()
+
+
 def configure_logging(level: str, style: str) -> None:
     """Sends our events and those of the libraries to standard output, as JSON lines or for a person's eyes."""
-    renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()) if style == "console" else structlog.processors.JSONRenderer()
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+        if style == "console"
+        else structlog.processors.JSONRenderer(serializer=_to_json)
+    )
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
