@@ -61,11 +61,11 @@ clean: ## remove what make made; the data folder stays
 	@$(PYTHON) -m venv .venv || { echo "This Python cannot make virtual environments (on Debian: apt-get install python3-venv)."; rm -rf .venv; exit 1; }
 
 .venv/local.done: requirements-local.txt | .venv/bin/python
-	@echo "Installing what the gateway needs (once, about 20 s)"
+	@echo "Installing what the gateway needs (once, about half a minute)"
 	@$(PIP) requirements-local.txt
 	@touch $@
 
 .venv/dev.done: requirements-dev.txt | .venv/bin/python
-	@echo "Installing the gateway and its tools (once, about 40 s)"
+	@echo "Installing the gateway and its tools (once, about a minute)"
 	@$(PIP) requirements-dev.txt
 	@touch $@ .venv/local.done

@@ -18,6 +18,7 @@ from middleware import RequestLog
 from replies import HANDLERS
 from routes import admin, internal, keys, operations, plans, proxy, public, users
 from runtime import Service
+from serving import serve
 from welcome import print_welcome
 
 EXPOSED_HEADERS = [
@@ -55,6 +56,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         version=public.VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
+        redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
         exception_handlers=dict(HANDLERS),
@@ -82,13 +84,5 @@ def create_app(configuration: Configuration) -> FastAPI:
 app = create_app(load_configuration())
 
 
-def main() -> None:
-    """Serves on 127.0.0.1 and PORT."""
-    import uvicorn
-
-    port = app.state.runtime.settings.port
-    uvicorn.run("app:app", host="127.0.0.1", port=port, proxy_headers=False, access_log=False, log_level="warning")
-
-
 if __name__ == "__main__":
-    main()
+    serve(app, app.state.runtime)

@@ -22,6 +22,7 @@ Words = Annotated[tuple[str, ...], NoDecode]
 Mode = Literal["live", "sandbox"]
 
 SECRET_BYTES = 32
+VERCEL_DEADLINE_SECONDS = 270.0
 
 
 class Settings(BaseSettings):
@@ -80,6 +81,15 @@ class Settings(BaseSettings):
             decode_secret(secret.get_secret_value())
         return value
 
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql:// (and is not repeated here, as it may hold a password)")
+        if value is not None and "#" in value.get_secret_value():
+            raise ValueError("holds a #, which ends an address: in a password write it as %23")
+        return value
+
     @field_validator("supabase_url", "openrouter_base_url")
     @classmethod
     def _is_http_url(cls, value: str | None) -> str | None:
@@ -102,6 +112,11 @@ class Settings(BaseSettings):
         if self.openrouter_api_key:
             return "live"
         return "sandbox" if self.database == "embedded" else None
+
+    @property
+    def deadline_seconds(self) -> float:
+        """The longest request; on Vercel a function ends after 300 s, and settlement has to come before."""
+        return min(self.request_deadline_seconds, VERCEL_DEADLINE_SECONDS) if self.vercel else self.request_deadline_seconds
 
     @property
     def registration_open(self) -> bool:
@@ -139,6 +154,9 @@ def load_configuration() -> Configuration:
     problems: list[str] = []
     try:
         settings = Settings()
+    except UnicodeDecodeError:
+        problems = [".env is not a text file in UTF-8."]
+        settings = Settings.model_construct()
     except ValidationError as error:
         problems = [f"{_names(found['loc'])}: {_sentence(found['msg'])}" for found in error.errors(include_input=False)]
         settings = Settings.model_construct()
@@ -165,6 +183,8 @@ def _conflicts(settings: Settings) -> list[str]:
     if bool(settings.supabase_url) != bool(settings.supabase_key):
         missing = "SUPABASE_KEY" if settings.supabase_url else "SUPABASE_URL"
         found.append(f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key).")
+    if settings.admin_api_key is not None and len(settings.admin_api_key.get_secret_value()) < 16:
+        found.append("ADMIN_API_KEY is too short: use at least 16 characters.")
     if settings.vercel and settings.database != "hosted":
         found.append("SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase.")
     return found + (_missing_secrets(settings) if settings.database != "embedded" or settings.vercel else [])
@@ -179,8 +199,6 @@ def _missing_secrets(settings: Settings) -> list[str]:
         found.append(f"ENCRYPTION_KEYS is missing: secrets at rest are encrypted with it; {recipe}")
     if settings.admin_api_key is None:
         found.append("ADMIN_API_KEY is missing: admin routes need it; choose a long random text.")
-    elif len(settings.admin_api_key.get_secret_value()) < 16:
-        found.append("ADMIN_API_KEY is too short: use at least 16 characters.")
     if settings.mode is None:
         found.append(
             "OPENROUTER_API_KEY is missing. Without it completions are answered by the sandbox, and on this database that must be "

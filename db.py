@@ -64,9 +64,9 @@ async def note_generations(client: AsyncClient, items: Sequence[Row]) -> list[Ro
     return list(await call(client, "note_generations", {"p_items": items}))
 
 
-async def list_expired_holds(client: AsyncClient, limit: int) -> list[Row]:
-    """Holds whose time is up, oldest first: request_id, generation_id, mode, environment."""
-    return list(await call(client, "list_expired_holds", {"p_limit": limit}))
+async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[Row]:
+    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment."""
+    return list(await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip}))
 
 
 async def audit_ledger(client: AsyncClient) -> list[Row]:

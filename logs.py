@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import structlog
 
-SECRET = re.compile(r"(gw_(?:live|test|staging|dev)_|sk-or-(?:v\d-)?|sk-|sb_secret_|Bearer\s+|eyJ[\w-]{10})[\w.~+/=-]{6,}")
+SECRET = re.compile(r"(gw_(?:live|test|staging|dev|admin)_|sk-or-(?:v\d-)?|sk-|sb_secret_|Bearer\s+|eyJ[\w-]{10})[\w.~+/=-]{6,}")
 
 
 def scrub(text: str) -> str:

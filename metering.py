@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
@@ -21,11 +21,11 @@ import structlog
 from admission import Hold, Order, limit_headers
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
+from ending import Client, Ending, Proxied
 from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from openrouter import Answer, Unreachable, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
 from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
 from replies import charge_headers, gateway_usage, to_json
-from security import Credential
 from settlements import settlement, with_generation
 from usage import Usage, parse_json, read_generation_id, read_text, read_usage
 
@@ -40,50 +40,14 @@ MAX_DEPTH = 250
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
 NOT_FORWARDED = ("debug", "trace", "cache")
+MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
 NAMESPACED = ("session_id", "prompt_cache_key")
 
 
-class Client(Protocol):
-    """Whoever waits for the answer."""
-
-    gone: bool
-
-    async def start(self, status: int, headers: Mapping[str, str]) -> None: ...
-
-    async def send(self, data: bytes, *, more: bool) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Proxied:
-    """One request as it arrived: where to, from whom, and its raw body."""
-
-    endpoint: str
-    resource: str
-    credential: Credential
-    body: bytes
-    request_id: str
-    client_request_id: str | None = None
-    scenario: str | None = None
-
-
-@dataclass(slots=True)
-class Ending:
-    """What is known of how the request ended, as it becomes known."""
-
-    completed: bool = False
-    usage: Usage | None = None
-    failure: GatewayError | None = None
-    # The upstream refused before generating: it has said all there is, and bills nothing.
-    refused: bool = False
-    generation_id: str | None = None
-    finish_reason: str | None = None
-    model: str | None = None
-    provider: str | None = None
-    first_token_ms: int | None = None
-
-
 def read_body(raw: bytes) -> dict[str, Any]:
-    """The parsed body. Raises BadRequest."""
+    """The parsed body. Raises BadRequest; before parsing where that would take more memory and time than any honest body."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
+        raise BadRequest("The request body has too many parts.", code="invalid_json")
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -193,7 +157,7 @@ class Exchange:
 
     async def _generate(self, hold: Hold, body: Mapping[str, Any]) -> None:
         """Forwards the request and relays the answer but for its end; notes in `ending` how it went."""
-        deadline = self.runtime.settings.request_deadline_seconds
+        deadline = self.runtime.settings.deadline_seconds
         if self.client.gone:
             self.ending.refused = True  # by its own client: nothing is sent
             return
@@ -233,7 +197,7 @@ class Exchange:
 
     async def _read_refusal(self, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
-        failure = error_of(answer.status, answer.headers, await answer.read())
+        failure = error_of(answer.status, answer.headers, await answer.read(), invented=bool(self._upstream.suffixes))
         if is_price_change(failure):
             self.runtime.settlements.spawn(self._refresh_prices(), "refresh of the model list")
         raise failure
@@ -258,7 +222,7 @@ class Exchange:
         ending.model, ending.provider = read_text(data.get("model")), read_text(data.get("provider"))
         choices = data.get("choices")
         if data.get("error") and not choices:
-            raise error_of(error_status(data) or 502, {}, raw)
+            raise error_of(error_status(data) or 502, {}, raw, invented=bool(self._upstream.suffixes))
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
             ending.finish_reason = read_text(choices[0].get("finish_reason"))
         ending.completed = ending.finish_reason != "error" and not data.get("error")
@@ -335,7 +299,7 @@ class Exchange:
         found = await self.runtime.settlements.look_up_now(place)
         if found is None:
             # Whichever process is there then: what is asked later must be known to all of them.
-            self.runtime.note_generation(hold.request_id, ending.generation_id)
+            await self.runtime.keep_generation(hold.request_id, ending.generation_id)
             self.runtime.settlements.resolve_later(place, item)
             return None
         ending.usage = found

@@ -15,6 +15,9 @@ from replies import error_reply
 
 log = structlog.get_logger("http")
 
+MAX_ORDER_BYTES = 512 * 1024
+PROXIED = ("/v1/", "/api/v1/")
+
 
 class RequestLog:
     """Gives each request its id, answers with it, and logs how it went. Plain ASGI: it is on the way of every streamed event."""
@@ -54,25 +57,29 @@ class RequestLog:
             )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Orders of the management API are short, and are parsed before anybody knows who sent them.
+        limit = self._max_body_bytes if scope["path"].startswith(PROXIED) else min(self._max_body_bytes, MAX_ORDER_BYTES)
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            await error_reply(self._too_large(), scope["state"]["request_id"])(scope, receive, send)
+        if length.isdigit() and (len(length) > 18 or int(length) > limit):
+            await error_reply(_too_large(limit), scope["state"]["request_id"])(scope, receive, send)
             return
-        await self._app(scope, self._bounded(receive), send)
+        await self._app(scope, _bounded(receive, limit), send)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """A body without a length is counted as it arrives."""
-        left = self._max_body_bytes
 
-        async def bounded() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise self._too_large()
-            return message
+def _bounded(receive: Receive, limit: int) -> Receive:
+    """A body without a length is counted as it arrives."""
+    left = limit
 
-        return bounded
+    async def bounded() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise _too_large(limit)
+        return message
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The request body is larger than {self._max_body_bytes} bytes, the limit here.")
+    return bounded
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {limit} bytes, the limit here.")

@@ -10,7 +10,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, WithJsonSchema, model_validator
 
 Credits = Annotated[Decimal, WithJsonSchema({"type": "number", "description": "Credits; 1 credit = 1 US dollar, exact to nine decimals"})]
 # Strict, because `true` would be 1.
@@ -52,7 +52,13 @@ class ErrorBody(BaseModel):
     gateway: dict[str, Any] = Field(examples=[{"request_id": "019a9f5e-0000-7000-8000-000000000000"}])
 
 
-Username = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+def _not_reserved(name: str) -> str:
+    if name.lower().startswith("deleted-"):
+        raise ValueError("names that begin with deleted- are reserved")
+    return name
+
+
+Username = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(_not_reserved)]
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 

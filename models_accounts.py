@@ -6,10 +6,25 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
 
-from models import AuthMethod, Credits, Environment, Id, KeyName, RequestModel, Target, Username
+from models import AuthMethod, Credits, Id, KeyName, RequestModel, Target, Username
 from models_keys import ModelPattern, Moment, Scopes
+
+
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    """As PostgreSQL can keep it: bounded, without NUL and half surrogates, and with plain numbers."""
+    try:
+        text = orjson.dumps(value, default=float)
+    except TypeError as error:
+        raise ValueError(f"cannot be kept: {error}") from None
+    if len(text) > 8192 or b"\\u0000" in text:
+        raise ValueError("takes at most 8 kB, and no NUL")
+    return dict(orjson.loads(text))
+
+
+SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 class ProfileChange(RequestModel):
@@ -17,8 +32,8 @@ class ProfileChange(RequestModel):
 
     name: Username | None = None
     email: Annotated[EmailStr, Field(max_length=254)] | None = None
-    preferences: dict[str, Any] | None = None
-    settings: dict[str, Any] | None = None
+    preferences: SmallObject | None = None
+    settings: SmallObject | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -132,7 +147,7 @@ class LegacyKey(RequestModel):
     user_id: Id
     api_key: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{16,256}$")]
     key_name: KeyName = "Imported key"
-    environment_tag: Environment = Environment.LIVE
+    environment_tag: Literal["live", "staging", "development"] = "live"
     scope_permissions: Scopes | None = None
     expiration_date: Moment | None = None
     max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None

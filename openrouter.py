@@ -118,7 +118,7 @@ class Answer:
     @property
     def generation_id(self) -> str | None:
         value = self.headers.get("x-generation-id")
-        return value if value and len(value) <= 256 and value.isprintable() else None
+        return value if value and len(value) <= 256 and value.isascii() and value.isprintable() else None
 
     @property
     def is_refusal(self) -> bool:
@@ -315,15 +315,15 @@ def error_status(body: object) -> int | None:
     """The status inside an error body (`code`, or `http_status`, as a number or a text of one), None where there is none."""
     error = body.get("error") if isinstance(body, dict) else None
     for value in (error.get("code"), error.get("http_status")) if isinstance(error, dict) else ():
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and value.isascii() and value.isdigit():
             value = int(value[:4])
         if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
             return value
     return None
 
 
-def error_of(status: int, headers: Mapping[str, str], raw: bytes) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes."""
+def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False) -> GatewayError:
+    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -332,7 +332,8 @@ def error_of(status: int, headers: Mapping[str, str], raw: bytes) -> GatewayErro
     error = error if isinstance(error, dict) else {"message": error}
     message = sanitised(error.get("message"))
     if status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower()):
-        log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
+        if not invented:
+            log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
         return UpstreamUnavailable("The gateway's account at the model provider cannot serve requests now. The operator has been told.")
     if not 400 <= status < 600:
         return UpstreamError(f"The model provider answered with the unexpected status {status}.")
@@ -370,4 +371,4 @@ def _code(error: Mapping[str, Any], fallback: str) -> str:
 
 def _retry_after(headers: Mapping[str, str]) -> int | None:
     value = headers.get("retry-after", "")
-    return min(max(int(value), 1), 3600) if value.isdigit() and len(value) < 10 else None
+    return min(max(int(value), 1), 3600) if value.isascii() and value.isdigit() and len(value) < 10 else None

@@ -33,6 +33,7 @@ log = structlog.get_logger("runtime")
 RETRY_START_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
 SHUTDOWN_SECONDS = 10.0
+KEEP_SECONDS = 2.0
 
 
 class Runtime:
@@ -111,6 +112,14 @@ class Runtime:
         """Stores the generation id of a request that is still running."""
         self.settlements.spawn(self._note({"request_id": request_id, "generation_id": generation_id}), f"note for {request_id}")
 
+    async def keep_generation(self, request_id: str, generation_id: str) -> None:
+        """The same, done when it returns or given up after two seconds: on a serverless platform nothing may run after the answer."""
+        try:
+            async with asyncio.timeout(KEEP_SECONDS):
+                await self._note({"request_id": request_id, "generation_id": generation_id})
+        except TimeoutError:
+            log.warning("generation_not_noted", request_id=request_id, reason="the database did not answer in time")
+
     async def _note(self, item: dict[str, Any]) -> None:
         try:
             await self._notes.submit(item, group=item["request_id"])
@@ -119,7 +128,7 @@ class Runtime:
 
     async def sweep(self) -> dict[str, int]:
         """Finishes what crashed instances left behind."""
-        return await self.settlements.sweep(lambda limit: db.list_expired_holds(self.client, limit))
+        return await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
 
     async def sum_up(self) -> None:
         """Brings the usage sums up to what is closed, a day at a time."""
@@ -161,14 +170,16 @@ async def _check_database(runtime: Runtime) -> None:
     if version < SCHEMA_VERSION:
         command = "supabase db push" if settings.database == "hosted" else "make migrate"
         raise Misconfigured(f"The database's schema is at version {version}, this code needs {SCHEMA_VERSION}. Run: {command}")
-    mode = await db.enter_mode(runtime.client, runtime.mode)
-    if mode["outcome"] == "refused":
-        raise Misconfigured(
-            "This database has been live and refuses sandbox mode: it would answer paying users with invented text. Set OPENROUTER_API_KEY."
-        )
     missing = await db_security.list_key_secrets_in_use(runtime.client) - set(runtime.keyring.ids)
     if missing:
         raise Misconfigured("KEY_HASH_SECRETS lacks a secret that stored API keys still need: put the old one back, after the new one.")
+    # Last, as there is no way back.
+    mode = await db.enter_mode(runtime.client, runtime.mode)
+    if mode["outcome"] == "refused":
+        raise Misconfigured(
+            "This database has been live and refuses sandbox mode: it would answer paying users with invented text. "
+            "Set OPENROUTER_API_KEY, or, for a sandbox beside it, another database (GATEWAY_DATA_DIR or DATABASE_URL)."
+        )
 
 
 class Service:
@@ -178,6 +189,8 @@ class Service:
         self.configuration = configuration
         self.runtime: Runtime | None = None
         self.problem: GatewayError | None = None
+        # Where it is served, if that is known: by `make run`, not under a server that somebody else started.
+        self.url: str | None = None
         self._stack = AsyncExitStack()
         self._starting = asyncio.Lock()
         self._tried_at = float("-inf")
@@ -207,14 +220,15 @@ class Service:
 
     async def _try(self) -> None:
         if self.configuration.problems:
-            self.problem = Misconfigured(" ".join(self.configuration.problems))
+            self.problem = Misconfigured("\n".join(self.configuration.problems))
             return
         stack = AsyncExitStack()
         try:
             client = await stack.enter_async_context(open_database(self.settings))
             runtime = Runtime(self.settings, client, self._secrets())
             await _check_database(runtime)
-        except GatewayError as problem:
+        except GatewayError as found:
+            problem = _for_operator(found, self.settings)
             if problem.message != (self.problem.message if self.problem else None):
                 log.error("cannot_serve", reason=problem.message)
             self.problem = problem
@@ -231,6 +245,8 @@ class Service:
             return None
         try:
             return keep_secrets(self.settings.gateway_data_dir)
+        except (ValueError, KeyError) as error:
+            raise Misconfigured(f"secrets.json in {self.settings.gateway_data_dir} is damaged: restore it from a backup.") from error
         except OSError as error:
             raise Misconfigured(f"The data folder {self.settings.gateway_data_dir} cannot be used: {error.strerror}.") from error
 
@@ -240,8 +256,8 @@ class Service:
             try:
                 await runtime.sweep()
                 await runtime.sum_up()
-            except GatewayError as error:
-                log.warning("sweep_failed", reason=error.message)
+            except Exception as error:
+                log.error("sweep_failed", exc_info=error)
 
     async def aclose(self) -> None:
         if self._sweeper is not None:
@@ -251,6 +267,20 @@ class Service:
             await self.runtime.aclose()
         await self._stack.aclose()
         self.runtime = None
+
+
+def _for_operator(problem: GatewayError, settings: Settings) -> GatewayError:
+    """What a database that does not answer at the start means to whoever set it up; the reason may hold names and goes to the log."""
+    if not isinstance(problem, DatabaseUnavailable):
+        return problem
+    cause = problem.__cause__
+    log.error("database_unreachable", reason=str(getattr(cause, "message", None) or cause))
+    advice = {
+        "hosted": "Check SUPABASE_URL and SUPABASE_KEY.",
+        "url": "Check DATABASE_URL; a database that is new needs: make migrate.",
+        "embedded": "The log in GATEWAY_DATA_DIR may say why.",
+    }
+    return DatabaseUnavailable(f"The gateway's database cannot be used yet. {advice[settings.database]} The gateway's log has the reason.")
 
 
 def tune_garbage_collection() -> None:

@@ -221,6 +221,8 @@ def read_credential(request: Request, runtime: Runtime) -> Credential:
     """The key of a request, checked for format only. Raises InvalidKey for what cannot be a key of ours."""
     key = presented_key(request.headers)
     environment = key_environment(key)
+    if environment is None and hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
+        raise InvalidKey("This is the administrator's key, which serves /admin and registration. Use a user's key here: gw_live_...")
     legacy = None
     if environment is None:
         if not (runtime.settings.legacy_keys and LEGACY.fullmatch(key)):
@@ -307,6 +309,8 @@ async def verified(request: Request, verb: str, resource: str) -> Caller:
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
     found = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
+    if found["outdated"] and (verb == "admin" or (verb == "write" and resource in ("keys", "account"))):
+        raise MissingScope("This secret was replaced and is only in its grace period: use the new one for keys and the account.")
     return Caller(
         user_id=found["user_id"],
         key_id=found["key_id"],

@@ -154,11 +154,12 @@ class Settlements:
             await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
             try:
-                await self._submit(item)
+                settled = await self._submit(item)
             except Exception as error:  # noqa: BLE001  # it goes on until the database has it
                 log.warning("settlement_waits", request_id=item["request_id"], attempt=attempt, reason=str(error))
                 continue
-            if self._journal is not None:
+            # A request that this database does not know may be another one's: its file waits for a start on that.
+            if self._journal is not None and settled is not None:
                 await asyncio.to_thread(self._journal.drop, item)
             return
 
@@ -224,14 +225,12 @@ class Settlements:
             item = settlement(hold["request_id"], "cancelled", "generation", found)
         return await self.settle(item) is not None
 
-    async def sweep(self, list_expired: Callable[[int], Awaitable[Sequence[Mapping[str, Any]]]]) -> dict[str, int]:
-        """Resolves expired holds, batch after batch, until none is left that can be; returns how many were found and resolved."""
+    async def sweep(self, list_expired: Callable[[int, int], Awaitable[Sequence[Mapping[str, Any]]]]) -> dict[str, int]:
+        """Resolves expired holds, batch after batch; returns counts; passes those that cannot be asked about now."""
         found = resolved = 0
-        while holds := await list_expired(SWEEP_BATCH):
+        while holds := await list_expired(SWEEP_BATCH, found - resolved):
             done = sum(await asyncio.gather(*(self._resolve_expired(hold) for hold in holds)))
             found, resolved = found + len(holds), resolved + done
-            if done < len(holds):
-                break
         return {"expired": found, "resolved": resolved}
 
     async def drain(self, seconds: float) -> None:

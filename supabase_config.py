@@ -5,17 +5,21 @@ The only importer of `supabase`. Its errors, and the network's, leave this modul
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import structlog
 from postgrest import APIError
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 from config import Settings
 from errors import Conflict, DatabaseUnavailable, GatewayError, Misconfigured
+
+log = structlog.get_logger("database")
 
 __all__ = ["AsyncClient", "call", "execute", "migrate_database", "open_database"]
 
@@ -126,14 +130,18 @@ async def execute(query: Any) -> Any:
     try:
         return (await query.execute()).data
     except APIError as error:
-        raise _translate(error) from error
+        problem = _translate(error)
+        log.warning("database_refused", code=error.code, reason=error.message, answer=problem.code)
+        raise problem from error
     except httpx.HTTPError as error:
+        log.warning("database_unreachable", reason=str(error) or type(error).__name__)
         raise DatabaseUnavailable() from error
 
 
 def _translate(error: APIError) -> GatewayError:
     code = str(error.code or "")
-    if code.startswith(UNAVAILABLE) or code in ("502", "503", "504", "520", "521", "522", "524"):
+    # What is no SQLSTATE and no code of PostgREST comes from something in front of the database, such as its gateway.
+    if code.startswith(UNAVAILABLE) or not re.fullmatch(r"[0-9A-Z]{5}|PGRST\d{3}", code):
         return DatabaseUnavailable()
     if code == "23505":
         return Conflict()

@@ -27,17 +27,12 @@ def welcome(service: Service) -> str:
     runtime = service.runtime
     if runtime is None:
         reason = service.problem.message if service.problem else "unknown"
-        return f"\nThe gateway is up, but cannot serve:\n  {reason}\n"
-    url = f"http://127.0.0.1:{service.settings.port}"
-    about = [
-        "",
-        "AI Gateway",
-        f"  base URL     {url}/v1",
-        f"  mode         {MODES[runtime.mode]}",
-        f"  API docs     {url}/docs",
-        *_admin_key(runtime),
-        "",
-    ]
+        return "\n".join(["", "The gateway is up, but cannot serve:", *(f"  {line}" for line in reason.splitlines()), ""])
+    mode = f"  mode         {MODES[runtime.mode]}"
+    url = service.url
+    if url is None:
+        return "\n".join(["", "AI Gateway", mode, *_admin_key(runtime), ""])
+    about = ["", "AI Gateway", f"  base URL     {url}/v1", mode, f"  API docs     {url}/docs", *_admin_key(runtime), ""]
     return "\n".join(about + _lines_to_paste(runtime, url))
 
 

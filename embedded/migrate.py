@@ -153,7 +153,7 @@ async def _connected(target: str | Mapping[str, Any]) -> AsyncIterator[Connectio
     try:
         # Without prepared statements it also works through a pooler.
         connection: Connection = await asyncpg.connect(**arguments, statement_cache_size=0)
-    except (OSError, asyncpg.PostgresError) as exc:
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
         raise EmbeddedDatabaseError(f"The database to migrate cannot be reached ({exc}): check DATABASE_URL.") from exc
     try:
         yield connection

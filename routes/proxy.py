@@ -13,8 +13,9 @@ from fastapi import FastAPI, Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ending import Proxied
 from errors import GatewayError
-from metering import Exchange, Proxied
+from metering import Exchange
 from replies import error_reply
 from runtime import Runtime
 from security import printable_header, read_credential
@@ -63,6 +64,8 @@ class ProxyEndpoint:
             scope["state"].setdefault("log", {})["error_code"] = refusal.code
             if not client.gone:
                 await error_reply(refusal, request_id)(scope, receive, send)
+            # Error, traceback, frames and task hold each other, and with them the body, until the collector comes by.
+            refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
 
     async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
         runtime: Runtime = await request.app.state.runtime.ready()

@@ -36,6 +36,7 @@ FEATURES = [
 ]
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", summary="What this is")
 async def read_root(request: Request) -> Response:
     service: Service = request.app.state.runtime
@@ -53,6 +54,7 @@ async def read_root(request: Request) -> Response:
     )
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether it can serve, and if not why", response_model=Health)
 async def read_health(request: Request) -> Response:
     health = await _health(request.app.state.runtime)
@@ -79,6 +81,10 @@ async def _health(service: Service) -> Health:
         found["user_count"] = await db.count_users(runtime.client)
         found["database"] = "connected"
         found["openrouter"] = _catalog_health(runtime)
+        if found["openrouter"] == "unavailable":
+            found["problem"] = (
+                "OpenRouter's list of models cannot be fetched, and without it no request can be priced. Check OPENROUTER_BASE_URL."
+            )
     except GatewayError as problem:
         found["problem"] = problem.message
     found["status"] = "unhealthy" if found["problem"] else "healthy"
@@ -88,9 +94,10 @@ async def _health(service: Service) -> Health:
 def _catalog_health(runtime: Runtime) -> str:
     """What the last look at the model list says; a health check is no reason to ask the upstream."""
     catalog = runtime.catalog(None)
+    has_data = catalog.status().has_data
     if catalog.last_error is not None:
-        return "error"
-    return "connected" if catalog.status().has_data else "unknown"
+        return "error" if has_data else "unavailable"
+    return "connected" if has_data else "unknown"
 
 
 @router.get("/models", summary="OpenRouter's list of models")
@@ -206,7 +213,7 @@ def _raise_refusal(outcome: str) -> None:
     if outcome == "wrong_mode":
         raise Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
     if outcome == "address_limit":
-        raise RateLimited("Five accounts an hour may register from one network address. Try again later.", retry_after=3600)
+        raise RateLimited("Five registrations an hour may be tried from one network address. Try again later.", retry_after=3600)
     if outcome in ("username_taken", "email_taken"):
         field = outcome.removesuffix("_taken")
         raise Conflict(f"This {field} is already registered.", param=field)

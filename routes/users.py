@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 import db
 import db_security
-from errors import Conflict, NotFound
+from errors import BadRequest, Conflict, Forbidden, NotFound
 from models import Balance, ErrorBody, Transaction, Transactions, UsageRecord, UsageRecords
 from models_accounts import AccountDeletion, Profile, ProfileChange
 from models_keys import Moment
@@ -63,6 +63,8 @@ async def update_profile(request: Request, order: ProfileChange, caller: Annotat
     given = order.model_dump(exclude_none=True)
     changes = {("username" if name == "name" else name): value for name, value in given.items()}
     found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
+    if found["outcome"] == "too_large":
+        raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
     if found["outcome"] in ("username_taken", "email_taken"):
         field = found["outcome"].removesuffix("_taken")
         raise Conflict(f"This {field} is already registered.", param="name" if field == "username" else field)
@@ -72,6 +74,8 @@ async def update_profile(request: Request, order: ProfileChange, caller: Annotat
 @router.delete("/account", summary="Delete your account, for good")
 async def delete_account(request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
+    if caller.environment == "test":
+        raise Forbidden("A test key cannot delete the account. Use a live one.")
     await db.delete_account(runtime.client, caller.stamp())
     message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
     return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})

@@ -854,7 +854,9 @@ grant usage on type public.admission_item to service_role;
 create function public.refusal(p_code text, p_item public.admission_item, p_user_id bigint, p_key_id bigint) returns jsonb
 language sql stable as $$
     select jsonb_build_object('outcome', p_code, 'note', jsonb_build_object(
-        'actor', coalesce('key:' || p_key_id, 'address:' || p_item.address, 'unknown'), 'action', p_code, 'user_id', p_user_id,
+        -- Of IPv6 the /64: a host usually owns one whole, and would otherwise write a row for each of its addresses.
+        'actor', coalesce('key:' || p_key_id, 'address:' || case family(p_item.address::inet)
+            when 6 then network(set_masklen(p_item.address::inet, 64))::text else p_item.address end, 'unknown'), 'action', p_code, 'user_id', p_user_id,
         'key_id', p_key_id, 'ip', p_item.address::inet, 'user_agent', left(p_item.user_agent, 512), 'request_id', p_item.request_id))
 $$;
 revoke all on function public.refusal(text, public.admission_item, bigint, bigint) from public, anon, authenticated;
@@ -864,7 +866,9 @@ grant execute on function public.refusal(text, public.admission_item, bigint, bi
 create function public.refuse_identity(p_key public.api_keys_new, p_user public.users, p_item public.admission_item, p_now timestamptz)
 returns text language plpgsql stable as $$
 begin
-    if p_key.id is null or (p_item.prefix_environment is not null and p_item.prefix_environment <> p_key.environment_tag) then
+    -- The prefix chose the upstream, the row decides what is charged: they must agree, and a key of an older format is never a test key.
+    if p_key.id is null or p_key.environment_tag <> coalesce(p_item.prefix_environment, p_key.environment_tag)
+       or (p_key.environment_tag = 'test') <> (p_item.prefix_environment is not distinct from 'test') then
         return 'INVALID_KEY';
     elsif not p_key.is_active or p_key.revoked_at is not null then
         return 'INACTIVE_KEY';
@@ -934,7 +938,7 @@ begin
     )
     select jsonb_agg(jsonb_build_object('request_id', e.request_id, 'generation_id', e.generation_id, 'mode', e.mode,
                                         'environment', e.environment)) into v_expired
-    from (select * from pending where expires_at <= p_now order by expires_at limit 4) as e;
+    from (select * from pending where expires_at <= p_now order by random() limit 4) as e;
     return v_expired;
 end $$;
 comment on function public.recount_user is 'So that a crash leaks neither money nor slots for longer than its hold''s time to live, with no worker running.';
@@ -1207,7 +1211,7 @@ begin
         return public.admit_checked(p_item, v_key, v_user, v_now);
     end if;
     return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
-                              'role', v_user.role, 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
+                              'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
                               'scopes', v_key.scope_permissions);
 end $$;
 revoke all on function public.admit_one(public.admission_item, bigint[]) from public, anon, authenticated;
@@ -1360,6 +1364,11 @@ begin
        or not exists (select from public.gateway_state where mode = 'live') then
         return;
     end if;
+    -- Of a deleted account the rest has left already, as the hold was released.
+    select least(v_rest, credits_nanos - held_nanos) into v_rest from public.users where id = p_record.user_id;
+    if v_rest <= 0 then
+        return;
+    end if;
     update public.users set credits_nanos = credits_nanos - v_rest where id = p_record.user_id returning credits_nanos into v_balance;
     insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, actor, reason)
     values (p_record.user_id, 'expiry', -v_rest, v_balance, 'gateway', 'play credits end when the gateway goes live');
@@ -1504,7 +1513,7 @@ grant execute on function public.note_generations(jsonb) to service_role;
 
 -- Expired holds, oldest first, and the watermark behind which none can be. It stays a minute behind, for admissions that are
 -- still in a transaction: a hold that lives for less than their transaction took would otherwise appear behind it.
-create function public.list_expired_holds(p_limit int) returns jsonb
+create function public.list_expired_holds(p_limit int, p_skip int default 0) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_now timestamptz := clock_timestamp();
@@ -1513,18 +1522,18 @@ begin
     with expired as (
         select r.request_id, r.generation_id, r.mode, r.environment, r.expires_at from public.usage_records r
         where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
-        order by r.expires_at limit p_limit
+        order by r.expires_at limit p_limit offset p_skip
     ), moved as (
         update public.gateway_state set swept_until = m.until
         from (select least(min(expires_at), v_now - interval '1 minute') as until from expired) as m
-        where singleton and swept_until < m.until
+        where singleton and swept_until < m.until and p_skip = 0
     )
     select coalesce(jsonb_agg(jsonb_build_object('request_id', request_id, 'generation_id', generation_id, 'mode', mode,
                                                  'environment', environment) order by expires_at), '[]') into v_holds from expired;
     return v_holds;
 end $$;
-revoke all on function public.list_expired_holds(int) from public, anon, authenticated;
-grant execute on function public.list_expired_holds(int) to service_role;
+revoke all on function public.list_expired_holds(int, int) from public, anon, authenticated;
+grant execute on function public.list_expired_holds(int, int) to service_role;
 
 -- An expiry that is moved to before the watermark takes the watermark along, or the sweep would never see it.
 create function public.lower_watermark() returns trigger language plpgsql set search_path = '' as $$
@@ -1809,7 +1818,6 @@ create function public.enter_mode(p_mode text) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_mode text;
-    v_user record;
 begin
     if p_mode is null or p_mode not in ('sandbox', 'live') then
         raise exception 'there is no mode %', p_mode using errcode = 'invalid_parameter_value';
@@ -1821,13 +1829,16 @@ begin
         return jsonb_build_object('outcome', 'refused', 'mode', v_mode);
     end if;
     update public.gateway_state set mode = 'live', mode_since = clock_timestamp() where singleton;
-    for v_user in select id, credits_nanos - held_nanos as unheld from public.users order by id for no key update loop
-        if v_user.unheld > 0 then
-            perform public.change_credits(v_user.id, 'expiry', -v_user.unheld, 'gateway',
-                                          'play credits end when the gateway goes live', null, null);
-        end if;
-        update public.users set is_funded = false where id = v_user.id and is_funded;
-    end loop;
+    with locked as (
+        select id, credits_nanos - held_nanos as unheld from public.users order by id for no key update
+    ), emptied as (
+        update public.users u set credits_nanos = u.credits_nanos - l.unheld, is_funded = false
+        from locked l where l.id = u.id and (l.unheld > 0 or u.is_funded)
+        returning u.id, u.credits_nanos as left_nanos, l.unheld
+    )
+    insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, actor, reason)
+    select e.id, 'expiry', -e.unheld, e.left_nanos, 'gateway', 'play credits end when the gateway goes live'
+    from emptied e where e.unheld > 0 order by e.id;
     return jsonb_build_object('outcome', 'entered', 'mode', 'live');
 end $$;
 revoke all on function public.enter_mode(text) from public, anon, authenticated;
@@ -1892,7 +1903,9 @@ begin
         return 'ip_allowlist';
     elsif cardinality(p_maker.domain_referrers) > 0 and (cardinality(p_key.domain_referrers) = 0 or exists (
             select from unnest(p_key.domain_referrers) as d
-            where not (d = any (p_maker.domain_referrers) or public.domain_allowed(p_maker.domain_referrers, ltrim(d, '*.'))))) then
+            where not (d = any (p_maker.domain_referrers)
+                       or public.domain_allowed(case when d like '*.%' then array(select m from unnest(p_maker.domain_referrers) m where m like '*.%')
+                                                     else p_maker.domain_referrers end, ltrim(d, '*.'))))) then
         return 'domain_referrers';
     elsif p_maker.max_requests is not null and (p_key.id is distinct from p_maker.id or coalesce(p_key.max_requests, 'infinity'::numeric) > p_maker.max_requests) then
         return 'max_requests';
@@ -1953,6 +1966,9 @@ begin
     end if;
     v_key := jsonb_populate_record(v_key, p -> 'key');
     v_why := public.broader_than(v_key, v_maker);
+    if v_why is null and exists (select from public.rate_limit_configs c where c.subject = 'key' and c.subject_id = v_maker.id) then
+        v_why := 'rate_limits';
+    end if;
     if v_why is not null then
         return jsonb_build_object('outcome', 'broader', 'field', v_why);
     elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then
@@ -2143,6 +2159,9 @@ begin
         return jsonb_build_object('outcome', 'not_found');
     end if;
     v_user := jsonb_populate_record(v_user, p -> 'changes');
+    if octet_length(v_user.preferences::text) > 16384 or octet_length(v_user.settings::text) > 16384 then
+        return jsonb_build_object('outcome', 'too_large'); -- the row is read and written by every request of this user
+    end if;
     begin
         update public.users set username = v_user.username, email = v_user.email, preferences = v_user.preferences,
             settings = v_user.settings, updated_at = clock_timestamp()
@@ -2344,6 +2363,8 @@ begin
                                   'balance_nanos', (select credits_nanos from public.users where id = v_entry.user_id));
     elsif v_record.status = 'pending' then
         return jsonb_build_object('outcome', 'not_settled');
+    elsif not exists (select from public.gateway_state s where s.mode = v_record.mode) then
+        return jsonb_build_object('outcome', 'too_much', 'refundable_nanos', 0); -- play money is never given back as real
     end if;
     select coalesce(sum(amount_nanos), 0) into v_refunded from public.credit_transactions where request_id = v_record.request_id;
     v_amount := coalesce((p ->> 'amount_nanos')::bigint, v_record.cost_nanos - v_refunded);
@@ -2439,6 +2460,38 @@ alter table public.usage_slots enable row level security;
 revoke all on public.usage_slots from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.usage_slots to service_role;
 
+create table public.usage_totals (
+    slot timestamptz not null,
+    model text not null collate "C",
+    provider text not null collate "C",
+    environment text not null collate "C",
+    endpoint text not null collate "C",
+    status text not null collate "C",
+    error_code text not null collate "C",
+    requests bigint not null default 0,
+    prompt_tokens bigint not null default 0,
+    completion_tokens bigint not null default 0,
+    cached_tokens bigint not null default 0,
+    reasoning_tokens bigint not null default 0,
+    cost_nanos bigint not null default 0,
+    upstream_cost_nanos bigint not null default 0,
+    overrun_nanos bigint not null default 0,
+    latency_ms_total bigint not null default 0,
+    latency_00 integer not null default 0, latency_01 integer not null default 0, latency_02 integer not null default 0,
+    latency_03 integer not null default 0, latency_04 integer not null default 0, latency_05 integer not null default 0,
+    latency_06 integer not null default 0, latency_07 integer not null default 0, latency_08 integer not null default 0,
+    latency_09 integer not null default 0, latency_10 integer not null default 0, latency_11 integer not null default 0,
+    latency_12 integer not null default 0, latency_13 integer not null default 0, latency_14 integer not null default 0,
+    latency_15 integer not null default 0, latency_16 integer not null default 0, latency_17 integer not null default 0,
+    latency_18 integer not null default 0, latency_19 integer not null default 0, latency_20 integer not null default 0,
+    latency_21 integer not null default 0, latency_22 integer not null default 0, latency_23 integer not null default 0,
+    primary key (slot, model, provider, environment, endpoint, status, error_code)
+) with (fillfactor = 70);
+comment on table public.usage_totals is 'Settled requests of everybody by quarter of an hour; adds up to usage_slots.';
+alter table public.usage_totals enable row level security;
+revoke all on public.usage_totals from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.usage_totals to service_role;
+
 create table public.usage_days (
     user_id bigint not null references public.users (id),
     day date not null,
@@ -2526,6 +2579,7 @@ declare
     v_closed timestamptz;
     v_until timestamptz;
 begin
+    delete from public.rate_limit_usage where subject = 'address' and coalesce(last_used_at, '-infinity') < clock_timestamp() - interval '2 hours';
     select summed_until into v_from from public.usage_sums_state for update skip locked;
     if not found then
         return false;
@@ -2543,6 +2597,17 @@ begin
         select * from public.count_usage(null, v_from, v_until)
     ), by_slot as (
         insert into public.usage_slots select * from counted
+    ), totals as (
+    insert into public.usage_totals
+        select s.slot, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+               sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+               sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+               sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+               sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+               sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+               sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+               sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+        from counted s group by 1, 2, 3, 4, 5, 6, 7
     )
     insert into public.usage_days as d
     select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
@@ -2581,8 +2646,9 @@ grant execute on function public.sum_up_usage() to service_role;
 -- A record that was settled at no known cost, summed up and amended since: the sums follow.
 create function public.correct_sums() returns trigger language plpgsql set search_path = '' as $$
 begin
-    perform from public.usage_sums_state where old.created_at < summed_until for update;
-    if not found then
+    -- Waits for a sum that is under way, and only then looks how far it came.
+    perform from public.usage_sums_state for update;
+    if not exists (select from public.usage_sums_state where old.created_at < summed_until) then
         return null;
     end if;
     delete from public.usage_slots s where s.user_id = new.user_id
@@ -2590,6 +2656,17 @@ begin
     insert into public.usage_slots select * from public.count_usage(
         new.user_id, date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00'),
         date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00') + interval '15 minutes');
+    delete from public.usage_totals where slot = date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00');
+    insert into public.usage_totals
+    select s.slot, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+           sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+           sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+           sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+           sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+           sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+           sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+           sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+    from public.usage_slots s where s.slot = date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00') group by 1, 2, 3, 4, 5, 6, 7;
     delete from public.usage_days d where d.user_id = new.user_id and d.day = (new.created_at at time zone 'UTC')::date;
     insert into public.usage_days
     select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
@@ -2634,13 +2711,16 @@ revoke all on function public.latency_quantile(numeric[], numeric) from public, 
 grant execute on function public.latency_quantile(numeric[], numeric) to service_role;
 
 -- p_bucket: hour | day | month | none; p_group: model | key | provider | environment | endpoint | status | error_code | user | none.
--- The range is widened to whole slots. In UTC, days and months over whole days come from usage_days.
+-- The range is widened to whole slots. In UTC, days and months over whole days come from usage_days; what asks neither for a user nor for
+-- keys or users apart comes from usage_totals.
 create function public.report_usage(
     p_user_id bigint, p_start timestamptz, p_end timestamptz, p_zone text, p_bucket text, p_group text, p_limit int
 ) returns jsonb language plpgsql stable set search_path = '' as $$
 declare
     v_by_day boolean := p_zone = 'UTC' and p_bucket <> 'hour'
         and p_start = date_trunc('day', p_start, 'UTC') and p_end = date_trunc('day', p_end, 'UTC');
+    v_total boolean := not v_by_day and p_user_id is null and p_group not in ('key', 'user');
+    v_table text := case when v_by_day then 'usage_days' when v_total then 'usage_totals' else 'usage_slots' end;
     v_source text := case when v_by_day then '(day::timestamp at time zone ''UTC'')' else 'slot' end;
     v_bucket text := case when p_bucket = 'none' then 'null::timestamp' else format('date_trunc(%L, %s at time zone %L)', p_bucket, v_source, p_zone) end;
     v_group text := case p_group when 'none' then 'null::text' when 'key' then 'key_id::text' when 'user' then 'user_id::text'
@@ -2648,7 +2728,8 @@ declare
     v_range text := case when v_by_day then '$2::date <= day and day < $3::date' else '$2 <= slot and slot < $3' end;
     v_columns text := (
         select string_agg(quote_ident(a.attname), ', ' order by a.attnum) from pg_catalog.pg_attribute a
-        where a.attrelid = 'public.usage_slots'::regclass and a.attnum > 0 and not a.attisdropped);
+        where a.attrelid = (case when v_total then 'public.usage_totals' else 'public.usage_slots' end)::regclass and a.attnum > 0
+          and not a.attisdropped);
     v_rows jsonb;
 begin
     execute format($q$
@@ -2658,14 +2739,15 @@ begin
                    public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.95) as latency_p95_ms,
                    public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.99) as latency_p99_ms
             from (
-                select * from public.%I where ($1 is null or user_id = $1) and %s
+                select %s from public.%I where %s and %s
                 union all
                 select %s from public.count_usage($1, greatest($2, (select summed_until from public.usage_sums_state)), $3)
             ) as r
             group by 1, 2 limit $4
         ) as x
-    $q$, v_bucket, v_group, case when v_by_day then 'usage_days' else 'usage_slots' end, v_range,
-         case when v_by_day then replace(v_columns, 'slot', '(slot at time zone ''UTC'')::date') else v_columns end)
+    $q$, v_bucket, v_group, case when v_by_day then replace(v_columns, 'slot', 'day') else v_columns end, v_table,
+         case when v_total then '$1::bigint is null' else '($1 is null or user_id = $1)' end, v_range,
+         case when v_by_day then replace(v_columns, 'slot', '(slot at time zone ''UTC'')::date as day') else v_columns end)
     into v_rows using p_user_id, p_start, p_end, p_limit;
     return v_rows;
 end $$;
@@ -2744,6 +2826,11 @@ language sql stable set search_path = '' as $$
                 ) as x (part, journal, sums)
     )
     select c.id, c.part, coalesce(c.journal, 0), coalesce(c.sums, 0) from compared c where coalesce(c.journal, 0) <> coalesce(c.sums, 0)
+    union all
+    select null, 'totals', s.cost, t.cost
+    from (select coalesce(sum(cost_nanos), 0) + coalesce(sum(requests), 0) as cost from public.usage_slots) s,
+         (select coalesce(sum(cost_nanos), 0) + coalesce(sum(requests), 0) as cost from public.usage_totals) t
+    where s.cost <> t.cost
 $$;
 revoke all on function public.audit_usage() from public, anon, authenticated;
 grant execute on function public.audit_usage() to service_role;

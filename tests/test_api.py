@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ADMIN_KEY, Gateway, Upstream, User
+from rig import ADMIN_KEY, Gateway, Upstream, User
 
 from security import DEFAULT_SCOPES, key_environment, new_key
 
@@ -31,8 +31,9 @@ PUBLIC = {
     ("GET", "/api/v1/models/{model_id:path}"),
     ("POST", "/auth/register"),  # open only where the operator wants it
     ("GET", "/docs"),
-    ("GET", "/docs/oauth2-redirect"),
-    ("GET", "/redoc"),
+    ("GET", "/models/providers"),
+    ("GET", "/plans"),
+    ("GET", "/plans/{plan_id}"),
     ("GET", "/openapi.json"),
 }
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Gateway, Upstream, User
 from openai.types.chat import ChatCompletion
+from rig import Gateway, Upstream, User
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -365,8 +365,3 @@ async def test_a_test_key_is_answered_by_the_sandbox_for_nothing(live_gateway: G
     records = await user.records()
     assert len(records) == 4 and {(record["cost"], record["held"], record["environment"]) for record in records} == {(0, 0, "test")}
     await live_gateway.database.assert_books_balance()
-
-
-async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:
-    user = await gateway.register()
-    assert (await user.chat(model="openai/gpt-4o-mini:slow;ms=1")).status_code == 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from conftest import Gateway
+from rig import Gateway
 
 PUBLIC = {
     ("get", "/"),
@@ -48,3 +48,8 @@ async def test_every_order_has_an_example_or_fields_that_explain_themselves(gate
     chat = schema["paths"]["/v1/chat/completions"]["post"]
     assert chat["requestBody"]["content"]["application/json"]["example"]["model"]
     assert {"401", "402", "429", "502"} <= chat["responses"].keys()
+
+
+async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:
+    user = await gateway.register()
+    assert (await user.chat(model="openai/gpt-4o-mini:slow;ms=1")).status_code == 200

@@ -13,7 +13,7 @@ import httpx
 import orjson
 import pytest
 import pytest_asyncio
-from conftest import Database, Gateway, Upstream, User, eventually, live, running_gateway, served, settings_for
+from rig import Database, Gateway, Upstream, User, eventually, live, running_gateway, served, settings_for
 
 import app as application
 from config import Configuration

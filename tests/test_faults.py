@@ -14,7 +14,7 @@ import httpx
 import orjson
 import pytest
 import pytest_asyncio
-from conftest import (
+from rig import (
     ADMIN_KEY,
     Database,
     DatabaseLink,

@@ -24,7 +24,7 @@ import httpx
 import orjson
 import pytest
 import pytest_asyncio
-from conftest import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_database, live, running_gateway
+from rig import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_database, live, running_gateway
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import SCENARIOS

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import Gateway, User, eventually
+from rig import Gateway, User, eventually
 
 LIMITS_OF_FREE = {"daily_requests": 100, "daily_tokens": 10000, "monthly_requests": 1000, "monthly_tokens": 100000}
 

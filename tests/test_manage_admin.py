@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import ADMIN_KEY, Gateway, User
+from rig import ADMIN_KEY, Gateway, User
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 ROUTES = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Gateway, User
+from rig import Gateway, User
 
 
 async def send(user: User | str, method: str, path: str, gateway: Gateway, **body: Any) -> httpx.Response:

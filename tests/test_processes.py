@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ADMIN_KEY, OPERATOR_KEY, SECRET, Database, Gateway, Upstream, User, eventually
+from rig import ADMIN_KEY, OPERATOR_KEY, SECRET, Database, Gateway, Upstream, User, eventually
 
 ROOT = Path(__file__).parent.parent
 

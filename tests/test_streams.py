@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Gateway, Upstream, User
 from openai.types.chat import ChatCompletionChunk
+from rig import Gateway, Upstream, User
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

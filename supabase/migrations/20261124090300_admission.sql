@@ -136,7 +136,9 @@ grant usage on type public.admission_item to service_role;
 create function public.refusal(p_code text, p_item public.admission_item, p_user_id bigint, p_key_id bigint) returns jsonb
 language sql stable as $$
     select jsonb_build_object('outcome', p_code, 'note', jsonb_build_object(
-        'actor', coalesce('key:' || p_key_id, 'address:' || p_item.address, 'unknown'), 'action', p_code, 'user_id', p_user_id,
+        -- Of IPv6 the /64: a host usually owns one whole, and would otherwise write a row for each of its addresses.
+        'actor', coalesce('key:' || p_key_id, 'address:' || case family(p_item.address::inet)
+            when 6 then network(set_masklen(p_item.address::inet, 64))::text else p_item.address end, 'unknown'), 'action', p_code, 'user_id', p_user_id,
         'key_id', p_key_id, 'ip', p_item.address::inet, 'user_agent', left(p_item.user_agent, 512), 'request_id', p_item.request_id))
 $$;
 revoke all on function public.refusal(text, public.admission_item, bigint, bigint) from public, anon, authenticated;
@@ -146,7 +148,9 @@ grant execute on function public.refusal(text, public.admission_item, bigint, bi
 create function public.refuse_identity(p_key public.api_keys_new, p_user public.users, p_item public.admission_item, p_now timestamptz)
 returns text language plpgsql stable as $$
 begin
-    if p_key.id is null or (p_item.prefix_environment is not null and p_item.prefix_environment <> p_key.environment_tag) then
+    -- The prefix chose the upstream, the row decides what is charged: they must agree, and a key of an older format is never a test key.
+    if p_key.id is null or p_key.environment_tag <> coalesce(p_item.prefix_environment, p_key.environment_tag)
+       or (p_key.environment_tag = 'test') <> (p_item.prefix_environment is not distinct from 'test') then
         return 'INVALID_KEY';
     elsif not p_key.is_active or p_key.revoked_at is not null then
         return 'INACTIVE_KEY';
@@ -216,7 +220,7 @@ begin
     )
     select jsonb_agg(jsonb_build_object('request_id', e.request_id, 'generation_id', e.generation_id, 'mode', e.mode,
                                         'environment', e.environment)) into v_expired
-    from (select * from pending where expires_at <= p_now order by expires_at limit 4) as e;
+    from (select * from pending where expires_at <= p_now order by random() limit 4) as e;
     return v_expired;
 end $$;
 comment on function public.recount_user is 'So that a crash leaks neither money nor slots for longer than its hold''s time to live, with no worker running.';
@@ -489,7 +493,7 @@ begin
         return public.admit_checked(p_item, v_key, v_user, v_now);
     end if;
     return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
-                              'role', v_user.role, 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
+                              'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
                               'scopes', v_key.scope_permissions);
 end $$;
 revoke all on function public.admit_one(public.admission_item, bigint[]) from public, anon, authenticated;

@@ -97,6 +97,11 @@ begin
        or not exists (select from public.gateway_state where mode = 'live') then
         return;
     end if;
+    -- Of a deleted account the rest has left already, as the hold was released.
+    select least(v_rest, credits_nanos - held_nanos) into v_rest from public.users where id = p_record.user_id;
+    if v_rest <= 0 then
+        return;
+    end if;
     update public.users set credits_nanos = credits_nanos - v_rest where id = p_record.user_id returning credits_nanos into v_balance;
     insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, actor, reason)
     values (p_record.user_id, 'expiry', -v_rest, v_balance, 'gateway', 'play credits end when the gateway goes live');
@@ -241,7 +246,7 @@ grant execute on function public.note_generations(jsonb) to service_role;
 
 -- Expired holds, oldest first, and the watermark behind which none can be. It stays a minute behind, for admissions that are
 -- still in a transaction: a hold that lives for less than their transaction took would otherwise appear behind it.
-create function public.list_expired_holds(p_limit int) returns jsonb
+create function public.list_expired_holds(p_limit int, p_skip int default 0) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_now timestamptz := clock_timestamp();
@@ -250,18 +255,18 @@ begin
     with expired as (
         select r.request_id, r.generation_id, r.mode, r.environment, r.expires_at from public.usage_records r
         where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
-        order by r.expires_at limit p_limit
+        order by r.expires_at limit p_limit offset p_skip
     ), moved as (
         update public.gateway_state set swept_until = m.until
         from (select least(min(expires_at), v_now - interval '1 minute') as until from expired) as m
-        where singleton and swept_until < m.until
+        where singleton and swept_until < m.until and p_skip = 0
     )
     select coalesce(jsonb_agg(jsonb_build_object('request_id', request_id, 'generation_id', generation_id, 'mode', mode,
                                                  'environment', environment) order by expires_at), '[]') into v_holds from expired;
     return v_holds;
 end $$;
-revoke all on function public.list_expired_holds(int) from public, anon, authenticated;
-grant execute on function public.list_expired_holds(int) to service_role;
+revoke all on function public.list_expired_holds(int, int) from public, anon, authenticated;
+grant execute on function public.list_expired_holds(int, int) to service_role;
 
 -- An expiry that is moved to before the watermark takes the watermark along, or the sweep would never see it.
 create function public.lower_watermark() returns trigger language plpgsql set search_path = '' as $$

@@ -265,7 +265,6 @@ create function public.enter_mode(p_mode text) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
     v_mode text;
-    v_user record;
 begin
     if p_mode is null or p_mode not in ('sandbox', 'live') then
         raise exception 'there is no mode %', p_mode using errcode = 'invalid_parameter_value';
@@ -277,13 +276,16 @@ begin
         return jsonb_build_object('outcome', 'refused', 'mode', v_mode);
     end if;
     update public.gateway_state set mode = 'live', mode_since = clock_timestamp() where singleton;
-    for v_user in select id, credits_nanos - held_nanos as unheld from public.users order by id for no key update loop
-        if v_user.unheld > 0 then
-            perform public.change_credits(v_user.id, 'expiry', -v_user.unheld, 'gateway',
-                                          'play credits end when the gateway goes live', null, null);
-        end if;
-        update public.users set is_funded = false where id = v_user.id and is_funded;
-    end loop;
+    with locked as (
+        select id, credits_nanos - held_nanos as unheld from public.users order by id for no key update
+    ), emptied as (
+        update public.users u set credits_nanos = u.credits_nanos - l.unheld, is_funded = false
+        from locked l where l.id = u.id and (l.unheld > 0 or u.is_funded)
+        returning u.id, u.credits_nanos as left_nanos, l.unheld
+    )
+    insert into public.credit_transactions (user_id, kind, amount_nanos, balance_after_nanos, actor, reason)
+    select e.id, 'expiry', -e.unheld, e.left_nanos, 'gateway', 'play credits end when the gateway goes live'
+    from emptied e where e.unheld > 0 order by e.id;
     return jsonb_build_object('outcome', 'entered', 'mode', 'live');
 end $$;
 revoke all on function public.enter_mode(text) from public, anon, authenticated;

@@ -38,7 +38,9 @@ begin
         return 'ip_allowlist';
     elsif cardinality(p_maker.domain_referrers) > 0 and (cardinality(p_key.domain_referrers) = 0 or exists (
             select from unnest(p_key.domain_referrers) as d
-            where not (d = any (p_maker.domain_referrers) or public.domain_allowed(p_maker.domain_referrers, ltrim(d, '*.'))))) then
+            where not (d = any (p_maker.domain_referrers)
+                       or public.domain_allowed(case when d like '*.%' then array(select m from unnest(p_maker.domain_referrers) m where m like '*.%')
+                                                     else p_maker.domain_referrers end, ltrim(d, '*.'))))) then
         return 'domain_referrers';
     elsif p_maker.max_requests is not null and (p_key.id is distinct from p_maker.id or coalesce(p_key.max_requests, 'infinity'::numeric) > p_maker.max_requests) then
         return 'max_requests';
@@ -99,6 +101,9 @@ begin
     end if;
     v_key := jsonb_populate_record(v_key, p -> 'key');
     v_why := public.broader_than(v_key, v_maker);
+    if v_why is null and exists (select from public.rate_limit_configs c where c.subject = 'key' and c.subject_id = v_maker.id) then
+        v_why := 'rate_limits';
+    end if;
     if v_why is not null then
         return jsonb_build_object('outcome', 'broader', 'field', v_why);
     elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then

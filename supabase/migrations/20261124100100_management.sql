@@ -10,6 +10,9 @@ begin
         return jsonb_build_object('outcome', 'not_found');
     end if;
     v_user := jsonb_populate_record(v_user, p -> 'changes');
+    if octet_length(v_user.preferences::text) > 16384 or octet_length(v_user.settings::text) > 16384 then
+        return jsonb_build_object('outcome', 'too_large'); -- the row is read and written by every request of this user
+    end if;
     begin
         update public.users set username = v_user.username, email = v_user.email, preferences = v_user.preferences,
             settings = v_user.settings, updated_at = clock_timestamp()
@@ -211,6 +214,8 @@ begin
                                   'balance_nanos', (select credits_nanos from public.users where id = v_entry.user_id));
     elsif v_record.status = 'pending' then
         return jsonb_build_object('outcome', 'not_settled');
+    elsif not exists (select from public.gateway_state s where s.mode = v_record.mode) then
+        return jsonb_build_object('outcome', 'too_much', 'refundable_nanos', 0); -- play money is never given back as real
     end if;
     select coalesce(sum(amount_nanos), 0) into v_refunded from public.credit_transactions where request_id = v_record.request_id;
     v_amount := coalesce((p ->> 'amount_nanos')::bigint, v_record.cost_nanos - v_refunded);

@@ -39,6 +39,38 @@ alter table public.usage_slots enable row level security;
 revoke all on public.usage_slots from public, anon, authenticated, service_role;
 grant select, insert, update, delete on public.usage_slots to service_role;
 
+create table public.usage_totals (
+    slot timestamptz not null,
+    model text not null collate "C",
+    provider text not null collate "C",
+    environment text not null collate "C",
+    endpoint text not null collate "C",
+    status text not null collate "C",
+    error_code text not null collate "C",
+    requests bigint not null default 0,
+    prompt_tokens bigint not null default 0,
+    completion_tokens bigint not null default 0,
+    cached_tokens bigint not null default 0,
+    reasoning_tokens bigint not null default 0,
+    cost_nanos bigint not null default 0,
+    upstream_cost_nanos bigint not null default 0,
+    overrun_nanos bigint not null default 0,
+    latency_ms_total bigint not null default 0,
+    latency_00 integer not null default 0, latency_01 integer not null default 0, latency_02 integer not null default 0,
+    latency_03 integer not null default 0, latency_04 integer not null default 0, latency_05 integer not null default 0,
+    latency_06 integer not null default 0, latency_07 integer not null default 0, latency_08 integer not null default 0,
+    latency_09 integer not null default 0, latency_10 integer not null default 0, latency_11 integer not null default 0,
+    latency_12 integer not null default 0, latency_13 integer not null default 0, latency_14 integer not null default 0,
+    latency_15 integer not null default 0, latency_16 integer not null default 0, latency_17 integer not null default 0,
+    latency_18 integer not null default 0, latency_19 integer not null default 0, latency_20 integer not null default 0,
+    latency_21 integer not null default 0, latency_22 integer not null default 0, latency_23 integer not null default 0,
+    primary key (slot, model, provider, environment, endpoint, status, error_code)
+) with (fillfactor = 70);
+comment on table public.usage_totals is 'Settled requests of everybody by quarter of an hour; adds up to usage_slots.';
+alter table public.usage_totals enable row level security;
+revoke all on public.usage_totals from public, anon, authenticated, service_role;
+grant select, insert, update, delete on public.usage_totals to service_role;
+
 create table public.usage_days (
     user_id bigint not null references public.users (id),
     day date not null,
@@ -126,6 +158,7 @@ declare
     v_closed timestamptz;
     v_until timestamptz;
 begin
+    delete from public.rate_limit_usage where subject = 'address' and coalesce(last_used_at, '-infinity') < clock_timestamp() - interval '2 hours';
     select summed_until into v_from from public.usage_sums_state for update skip locked;
     if not found then
         return false;
@@ -143,6 +176,17 @@ begin
         select * from public.count_usage(null, v_from, v_until)
     ), by_slot as (
         insert into public.usage_slots select * from counted
+    ), totals as (
+    insert into public.usage_totals
+        select s.slot, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+               sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+               sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+               sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+               sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+               sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+               sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+               sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+        from counted s group by 1, 2, 3, 4, 5, 6, 7
     )
     insert into public.usage_days as d
     select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
@@ -181,8 +225,9 @@ grant execute on function public.sum_up_usage() to service_role;
 -- A record that was settled at no known cost, summed up and amended since: the sums follow.
 create function public.correct_sums() returns trigger language plpgsql set search_path = '' as $$
 begin
-    perform from public.usage_sums_state where old.created_at < summed_until for update;
-    if not found then
+    -- Waits for a sum that is under way, and only then looks how far it came.
+    perform from public.usage_sums_state for update;
+    if not exists (select from public.usage_sums_state where old.created_at < summed_until) then
         return null;
     end if;
     delete from public.usage_slots s where s.user_id = new.user_id
@@ -190,6 +235,17 @@ begin
     insert into public.usage_slots select * from public.count_usage(
         new.user_id, date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00'),
         date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00') + interval '15 minutes');
+    delete from public.usage_totals where slot = date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00');
+    insert into public.usage_totals
+    select s.slot, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
+           sum(s.requests), sum(s.prompt_tokens), sum(s.completion_tokens), sum(s.cached_tokens), sum(s.reasoning_tokens),
+           sum(s.cost_nanos), sum(s.upstream_cost_nanos), sum(s.overrun_nanos), sum(s.latency_ms_total), sum(s.latency_00),
+           sum(s.latency_01), sum(s.latency_02), sum(s.latency_03), sum(s.latency_04), sum(s.latency_05),
+           sum(s.latency_06), sum(s.latency_07), sum(s.latency_08), sum(s.latency_09), sum(s.latency_10),
+           sum(s.latency_11), sum(s.latency_12), sum(s.latency_13), sum(s.latency_14), sum(s.latency_15),
+           sum(s.latency_16), sum(s.latency_17), sum(s.latency_18), sum(s.latency_19), sum(s.latency_20),
+           sum(s.latency_21), sum(s.latency_22), sum(s.latency_23)
+    from public.usage_slots s where s.slot = date_bin('15 minutes', new.created_at, '2000-01-01 00:00:00+00') group by 1, 2, 3, 4, 5, 6, 7;
     delete from public.usage_days d where d.user_id = new.user_id and d.day = (new.created_at at time zone 'UTC')::date;
     insert into public.usage_days
     select s.user_id, (s.slot at time zone 'UTC')::date, s.key_id, s.model, s.provider, s.environment, s.endpoint, s.status, s.error_code,
@@ -234,13 +290,16 @@ revoke all on function public.latency_quantile(numeric[], numeric) from public, 
 grant execute on function public.latency_quantile(numeric[], numeric) to service_role;
 
 -- p_bucket: hour | day | month | none; p_group: model | key | provider | environment | endpoint | status | error_code | user | none.
--- The range is widened to whole slots. In UTC, days and months over whole days come from usage_days.
+-- The range is widened to whole slots. In UTC, days and months over whole days come from usage_days; what asks neither for a user nor for
+-- keys or users apart comes from usage_totals.
 create function public.report_usage(
     p_user_id bigint, p_start timestamptz, p_end timestamptz, p_zone text, p_bucket text, p_group text, p_limit int
 ) returns jsonb language plpgsql stable set search_path = '' as $$
 declare
     v_by_day boolean := p_zone = 'UTC' and p_bucket <> 'hour'
         and p_start = date_trunc('day', p_start, 'UTC') and p_end = date_trunc('day', p_end, 'UTC');
+    v_total boolean := not v_by_day and p_user_id is null and p_group not in ('key', 'user');
+    v_table text := case when v_by_day then 'usage_days' when v_total then 'usage_totals' else 'usage_slots' end;
     v_source text := case when v_by_day then '(day::timestamp at time zone ''UTC'')' else 'slot' end;
     v_bucket text := case when p_bucket = 'none' then 'null::timestamp' else format('date_trunc(%L, %s at time zone %L)', p_bucket, v_source, p_zone) end;
     v_group text := case p_group when 'none' then 'null::text' when 'key' then 'key_id::text' when 'user' then 'user_id::text'
@@ -248,7 +307,8 @@ declare
     v_range text := case when v_by_day then '$2::date <= day and day < $3::date' else '$2 <= slot and slot < $3' end;
     v_columns text := (
         select string_agg(quote_ident(a.attname), ', ' order by a.attnum) from pg_catalog.pg_attribute a
-        where a.attrelid = 'public.usage_slots'::regclass and a.attnum > 0 and not a.attisdropped);
+        where a.attrelid = (case when v_total then 'public.usage_totals' else 'public.usage_slots' end)::regclass and a.attnum > 0
+          and not a.attisdropped);
     v_rows jsonb;
 begin
     execute format($q$
@@ -258,14 +318,15 @@ begin
                    public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.95) as latency_p95_ms,
                    public.latency_quantile(array[sum(r.latency_00), sum(r.latency_01), sum(r.latency_02), sum(r.latency_03), sum(r.latency_04), sum(r.latency_05), sum(r.latency_06), sum(r.latency_07), sum(r.latency_08), sum(r.latency_09), sum(r.latency_10), sum(r.latency_11), sum(r.latency_12), sum(r.latency_13), sum(r.latency_14), sum(r.latency_15), sum(r.latency_16), sum(r.latency_17), sum(r.latency_18), sum(r.latency_19), sum(r.latency_20), sum(r.latency_21), sum(r.latency_22), sum(r.latency_23)], 0.99) as latency_p99_ms
             from (
-                select * from public.%I where ($1 is null or user_id = $1) and %s
+                select %s from public.%I where %s and %s
                 union all
                 select %s from public.count_usage($1, greatest($2, (select summed_until from public.usage_sums_state)), $3)
             ) as r
             group by 1, 2 limit $4
         ) as x
-    $q$, v_bucket, v_group, case when v_by_day then 'usage_days' else 'usage_slots' end, v_range,
-         case when v_by_day then replace(v_columns, 'slot', '(slot at time zone ''UTC'')::date') else v_columns end)
+    $q$, v_bucket, v_group, case when v_by_day then replace(v_columns, 'slot', 'day') else v_columns end, v_table,
+         case when v_total then '$1::bigint is null' else '($1 is null or user_id = $1)' end, v_range,
+         case when v_by_day then replace(v_columns, 'slot', '(slot at time zone ''UTC'')::date as day') else v_columns end)
     into v_rows using p_user_id, p_start, p_end, p_limit;
     return v_rows;
 end $$;
@@ -344,6 +405,11 @@ language sql stable set search_path = '' as $$
                 ) as x (part, journal, sums)
     )
     select c.id, c.part, coalesce(c.journal, 0), coalesce(c.sums, 0) from compared c where coalesce(c.journal, 0) <> coalesce(c.sums, 0)
+    union all
+    select null, 'totals', s.cost, t.cost
+    from (select coalesce(sum(cost_nanos), 0) + coalesce(sum(requests), 0) as cost from public.usage_slots) s,
+         (select coalesce(sum(cost_nanos), 0) + coalesce(sum(requests), 0) as cost from public.usage_totals) t
+    where s.cost <> t.cost
 $$;
 revoke all on function public.audit_usage() from public, anon, authenticated;
 grant execute on function public.audit_usage() to service_role;

@@ -45,6 +45,7 @@ class Account:
     id: int
     key_id: int
     hash: str
+    environment: str = "live"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Client:
         order = registration(f"user{number}", key, environment=environment)
         answer = await self.call("register_user", order)
         assert answer["outcome"] == "registered", answer
-        account = Account(answer["user_id"], answer["key_id"], hash_of(key))
+        account = Account(answer["user_id"], answer["key_id"], hash_of(key), environment)
         await self.call(
             "set_rate_limits", {"user_id": account.id, "subject": "user", "limits": {**UNLIMITED, **(limits or {})}, "actor": "admin"}
         )
@@ -217,7 +218,7 @@ def request(account: Account, **changes: Any) -> Json:
         "request_id": new_id(),
         "hashes": [account.hash],
         "secret_id": "secret-1",
-        "prefix_environment": None,
+        "prefix_environment": "test" if account.environment == "test" else None,
         "verb": "write",
         "resource": "chat",
         "address": "192.0.2.7",

@@ -269,3 +269,12 @@ async def test_a_plan_replaces_the_one_before(client: Client) -> None:
     assert await client.value("select count(*) from public.user_plans where user_id = $1 and is_active", account.id) == 1
     assert (await client.call("assign_plan", {**assign, "plan_id": 2**40}))["outcome"] == "plan_not_found"
     assert (await client.call("assign_plan", {**assign, "user_id": 2**40}))["outcome"] == "not_found"
+
+
+@pytest.mark.parametrize(("environment", "prefix"), [("test", None), ("test", "live"), ("live", "test")])
+async def test_a_key_whose_row_and_prefix_disagree_about_the_sandbox_is_refused(
+    client: Client, environment: str, prefix: str | None
+) -> None:
+    """The prefix chooses the upstream and the row the charge: a test row without a prefix would get real answers for nothing."""
+    account = await client.register(environment=environment)
+    assert (await client.admit_one(account, prefix_environment=prefix))["outcome"] == "INVALID_KEY"

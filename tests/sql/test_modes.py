@@ -92,3 +92,13 @@ async def test_admissions_that_race_the_switch_hold_play_money_or_are_refused(fr
             await fresh.settle_one(answer["request_id"], billable_nanos="10")
     assert await fresh.value("select sum(credits_nanos + held_nanos) from public.users") == 0
     await fresh.assert_sound()
+
+
+async def test_play_money_of_a_deleted_account_leaves_once_when_the_database_has_gone_live(client: Client) -> None:
+    account = await client.register(credits_nanos=5_000)
+    held = await client.admit_one(account)
+    await client.call("delete_account", {"user_id": account.id, "actor": "admin"})
+    await client.call("enter_mode", "live")
+    await client.settle_one(held["request_id"])
+    assert await client.value("select credits_nanos + held_nanos from public.users where id = $1", account.id) == 0
+    await client.assert_sound()

@@ -62,6 +62,7 @@ async def forget_sums(client: Client) -> None:
     """As if nothing had been summed up: the gateway never writes a record into a time that is closed, these tests do."""
     await client.owner.execute("update public.usage_sums_state set summed_until = '-infinity'")
     await client.owner.execute("delete from public.usage_slots")
+    await client.owner.execute("delete from public.usage_totals")
     await client.owner.execute("delete from public.usage_days")
 
 

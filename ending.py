@@ -1,0 +1,50 @@
+"""What does one proxied request consist of, and what is known of how it ended?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from errors import GatewayError
+from security import Credential
+from usage import Usage
+
+
+class Client(Protocol):
+    """Whoever waits for the answer."""
+
+    gone: bool
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None: ...
+
+    async def send(self, data: bytes, *, more: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proxied:
+    """One request as it arrived: where to, from whom, and its raw body."""
+
+    endpoint: str
+    resource: str
+    credential: Credential
+    body: bytes
+    request_id: str
+    client_request_id: str | None = None
+    scenario: str | None = None
+
+
+@dataclass(slots=True)
+class Ending:
+    """What is known of how the request ended, as it becomes known."""
+
+    completed: bool = False
+    usage: Usage | None = None
+    failure: GatewayError | None = None
+    # The upstream refused before generating: it has said all there is, and bills nothing.
+    refused: bool = False
+    generation_id: str | None = None
+    finish_reason: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    first_token_ms: int | None = None

@@ -1,0 +1,33 @@
+"""How is the gateway served on this machine, by itself? On 127.0.0.1 and PORT, or one sentence why not."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import uvicorn
+from fastapi import FastAPI
+
+from runtime import Service
+
+HOST = "127.0.0.1"
+
+
+def serve(app: FastAPI, service: Service) -> None:
+    """Serves until it is interrupted. Ends the process with a sentence where the port cannot be had."""
+    listener = _listen(service.settings.port)
+    service.url = f"http://{HOST}:{listener.getsockname()[1]}"
+    config = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(port: int) -> socket.socket:
+    # With the protocol named: asyncio turns Nagle's algorithm off only where it knows that this is TCP.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        sys.exit(f"Port {port} of {HOST} cannot be used ({error.strerror}). Choose another one: PORT={port + 1} make run")
+    listener.listen(2048)
+    return listener
