@@ -179,3 +179,34 @@ async def test_the_monitor_counts_what_was_used(gateway: Gateway) -> None:
     metrics = found["usage_metrics"]
     assert (metrics["total_requests"], metrics["requests_today"], metrics["most_used_model"]) == (1, 1, "openai/gpt-4o-mini")
     assert round(10 - metrics["total_cost"], 9) == found["current_credits"]
+
+
+@pytest.mark.parametrize("preferences", [{"a": "x" * 9000}, {"a": "\x00"}])
+async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, Any]) -> None:
+    user = await gateway.register()
+    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": preferences})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "preferences")
+
+
+async def test_preferences_may_hold_fractions(gateway: Gateway) -> None:
+    user = await gateway.register()
+    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": {"a": 1.5}})
+    assert answer.json()["preferences"] == {"a": 1.5}
+
+
+async def test_names_of_deleted_accounts_are_reserved(gateway: Gateway) -> None:
+    user = await gateway.register()
+    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Deleted-7"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
+
+
+async def test_an_order_of_a_megabyte_is_refused_before_it_is_read(gateway: Gateway) -> None:
+    answer = await gateway.http.post("/auth/register", content=b"[" * 2**20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_a_completion_with_a_million_parts_is_refused_before_it_is_parsed(gateway: Gateway) -> None:
+    user = await gateway.register()
+    body = b'{"z":[' + b"[]," * 300_000 + b"[]]}"
+    answer = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")

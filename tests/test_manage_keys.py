@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from rig import Gateway, User
+from rig import ADMIN_KEY, Gateway, User
 
 
 async def send(user: User | str, method: str, path: str, gateway: Gateway, **body: Any) -> httpx.Response:
@@ -228,3 +228,33 @@ async def test_a_key_of_an_older_system_works_once_imported_and_moves_on_first_u
         assert (await send(old, "GET", "/user/balance", gateway)).json()["user_id"] == user.id
     assert await gateway.database.value("select count(*) from public.api_keys_new where user_id = $1", user.id) == 2
     assert old not in str(await gateway.database.rows("select * from public.api_keys"))
+
+
+async def test_a_replaced_secret_in_its_grace_period_cannot_take_the_key_over(gateway: Gateway) -> None:
+    user = await gateway.register()
+    (primary,) = (await send(user, "GET", "/user/api-keys", gateway)).json()["keys"]
+    new = (await send(user, "POST", f"/user/api-keys/{primary['id']}/rotate", gateway, grace_period=3600)).json()["api_key"]
+    refused = await send(user, "POST", f"/user/api-keys/{primary['id']}/rotate", gateway)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
+    assert (await send(user, "GET", "/user/balance", gateway)).status_code == 200
+    assert (await send(new, "GET", "/user/balance", gateway)).status_code == 200
+
+
+async def test_a_test_key_cannot_delete_the_account(gateway: Gateway) -> None:
+    user = await gateway.register(environment="test")
+    answer = await gateway.http.request("DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"})
+    assert answer.status_code == 403
+
+
+async def test_an_imported_key_cannot_be_a_test_key(gateway: Gateway) -> None:
+    user = await gateway.register()
+    order = {"keys": [{"user_id": user.id, "api_key": "old-system-key-0123456789", "environment_tag": "test"}]}
+    answer = await gateway.http.post("/admin/keys/import", headers={"authorization": f"Bearer {ADMIN_KEY}"}, json=order)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "keys.0.environment_tag")
+
+
+async def test_a_limited_key_makes_no_key_that_would_be_unlimited(gateway: Gateway) -> None:
+    user = await gateway.register()
+    await gateway.admin("POST", "/admin/limit", json={"api_key": user.key, "rate_limits": {"requests_per_minute": 10}})
+    answer = await send(user, "POST", "/user/api-keys", gateway, key_name="second")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (403, "rate_limits")
