@@ -85,14 +85,14 @@ async def test_calls_that_arrive_while_a_batch_is_in_flight_travel_together_in_o
     assert server.sent() == [["first"], [str(n) for n in range(10)]]
 
 
-async def test_a_batch_carries_at_most_64() -> None:
+async def test_a_batch_carries_at_most_24() -> None:
     server = Server()
     queue = Queue(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(150))
     server.gate.set()
     await asyncio.gather(first, *tasks)
-    assert [len(batch) for batch in server.batches] == [1, 64, 64, 22]
+    assert [len(batch) for batch in server.batches] == [1, 24, 24, 24, 24, 24, 24, 6]
     assert [number for batch in server.sent()[1:] for number in batch] == [str(n) for n in range(150)]
 
 

@@ -12,7 +12,8 @@ HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 
 
 async def test_a_copied_request_is_what_the_sdk_builds(upstream: Upstream) -> None:
-    settings = Settings(_env_file=None, openrouter_api_key="sk-or-v1-x", openrouter_base_url=upstream.url, openrouter_site_name="Test")
+    given = {"openrouter_api_key": "sk-or-v1-x", "openrouter_base_url": upstream.url, "openrouter_site_name": "Test"}
+    settings = Settings.model_validate(given)
     live = open_live(settings)
     try:
         for body in (b'{"model": "openai/gpt-4o-mini"}', b'{"model": "a longer body than the first one"}'):
