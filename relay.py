@@ -29,6 +29,11 @@ MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", 
 Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+# What has to be looked at: keys stand in quotes, so that no text that a model writes is taken for one.
+REMARKABLE = re.compile(rb'"usage"|"error"|"user_id"|\[DONE\]|"finish_reason"(?!:null)|\r')
+SHORTCUTS = 4
+
+
 class EventTooLarge(Exception):
     """An event of the upstream exceeds MAX_EVENT_BYTES."""
 
@@ -58,9 +63,23 @@ class Stream:
 
     def feed(self, chunk: bytes) -> bytes:
         """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
-        if not self._rest and self.held is None and self.body_id is not None and not self.done and _is_plain(chunk):
-            self.data_events += 1
-            return chunk
+        passed = []
+        for _ in range(SHORTCUTS):
+            if not chunk or self._rest or self.held is not None or self.done:
+                break
+            if self.body_id is not None and (end := _plain_end(chunk)):
+                self.data_events += 1
+                passed.append(chunk[:end])
+            elif (end := _first_end(chunk)) and end < len(chunk):
+                passed.append(self._take(chunk[:end]))
+            else:
+                break
+            chunk = chunk[end:]
+        passed.append(self._take(chunk))
+        return b"".join(passed)
+
+    def _take(self, chunk: bytes) -> bytes:
+        """The same, event by event."""
         self._has_returns = self._has_returns or b"\r" in chunk
         self._rest += chunk
         passed = b"".join([part for event in self._complete_events() for part in self._pass(event)])
@@ -159,9 +178,19 @@ def _is_unremarkable(data: bytes) -> bool:
     )
 
 
-def _is_plain(chunk: bytes) -> bool:
-    """Whole events that are unremarkable."""
-    return chunk.endswith(b"\n\n") and chunk.startswith(b"data:") and b"[DONE]" not in chunk and _is_unremarkable(chunk)
+def _plain_end(chunk: bytes) -> int:
+    """Where the unremarkable events at the start of a chunk end, 0 where there are none."""
+    if not chunk.startswith(b"data:"):
+        return 0
+    found = REMARKABLE.search(chunk)
+    last = chunk.rfind(b"\n\n", 0, found.start() if found else len(chunk))
+    return last + 2 if last >= 0 else 0
+
+
+def _first_end(chunk: bytes) -> int:
+    """Where the first event of a chunk ends, 0 where it does not or its lines are not plain."""
+    first = -1 if b"\r" in chunk else chunk.find(b"\n\n")
+    return first + 2 if first >= 0 else 0
 
 
 def _event_end(buffer: bytearray, start: int, has_returns: bool) -> int:
