@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,7 +19,9 @@ def serve(app: FastAPI, service: Service) -> None:
     listener = _listen(service.settings.port)
     service.url = f"http://{HOST}:{listener.getsockname()[1]}"
     config = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="warning")
-    uvicorn.Server(config).run(sockets=[listener])
+    # After an orderly end uvicorn raises the signal once more.
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(port: int) -> socket.socket:
