@@ -15,7 +15,8 @@ import orjson
 
 from errors import GatewayError, UpstreamUnavailable
 
-MOST_LISTS = 128
+MOST_LISTS = 512
+FETCHES_AT_ONCE = 4
 MAX_BYTES = 1024 * 1024
 RETRY_SECONDS = 10.0
 UNREADABLE = "The list of this model's endpoints cannot be had from the upstream now. Try again."
@@ -45,6 +46,8 @@ class EndpointLists:
         self._clock = clock
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._fetching: dict[str, asyncio.Task[bytes | None]] = {}
+        # Whoever asks for one model after the other must not make us flood the upstream.
+        self._gate = asyncio.Semaphore(FETCHES_AT_ONCE)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -72,7 +75,8 @@ class EndpointLists:
             await asyncio.wait(running)
 
     async def _load(self, model_id: str) -> bytes | None:
-        raw = await self._fetch(model_id)
+        async with self._gate:
+            raw = await self._fetch(model_id)
         if raw is None:
             return None
         try:

@@ -65,6 +65,27 @@ class Webhooks(BaseModel):
 
 
 class WebhookKept(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "status": "success",
+                    "message": "Keep the secret: it is shown this once.",
+                    "webhook": {
+                        "id": 1,
+                        "url": "https://hooks.example.com/budgets",
+                        "is_active": True,
+                        "disabled_reason": None,
+                        "previous_valid_until": None,
+                        "created_at": "2026-11-24T12:00:00+00:00",
+                        "updated_at": "2026-11-24T12:00:00+00:00",
+                    },
+                    "secret": "whsec_" + "A" * 43 + "=",
+                }
+            ]
+        }
+    )
+
     status: str
     message: str
     webhook: WebhookView

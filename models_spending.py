@@ -1,4 +1,4 @@
-"""What do requests and answers about spending look like? OpenRouter's shapes of keys and generations, receipts and quotes, budgets.
+"""What do requests and answers about spending look like? Receipts, quotes, users' own upstream keys, budgets of end users.
 
 The same rules as in `models`. Amounts are credits, which are US dollars.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from models import Credits, RequestModel
 
@@ -18,108 +18,6 @@ QuotedEndpoint = Literal["chat/completions", "completions", "embeddings"]
 
 def _example(**fields: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [fields]})
-
-
-# OpenRouter's shapes.
-
-
-class KeyRateLimit(BaseModel):
-    requests: int = Field(description="-1 is unlimited")
-    interval: str
-
-
-class KeyData(BaseModel):
-    """The key that asks. `usage` is what it was charged; days, weeks and months are UTC."""
-
-    label: str = Field(description="The key, masked")
-    limit: Credits | None = Field(description="The key's budget; null: none")
-    limit_remaining: Credits | None
-    limit_reset: Literal["daily", "weekly", "monthly"] | None
-    include_byok_in_limit: bool
-    usage: Credits
-    usage_daily: Credits
-    usage_weekly: Credits
-    usage_monthly: Credits
-    byok_usage: Credits = Field(description="What requests cost at the provider that went out with the user's own upstream key")
-    byok_usage_daily: Credits
-    byok_usage_weekly: Credits
-    byok_usage_monthly: Credits
-    is_free_tier: bool
-    is_management_key: bool
-    is_provisioning_key: bool
-    expires_at: str | None
-    creator_user_id: str | None
-    rate_limit: KeyRateLimit
-
-
-class KeyAnswer(BaseModel):
-    data: KeyData
-
-
-class CreditsData(BaseModel):
-    total_credits: Credits = Field(description="Everything granted and bought, less what has expired or was taken back")
-    total_usage: Credits = Field(description="Everything charged, less refunds; the difference of the two is the balance")
-
-
-class CreditsAnswer(BaseModel):
-    model_config = _example(data={"total_credits": 100.5, "total_usage": 25.75})
-
-    data: CreditsData
-
-
-class GenerationData(BaseModel):
-    """A request of the caller's, as OpenRouter tells of a generation. Costs are what was charged; what is not known here is null."""
-
-    id: str | None
-    upstream_id: str | None = None
-    request_id: str
-    model: str
-    provider_name: str | None
-    api_type: str
-    created_at: str
-    streamed: bool
-    cancelled: bool
-    finish_reason: str | None
-    native_finish_reason: str | None = None
-    total_cost: Credits
-    usage: Credits
-    upstream_inference_cost: Credits | None
-    is_byok: bool
-    cache_discount: Credits | None = None
-    tokens_prompt: int | None
-    tokens_completion: int | None
-    native_tokens_prompt: int | None
-    native_tokens_completion: int | None
-    native_tokens_reasoning: int | None
-    native_tokens_cached: int | None
-    native_tokens_completion_images: int | None = None
-    num_media_prompt: int | None = None
-    num_media_completion: int | None = None
-    num_input_audio_prompt: int | None = None
-    num_search_results: int | None = None
-    latency: int | None = Field(description="Milliseconds to the first token; of an answer that was not streamed, to its end")
-    generation_time: int | None = Field(description="Milliseconds from the first token to the end")
-    moderation_latency: int | None = None
-    origin: str = ""
-    http_referer: str | None = None
-    user_agent: str | None = None
-    app_id: int | None = None
-    external_user: str | None
-    session_id: str | None = None
-    preset_id: str | None = None
-    router: str | None = None
-    service_tier: str | None = None
-    provider_responses: list[dict[str, Any]] | None = None
-
-
-class GenerationAnswer(BaseModel):
-    data: GenerationData
-
-
-class CountAnswer(BaseModel):
-    model_config = _example(data={"count": 412})
-
-    data: dict[str, int]
 
 
 # Receipts.
@@ -179,6 +77,49 @@ class ReceiptRefund(BaseModel):
 class Receipt(BaseModel):
     """All that the books hold of one request. While it is `pending` there is no charge yet, and its hold stands."""
 
+    model_config = _example(
+        request_id="0199f0a0-0000-7000-8000-000000000000",
+        client_request_id=None,
+        generation_id="gen-1786988078-NGfm",
+        status="completed",
+        message="Settled.",
+        key_id=1,
+        end_user="customer-17",
+        environment="live",
+        mode="live",
+        byok=False,
+        cache_hit=False,
+        endpoint="chat/completions",
+        model="openai/gpt-4o-mini",
+        model_used="openai/gpt-4o-mini",
+        provider="OpenAI",
+        streamed=False,
+        hold={
+            "amount": 0.0000429,
+            "granted_output_tokens": 50,
+            "price_basis": {"fixed_nanos": "12900", "output_nanos": "600", "max_price": {"prompt": "0.15", "completion": "0.6"}},
+            "expires_at": "2026-11-24T12:15:00+00:00",
+        },
+        tokens={"prompt": 15, "completion": 26, "cached": 0, "reasoning": 0},
+        charge={
+            "upstream_cost": 0.00001785,
+            "markup": 1.1,
+            "charged": 0.000019635,
+            "markup_amount": 0.000001785,
+            "overrun": 0,
+            "refunded": 0,
+            "balance_after": 9.999980365,
+        },
+        timings={
+            "created_at": "2026-11-24T12:00:00+00:00",
+            "settled_at": "2026-11-24T12:00:01+00:00",
+            "latency_ms": 850,
+            "time_to_first_token_ms": None,
+        },
+        ending={"settlement_source": "usage", "finish_reason": "stop", "error_code": None},
+        refunds=[],
+    )
+
     request_id: str
     client_request_id: str | None
     generation_id: str | None
@@ -232,6 +173,23 @@ class QuoteOrder(RequestModel):
 class Quote(BaseModel):
     """An estimate of the moment: nothing is held or counted, prices and balances move, and rate limits are not looked at."""
 
+    model_config = _example(
+        models=["openai/gpt-4o-mini"],
+        would_hold=0.0000729,
+        estimated_cost=0.00002490,
+        estimated_output_tokens=20,
+        prompt_tokens_estimate=21,
+        max_output_tokens=100,
+        affordable=True,
+        reason=None,
+        available=9.99998,
+        byok=False,
+        free=False,
+        markup=1,
+        price_basis={"fixed_nanos": "12900", "output_nanos": "600", "max_price": {"prompt": "0.15", "completion": "0.6"}},
+        message="An estimate of this moment: nothing is held or counted, and rate limits are not looked at.",
+    )
+
     models: list[str] = Field(description="Every model that the body can reach; the dearest of them counts")
     would_hold: Credits
     estimated_cost: Credits
@@ -277,7 +235,15 @@ class ProviderKeyView(BaseModel):
 # Budgets of end users.
 
 Budget = Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)]
-EndUserName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("takes printable characters only")
+    return name
+
+
+EndUserName = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 
 
 class EndUserOrder(RequestModel):
@@ -305,6 +271,20 @@ class EndUserChange(RequestModel):
 
 class EndUserView(BaseModel):
     """A budget and how it stands in the present window. That of `*` is each end user's own: ask for one to see how they stand."""
+
+    model_config = _example(
+        id=1,
+        end_user="customer-17",
+        budget_of="customer-17",
+        budget=5,
+        budget_window="month",
+        window_start="2026-11-01T00:00:00+00:00",
+        spent=1.25,
+        held=0.01,
+        remaining=3.74,
+        created_at="2026-11-01T09:00:00+00:00",
+        updated_at="2026-11-01T09:00:00+00:00",
+    )
 
     id: int
     end_user: str

@@ -33,6 +33,7 @@ ENVIRONMENTS = {prefix: environment for environment, prefix in PREFIXES.items()}
 SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
+NOT_IN_GRACE = ("keys", "account", "budgets", "webhooks")
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 
@@ -309,7 +310,7 @@ async def verified(request: Request, verb: str, resource: str) -> Caller:
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
     found = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
-    if found["outdated"] and (verb == "admin" or (verb == "write" and resource in ("keys", "account"))):
+    if found["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
         raise MissingScope("This secret was replaced and is only in its grace period: use the new one for keys and the account.")
     return Caller(
         user_id=found["user_id"],

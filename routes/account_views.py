@@ -16,7 +16,7 @@ from fastapi.responses import Response
 import db_spending
 from errors import NotFound
 from models import ErrorBody
-from models_spending import CreditsAnswer, CreditsData, GenerationAnswer, GenerationData, KeyAnswer, KeyData, KeyRateLimit
+from models_openrouter import CreditsAnswer, CreditsData, GenerationAnswer, GenerationData, KeyAnswer, KeyData, KeyRateLimit
 from money import credits_from_nanos
 from replies import Reply
 from runtime import Runtime

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from errors import ModelNotFound
 from models import ErrorBody
-from models_spending import CountAnswer
+from models_openrouter import CountAnswer
 from replies import Reply
 from runtime import Runtime
 from security import shown_environment

@@ -103,7 +103,7 @@ async def list_end_users(
     return Reply(EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following))
 
 
-@router.post("/end-users", summary="A budget for one of your customers, or for each (`*`)", response_model=EndUserView)
+@router.post("/end-users", summary="A budget for one of your customers, or for each (`*`)", response_model=EndUserView, status_code=201)
 async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetWriter) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)

@@ -3481,6 +3481,10 @@ declare
     v_gone boolean := (p ->> 'gone')::boolean;
     v_webhook_id bigint;
 begin
+    if v_gone then -- which changes the webhook too: first the user, as everybody does
+        perform from public.users u
+        where u.id = (select d.user_id from public.webhook_deliveries d where d.id = (p ->> 'id')::bigint) for no key update;
+    end if;
     update public.webhook_deliveries d set
         delivered_at = case when v_delivered then v_now end,
         failed_at = case when not v_delivered and (v_gone or v_retry is null) then v_now end,

@@ -618,3 +618,15 @@ async def test_a_deleted_webhooks_deliveries_go_with_it(stage: Stage) -> None:
     await ask(stage.user, "DELETE", f"/user/webhooks/{stage.webhook_id}")
     assert await stage.instance().deliver_due() == 0
     assert stage.receiver.got == []
+
+
+async def test_the_documented_way_to_verify_a_message_works(stage: Stage) -> None:
+    text = await asyncio.to_thread((Path(__file__).parent.parent / "docs" / "spending.md").read_text)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    await stage.event()
+    await stage.instance().deliver_due()
+    headers, body = stage.receiver.got[0]
+    assert names["is_ours"](stage.secret, headers, body)
+    assert not names["is_ours"](stage.secret, headers, body + b" ")
