@@ -3451,11 +3451,15 @@ begin
         select n.id from public.webhook_deliveries n join public.webhooks w on w.id = n.webhook_id
         where n.delivered_at is null and n.failed_at is null and n.next_attempt_at <= v_now and not w.is_active
         limit 1000 for update of n skip locked);
-    with due as (
-        select n.id from public.webhook_deliveries n
-        where n.delivered_at is null and n.failed_at is null and n.next_attempt_at <= v_now
-          and (p_delivery_id is null or n.id = p_delivery_id)
-        order by n.next_attempt_at limit p_limit for update skip locked
+    -- The first of each webhook before the second of any: one that never answers must not keep the others waiting.
+    with ranked as (
+        select n.id, row_number() over (partition by n.webhook_id order by n.next_attempt_at, n.id) as place
+        from public.webhook_deliveries n
+        where n.delivered_at is null and n.failed_at is null and n.next_attempt_at <= v_now and (p_delivery_id is null or n.id = p_delivery_id)
+    ), due as (
+        select d.id from public.webhook_deliveries d join ranked r on r.id = d.id
+        where d.delivered_at is null and d.failed_at is null and d.next_attempt_at <= v_now
+        order by r.place, d.next_attempt_at limit p_limit for update of d skip locked
     ), claimed as (
         update public.webhook_deliveries d set attempts = d.attempts + 1, next_attempt_at = v_now + make_interval(secs => p_lease_seconds)
         from due where d.id = due.id returning d.*

@@ -274,6 +274,17 @@ async def test_a_webhook_is_made_changed_and_deleted_by_its_owner(gateway: Gatew
     assert secret not in dump
 
 
+async def test_a_replaced_key_in_its_grace_period_changes_no_webhook(gateway: Gateway) -> None:
+    user = await gateway.register()
+    (key,) = (await ask(user, "GET", "/user/api-keys")).json()["keys"]
+    rotated = (await ask(user, "POST", f"/user/api-keys/{key['id']}/rotate", {"grace_period": 3600})).json()
+    assert (await ask(user, "GET", "/user/webhooks")).status_code == 200
+    for path, body in (("/user/webhooks", {"url": URL}), ("/user/end-users", {"end_user": "a", "budget": 1, "budget_window": "day"})):
+        refused = await ask(user, "POST", path, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
+        assert (await ask(User(gateway, user.id, rotated["api_key"]), "POST", path, body)).status_code == 201
+
+
 async def test_there_are_at_most_five(gateway: Gateway) -> None:
     user = await gateway.register()
     answers = await asyncio.gather(*(ask(user, "POST", "/user/webhooks", {"url": f"{URL}/{number}"}) for number in range(8)))
@@ -624,7 +635,7 @@ async def test_the_documented_way_to_verify_a_message_works(stage: Stage) -> Non
     text = await asyncio.to_thread((Path(__file__).parent.parent / "docs" / "spending.md").read_text)
     code = text.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     await stage.event()
     await stage.instance().deliver_due()
     headers, body = stage.receiver.got[0]

@@ -156,6 +156,14 @@ async def test_a_delivery_is_claimed_by_one_at_a_time(fresh: Client) -> None:
     assert await fresh.call("claim_deliveries", 15, 60, None) == []
 
 
+async def test_a_webhook_with_much_to_send_does_not_keep_another_waiting(fresh: Client) -> None:
+    _, busy = await webhook_with(fresh, 50)
+    _, quiet = await webhook_with(fresh, 1)
+    claimed = await fresh.call("claim_deliveries", 10, 60, None)
+    assert [delivery["webhook_id"] for delivery in claimed].count(quiet) == 1
+    assert [delivery["webhook_id"] for delivery in claimed].count(busy) == 9
+
+
 async def test_an_end_that_comes_after_the_lease_changes_nothing(fresh: Client) -> None:
     await webhook_with(fresh, 1)
     (first,) = await fresh.call("claim_deliveries", 1, 0, None)
