@@ -25,6 +25,7 @@ class RequestLog:
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._log = log.bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +47,7 @@ class RequestLog:
         try:
             await self._serve(scope, receive, send_with_id)
         finally:
-            log.info(
+            self._log.info(
                 "request",
                 request_id=request_id,
                 method=scope["method"],

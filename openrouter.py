@@ -133,9 +133,10 @@ class Answer:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when it breaks off."""
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
-        pieces = self._response.aiter_raw() if encoding in ("", "identity") else self._response.aiter_bytes()
+        stream = self._response.stream
+        plain = encoding in ("", "identity") and isinstance(stream, httpx2.AsyncByteStream)
         try:
-            async for piece in pieces:
+            async for piece in stream if plain else self._response.aiter_bytes():  # type: ignore[union-attr]
                 if piece:
                     yield piece
         except httpx2.TimeoutException as error:
@@ -146,28 +147,37 @@ class Answer:
             raise UpstreamError(BROKEN) from error
 
     async def read(self) -> bytes:
-        """The whole body, decoded. Raises UpstreamError beyond MAX_ANSWER_BYTES of it."""
-        if self._response.is_stream_consumed:
-            return self._response.content  # the SDK reads error answers itself, as far as `_bound_error` lets it
+        """The whole body, decoded; of an error as much as its message needs. Raises UpstreamError beyond MAX_ANSWER_BYTES."""
         body = bytearray()
         async for piece in self.chunks():
             body += piece
+            if self.status >= 400 and len(body) >= MAX_ERROR_BYTES:
+                break
             if len(body) > MAX_ANSWER_BYTES:
                 raise UpstreamError("The model provider's answer is too large.")
-        return bytes(body)
+        return bytes(body[:MAX_ERROR_BYTES] if self.status >= 400 else body)
 
     async def aclose(self) -> None:
         await self._response.aclose()
+
+
+class _Repeated(httpx2.Request):
+    """The first request of its kind with another body; its content-length is the transport's to say."""
+
+    def __init__(self, first: httpx2.Request, body: bytes) -> None:
+        self.method, self.url, self.headers, self.extensions = first.method, first.url, first.headers, first.extensions
+        self.stream = httpx2.ByteStream(body)
+        self.read()
 
 
 class OpenRouterClient(AsyncOpenAI):
     """The SDK's client with a shorter way for requests whose body is bytes, which are sent once and whose answers nobody parses.
 
     Of the requests to one path with the same headers the SDK builds the first, with all that it adds; the others are that one with another
-    body. They go out through the SDK's own HTTP client. (docs/decisions/0006)
+    body. They go out through the SDK's own transport. (docs/decisions/0006)
     """
 
-    _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, list[tuple[bytes, bytes]]]]
+    _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
 
     async def transmit(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
         """POSTs the body and returns whatever is answered, unread. Raises httpx2's errors."""
@@ -176,11 +186,12 @@ class OpenRouterClient(AsyncOpenAI):
         if key not in known:
             if len(known) >= MAX_BUILT:
                 known.clear()
-            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=body, headers=headers))
-            known[key] = built, [(name, value) for name, value in built.headers.raw if name.lower() != b"content-length"]
-        first, kept = known[key]
-        request = httpx2.Request(first.method, first.url, headers=kept, content=body, extensions=dict(first.extensions))
-        return await self._client.send(request, stream=True, follow_redirects=False)
+            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=headers))
+            built.headers.pop("content-length", None)
+            known[key] = built, self._client._transport_for_url(built.url)
+        first, transport = known[key]
+        answer: httpx2.Response = await transport.handle_async_request(_Repeated(first, body))
+        return answer
 
 
 class Upstream:

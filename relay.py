@@ -30,7 +30,8 @@ Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 # What has to be looked at: keys stand in quotes, so that no text that a model writes is taken for one.
-REMARKABLE = re.compile(rb'"usage"|"error"|"user_id"|\[DONE\]|"finish_reason"(?!:null)|\r')
+REMARKABLE = (b'"usage"', b'"error"', b'"user_id"', b"[DONE]", b"\r")
+FINISHED = re.compile(rb'"finish_reason"(?!:null)')
 SHORTCUTS = 4
 
 
@@ -182,8 +183,14 @@ def _plain_end(chunk: bytes) -> int:
     """Where the unremarkable events at the start of a chunk end, 0 where there are none."""
     if not chunk.startswith(b"data:"):
         return 0
-    found = REMARKABLE.search(chunk)
-    last = chunk.rfind(b"\n\n", 0, found.start() if found else len(chunk))
+    end = len(chunk)
+    for mark in REMARKABLE:  # each by itself: a search for all of them at once takes ten times as long
+        found = chunk.find(mark, 0, end)
+        end = end if found < 0 else found
+    if chunk.count(b'"finish_reason"', 0, end) != chunk.count(b'"finish_reason":null', 0, end):
+        finished = FINISHED.search(chunk, 0, end)
+        end = finished.start() if finished else end
+    last = chunk.rfind(b"\n\n", 0, end)
     return last + 2 if last >= 0 else 0
 
 
@@ -218,9 +225,15 @@ def _is_done(event: bytes) -> bool:
 
 
 def _data_of(event: bytes) -> Any:
-    """The parsed data, or None where it is no JSON (some middlemen send comments as data)."""
+    """The parsed data, or None where it is no JSON (some middlemen send comments as data). Exact where money may be in it."""
+    payload = _payload(event)
+    if b'"usage"' not in payload:
+        try:
+            return orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            pass  # it is stricter: NaN, lone surrogates
     try:
-        return parse_json(_payload(event))
+        return parse_json(payload)
     except ValueError:
         return None
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
-from money import credits_from_nanos, plain
+from money import plain, plain_credits
 
 log = structlog.get_logger("errors")
 
@@ -38,7 +38,7 @@ def _encode(value: object) -> Any:
 
 def gateway_usage(request_id: str, tokens: int, settled: Mapping[str, Any] | None) -> bytes:
     """The JSON object that every completion carries; `settled` is the database's answer, None while the charge is open."""
-    cost, balance = (plain(credits_from_nanos(settled[name])) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
+    cost, balance = (plain_credits(settled[name]) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
     pending = "" if settled else ',"settlement":"pending"'
     return f'{{"request_id":"{request_id}","tokens_charged":{tokens},"cost":{cost},"user_balance_after":{balance}{pending}}}'.encode()
 
@@ -48,8 +48,8 @@ def charge_headers(settled: Mapping[str, Any] | None) -> dict[str, str]:
     if settled is None:
         return {"x-gateway-settlement": "pending"}
     return {
-        "x-gateway-cost": plain(credits_from_nanos(settled["cost_nanos"])),
-        "x-gateway-balance": plain(credits_from_nanos(settled["balance_nanos"])),
+        "x-gateway-cost": plain_credits(settled["cost_nanos"]),
+        "x-gateway-balance": plain_credits(settled["balance_nanos"]),
     }
 
 

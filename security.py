@@ -13,6 +13,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -76,11 +77,11 @@ class Keyring:
 
     def hashes(self, key: str) -> list[str]:
         """Hex HMAC-SHA256 of the whole key, one per secret, the current first."""
-        return [hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for secret in self._secrets]
+        return [hmac.digest(secret, key.encode(), "sha256").hex() for secret in self._secrets]
 
     def pseudonym(self, text: str) -> str:
         """A name for `text` that nobody without our secret can make or recognise."""
-        return hmac.new(self._secrets[0], b"pseudonym\0" + text.encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(self._secrets[0], b"pseudonym\0" + text.encode(), "sha256").hex()[:32]
 
     def stored(self, key: str, environment: str, name: str) -> dict[str, Any]:
         """What the database keeps of a new key."""
@@ -133,6 +134,7 @@ def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network
     return str(address)
 
 
+@lru_cache(4096)
 def _ip(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address, which some proxies write with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
     text = text or ""

@@ -87,11 +87,8 @@ class ProxyEndpoint:
 
     async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
         running = exchange.runtime.start(exchange)
-        watching = asyncio.create_task(_until_disconnected(receive))
+        watching = asyncio.create_task(_watch(receive, exchange, running))
         try:
-            await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                exchange.client_left()
             await asyncio.shield(running)
         except asyncio.CancelledError:
             exchange.client_left()  # the server gives up on its clients
@@ -113,9 +110,12 @@ async def _read_body(request: Request) -> bytes | None:
             return b"".join(parts)
 
 
-async def _until_disconnected(receive: Receive) -> None:
+async def _watch(receive: Receive, exchange: Exchange, running: asyncio.Task[None]) -> None:
+    """Tells the exchange when its client leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    if not running.done():
+        exchange.client_left()
 
 
 def _log_fields(exchange: Exchange) -> dict[str, Any]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, settings
 from rig import database, gateway, live_gateway, postgres, postgres_15, sql, stage, start_gateway, upstream
+
+# How fast a machine is says nothing of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 __all__ = ["database", "gateway", "live_gateway", "postgres", "postgres_15", "sql", "stage", "start_gateway", "upstream"]
