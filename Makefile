@@ -1,6 +1,6 @@
 # `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format migrate schema fuzz bench vercel-check sandbox lock clean
+.PHONY: help run test check format migrate schema fuzz bill bench vercel-check sandbox lock clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -40,6 +40,9 @@ schema: ## write supabase/schema.sql, the readable whole, out of the migrations
 
 fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
 	$(PY) tests/fuzz.py $(ARGS)
+
+bill: .venv/dev.done ## compare 2,000 random requests' charges with the upstream's bill (ARGS="requests seed")
+	PYTHONPATH=. $(PY) tests/bill.py $(ARGS)
 
 bench: .venv/dev.done ## measure the gateway beside nginx and the direct upstream (needs wrk and nginx)
 	$(PY) -m benchmarks
