@@ -10,7 +10,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from kinds import KINDS, Kind
 from rig import Database, Gateway, Upstream, User, eventually, fresh_database, running_workers, served, started_postgres
 
 from embedded.postgres import EmbeddedPostgres
@@ -73,36 +74,6 @@ ANSWERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One endpoint: a body for it, as JSON or as a form, and whether it may stream."""
-
-    path: str
-    body: Callable[[random.Random], dict[str, Any]]
-    streams: bool = True
-    form: bool = False
-
-
-def _text(rng: random.Random) -> str:
-    return " ".join(rng.choice(("all", "that", "glitters", "is", "not", "gold", "ça", "日本")) for _ in range(rng.randint(1, 40)))
-
-
-def _chat_model(rng: random.Random) -> str:
-    return rng.choice(("openai/gpt-4o-mini", "anthropic/claude-sonnet-4.5", "sandbox/fixed-price"))
-
-
-def _chat(rng: random.Random) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": _chat_model(rng), "messages": [{"role": "user", "content": _text(rng)}]}
-    if rng.random() < 0.7:
-        body["max_tokens"] = rng.randint(16, 400)
-    if rng.random() < 0.2:
-        body["models"] = ["openai/gpt-4o-mini", "anthropic/claude-haiku-4.5"]
-    return body
-
-
-KINDS = (Kind("/v1/chat/completions", _chat),)
-
-
 class RandomUpstream(Upstream):
     """Answers each billable request in a way of its own choice."""
 
@@ -134,9 +105,9 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
     if streamed:
         body["stream"] = True
     patience = rng.choice((None, None, None, 0.0, 0.01, 0.05, 0.2))  # seconds until this client leaves
-    content: dict[str, Any] = _form(body) if kind.form else {"json": body}
+    content = kind.content(body)
     try:
-        async with asyncio.timeout(patience), user.gateway.http.stream("POST", kind.path, headers=user.headers, **content) as answer:
+        async with asyncio.timeout(patience), user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as answer:
             async for _ in answer.aiter_raw():
                 pass
             return f"{kind.path} {'stream ' if streamed else ''}{answer.status_code}"
@@ -144,25 +115,18 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
         return f"{kind.path} {'stream ' if streamed else ''}{'left' if isinstance(error, TimeoutError) else 'broken'}"
 
 
-def _form(body: dict[str, Any]) -> dict[str, Any]:
-    file = body.pop("file")
-    return {"data": {name: str(value) for name, value in body.items()}, "files": {"file": ("speech.wav", file, "audio/wav")}}
-
-
 async def run(database: Database, gateway: Gateway, upstream: Upstream, *, requests: int, seed: int) -> Result:
     """Sends that many requests, waits until all are settled, and compares the books."""
     users = [await gateway.register(credits=10_000) for _ in range(USERS)]
     for user in users:
         await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
-    served_paths = set((await gateway.http.get("/openapi.json")).json()["paths"])
-    kinds = [kind for kind in KINDS if kind.path in served_paths]
     result = Result(requests)
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> None:
         own = random.Random(seed * 1_000_003 + number)
         async with gate:
-            result.endings[await send(own.choice(users), own.choice(kinds), own)] += 1
+            result.endings[await send(own.choice(users), own.choice(KINDS), own)] += 1
 
     await asyncio.gather(*(one(number) for number in range(requests)))
     pending = "select count(*) from public.usage_records where status = 'pending'"
