@@ -12,9 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bounds import IMAGE_TOKENS, Bound, BoundPolicy, bound_request
+from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex, read_models
 from errors import BadRequest, Forbidden, GatewayError, ModelNotFound, UnboundedCost
+from reach import IMAGE_TOKENS
 
 CHAT = "chat/completions"
 POLICY = BoundPolicy(default_max_output_tokens=4096, free_models=False)

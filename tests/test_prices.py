@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prices import Price, dearest, max_price, parse_price, search_nanos
+from prices import Price, caps_of, dearest, max_price, parse_price, search_nanos
 
 BASE = {"prompt": "0.0000025", "completion": "0.00001"}
 
@@ -173,17 +173,27 @@ def test_a_listed_search_price_counts_for_every_result() -> None:
 
 
 def test_price_caps_are_in_the_units_of_the_upstream() -> None:
-    caps = max_price(price_of(request="0.5", image="0.001").base, {}, images=True)
-    assert caps == {"prompt": "2.5", "completion": "10", "request": "0.5", "image": "0.001"}
+    caps = max_price(caps_of(price_of(request="0.5", image="0.001", audio="0.00003").base, images=True, audio=True), {})
+    assert caps == {"prompt": "2.5", "completion": "10", "request": "0.5", "image": "0.001", "audio": "0.00003"}
+
+
+def test_price_caps_name_media_only_where_they_are_used() -> None:
+    caps = caps_of(price_of(image="0.001", audio="0.00003").base, images=False, audio=False)
+    assert caps.keys() == {"prompt", "completion", "request"}
+
+
+def test_an_audio_price_that_is_not_named_is_no_cap() -> None:
+    assert "audio" not in caps_of(price_of().base, images=False, audio=True)
 
 
 def test_price_caps_keep_what_the_client_set_lower() -> None:
-    caps = max_price(price_of().base, {"prompt": Decimal(1), "completion": Decimal(99)}, images=False)
+    held = caps_of(price_of().base, images=False, audio=False)
+    caps = max_price(held, {"prompt": Decimal(1), "completion": Decimal(99)})
     assert caps == {"prompt": "1", "completion": "10", "request": "0"}
 
 
 def test_price_caps_of_other_components_pass() -> None:
-    assert max_price(price_of().base, {"audio": Decimal(7)}, images=False)["audio"] == "7"
+    assert max_price(caps_of(price_of().base, images=False, audio=False), {"audio": Decimal(7)})["audio"] == "7"
 
 
 @given(prompt=amounts, completion=amounts, write=amounts, tier=amounts, threshold=st.integers(0, 10**6))
