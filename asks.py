@@ -48,6 +48,8 @@ class Ask:
     fills_context: bool = False  # the prompt holds what we do not see
     pdf_engine: str | None = None
     search_results: int = 0
+    plugins: list[Mapping[str, Any]] = field(default_factory=list)  # as they are sent, but for the router's
+    routing: Mapping[str, Any] | None = None  # the router's plugin: which models it may pick
     modalities: frozenset[str] | None = None
     limits: dict[str, int] = field(default_factory=dict)
     provider: Mapping[str, Any] = field(default_factory=dict)
@@ -97,6 +99,8 @@ def refuse_foreign(body: Mapping[str, Any], *params: str) -> None:
 
 
 def refuse_unbounded(body: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    if fields.keys().isdisjoint(body):
+        return
     for param, why in fields.items():
         if body.get(param) is not None:
             raise UnboundedCost(why, param=param)

@@ -89,15 +89,11 @@ def _read_block(kind: str, block: Mapping[str, Any], param: str, ask: Ask) -> No
 def _read_source(block: Mapping[str, Any], param: str, ask: Ask, *, is_image: bool) -> None:
     source = object_of(block.get("source"), param)
     kind = source.get("type")
-    if not is_image and kind == "text":
-        return
-    if not is_image and kind == "content":
-        return _read_blocks(source.get("content"), param, SYSTEM_BLOCKS | {"image"}, ask)
-    if kind not in ("base64", "url"):
+    if kind == "content" and not is_image:
+        _read_blocks(source.get("content"), param, SYSTEM_BLOCKS | {"image"}, ask)
+    elif kind in ("base64", "url"):
+        ask.images += is_image
+        ask.has_files = ask.has_files or not is_image
+        ask.media_bytes += size_of(source.get("data")) if kind == "base64" else 0
+    elif kind != "text" or is_image:
         raise unknown_kind(f"{block.get('type')} from {kind}", param)
-    if is_image:
-        ask.images += 1
-    else:
-        ask.has_files = True
-    if kind == "base64":
-        ask.media_bytes += size_of(source.get("data"))

@@ -34,10 +34,10 @@ PDF_ENGINES = frozenset(("native", "cloudflare-ai", "pdf-text"))  # without a fe
 
 def read_tools(endpoint: str, body: Mapping[str, Any], ask: Ask) -> None:
     """The tools of a body, and the end of the loop in which the upstream runs its own."""
-    tools = list_of(body, "tools")
-    functions = list_of(body, "functions")
-    if tools or functions:
-        ask.allowance += TOOLS_TOKENS + TOOL_TOKENS * (len(tools) + len(functions))
+    tools, functions = list_of(body, "tools"), list_of(body, "functions")
+    if not tools and not functions:
+        return
+    ask.allowance += TOOLS_TOKENS + TOOL_TOKENS * (len(tools) + len(functions))
     sent = [_read_tool(endpoint, tool, ask) for tool in tools]
     if ask.tool_steps:
         if ask.native_turns and any(str(tool.get("type")).startswith("openrouter:") for tool in sent):
@@ -140,11 +140,15 @@ def _engine(value: object, param: str) -> str:
 
 def read_plugins(body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
     plugins = [object_of(plugin, "plugins") for plugin in list_of(body, "plugins")]
-    sent = [_read_plugin(plugin, ask) if plugin.get("enabled") is not False else plugin for plugin in plugins]
+    for plugin in plugins:
+        if plugin.get("id") == "auto-router":
+            ask.routing = plugin
+        else:
+            ask.plugins.append(_read_plugin(plugin, ask) if plugin.get("enabled") is not False else plugin)
     if "online" in suffixes and not ask.search_results:
-        sent.append(_read_search({"id": "web"}, ask))
+        ask.plugins.append(_read_search({"id": "web"}, ask))
     if ask.search_results:
-        ask.patch["plugins"] = sent
+        ask.patch["plugins"] = ask.plugins
     if ask.has_files and ask.pdf_engine is None:
         hint = '`plugins: [{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}]`, or the engine "native"'
         raise UnboundedCost(f"Files may be billed by the page. Choose a parser without a fee: {hint}.", param="plugins")

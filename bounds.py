@@ -107,19 +107,21 @@ def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models:
     without a price while free models are off). Each names its `param`.
     """
     names = _model_names(body)
-    ask = read_body(endpoint, body, raw_size, {suffix for name in names for suffix in name.split(":")[1:]})
+    ask = read_body(endpoint, body, raw_size, {suffix for name in names if ":" in name for suffix in name.split(":")[1:]})
     suffixes, free = policy.any_suffix, policy.free_models
     reached = [reach(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free) for name in names]
-    rates = reduce(dearest, (each.rates for each in reached))
+    if ask.routing is not None and not any(each.model.is_router for each in reached):
+        raise UnboundedCost("The plugin `auto-router` is bounded together with the model `openrouter/auto` only.", param="plugins")
+    rates = reduce(dearest, (each.rates for each in reached)) if len(reached) > 1 else reached[0].rates
     low, high, limits = _output_limits(reached, ask, policy)
     caps = max_price(_caps(rates, ask), ask.own_max_price) if ask.takes_provider else {}
     turn, output = _turn_nanos(reached, rates, ask), EXACT.multiply(rates.output, Decimal(ask.choices))
-    turns, extra = _turns(ask, turn, output, high)
-    fees = EXACT.add(EXACT.add(max(each.search_nanos for each in reached), extra), _image_nanos(reached, rates, ask, turns))
+    turns, once = _turns(ask, turn, output, high)
+    once = EXACT.add(once, EXACT.add(max(each.search_nanos for each in reached), _image_nanos(reached, rates, ask, turns)))
     return Bound(
         models=names,
-        fixed_nanos=EXACT.add(turn if turns == 1 else EXACT.multiply(turn, Decimal(turns)), fees),
-        output_nanos=output if turns == 1 else EXACT.multiply(output, Decimal(turns)),
+        fixed_nanos=EXACT.add(EXACT.multiply(turn, Decimal(turns)), once),
+        output_nanos=EXACT.multiply(output, Decimal(turns)),
         min_output=low,
         max_output=high,
         prompt_estimate=_estimate(ask),
@@ -137,13 +139,15 @@ def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models:
 def _model_names(body: Mapping[str, Any]) -> tuple[str, ...]:
     names = [] if body.get("model") is None else [_model_name(body["model"], "model")]
     for param in ("models", "fallbacks"):
+        if param not in body:
+            continue
         entries = list_of(body, param)
         if len(entries) > MAX_MODELS:
             raise wrong(param, f"a list of at most {MAX_MODELS} model ids")
         names += (_model_name(entry.get("model") if isinstance(entry, dict) else entry, param) for entry in entries)
     if not names:
         raise BadRequest("`model` is missing. GET /v1/models lists those that exist.", param="model")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names)) if len(names) > 1 else (names[0],)
 
 
 def _model_name(value: object, param: str) -> str:

@@ -82,10 +82,9 @@ class ModelIndex:
         return self._markups
 
     @property
-    def search_fees(self) -> list[tuple[Decimal, Decimal]]:
-        """Of each model that searches by itself, nano-dollars per request and per search."""
-        priced = (model.price.base for model in self._by_id.values() if model.searches and model.price is not None)
-        return [(rates.request, rates.web_search) for rates in priced]
+    def searchers(self) -> list[str]:
+        """The ids of the models that search by themselves."""
+        return [model.id for model in self._by_id.values() if model.searches]
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from asks import Ask
+from asks import Ask, list_of
 from catalog import Model, ModelIndex
 from errors import Forbidden, ModelNotFound, UnboundedCost
 from money import EXACT
@@ -167,17 +167,23 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
         raise UnboundedCost(f"{model.id!r} has a bound for text, images and files only.", param="model")
     if model.context_length is None:
         raise UnboundedCost(f"{model.id!r} has no known context length.", param="model")
-    request = own.get("request", ZERO).scaleb(9, EXACT)
     rates = models.markups.rates(
         prompt=own["prompt"].scaleb(3, EXACT),
         completion=own["completion"].scaleb(3, EXACT),
-        request=request,
+        request=own.get("request", ZERO).scaleb(9, EXACT),
         image=own.get("image", ZERO).scaleb(9, EXACT),
     )
-    # A model that searches by itself can be picked unless the cap on the fee for a request keeps it out.
-    fees = [search for fee, search in models.search_fees if fee <= request]
+    _restrict(ask, models)
+    return Reached(model, rates, _prompt_tokens(model, ask, searches=False), _search_nanos(rates, ask, ZERO), model.max_output)
+
+
+def _restrict(ask: Ask, models: ModelIndex) -> None:
+    """Keep the router to text, to endpoints that know output limits (others would ignore them), and off models that search.
+
+    Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
+    """
+    routing = {**(ask.routing or {}), "id": "auto-router", "enabled": True}
+    excluded = list_of(routing, "excluded_models", "plugins.")
     ask.patch["modalities"] = ["text"]
-    # Without it, an endpoint that knows no output limit could be picked, and would ignore it.
+    ask.patch["plugins"] = [*ask.plugins, {**routing, "excluded_models": [*excluded, *models.searchers]}]
     ask.provider = {**ask.provider, "require_parameters": True}
-    searches = _search_nanos(rates, ask, max(fees, default=ZERO))
-    return Reached(model, rates, _prompt_tokens(model, ask, searches=bool(fees)), searches, model.max_output)
