@@ -14,6 +14,7 @@ from catalog import LIMIT_FIELDS, Model
 from errors import BadRequest, UnboundedCost
 from money import parse_amount
 
+CHAT_LIMITS = tuple(sorted(LIMIT_FIELDS))
 MODALITIES = frozenset(("text", "image", "audio"))
 
 # Tokens that the provider's side adds: templates and default system prompts; once and for each tool; for a schema.
@@ -31,7 +32,7 @@ class Ask:
     """What a body of `raw_size` bytes asks for, as far as it costs money."""
 
     raw_size: int
-    limit_names: frozenset[str] = LIMIT_FIELDS  # the endpoint's output limits; none: the models write what they can
+    limit_names: tuple[str, ...] = CHAT_LIMITS  # the endpoint's output limits; none: the models write what they can
     has_output: bool = True
     is_text: bool = True  # priced by tokens of a context: never more of them than the context length
     choices: int = 1

@@ -140,7 +140,7 @@ def _read_message(message: object, ask: Ask) -> None:
 def _read_output(body: Mapping[str, Any], ask: Ask) -> None:
     if not ask.has_output:
         return
-    for name in sorted(ask.limit_names):
+    for name in ask.limit_names:
         limit = integer(body, name)
         if limit is not None:
             ask.limits[name] = min(limit, MAX_TOKENS)

@@ -64,7 +64,7 @@ def _read_document(document: object) -> None:
 
 
 def read_image(body: Mapping[str, Any], ask: Ask) -> None:
-    ask.limit_names, ask.is_text = frozenset(), False
+    ask.limit_names, ask.is_text = (), False
     text_of(body, "prompt")
     ask.modalities = frozenset(("text", "image"))
     ask.choices = ask.requests = ask.made_images = integer(body, "n", MAX_IMAGES) or 1
@@ -95,7 +95,7 @@ def _image_tokens(body: Mapping[str, Any], param: str) -> int:
 
 
 def read_speech(body: Mapping[str, Any], ask: Ask) -> None:
-    ask.limit_names, ask.is_text = frozenset(), False
+    ask.limit_names, ask.is_text = (), False
     text_of(body, "input")
     ask.modalities = frozenset(("audio",))
     if list_of(body, "input_references"):
@@ -104,7 +104,7 @@ def read_speech(body: Mapping[str, Any], ask: Ask) -> None:
 
 def read_transcription(body: Mapping[str, Any], ask: Ask) -> None:
     """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is not among them."""
-    ask.limit_names, ask.is_text = frozenset(), False
+    ask.limit_names, ask.is_text = (), False
     ask.modalities = frozenset(("text",))
     ask.has_audio, ask.least_input = True, MAX_SECONDS
     audio = body.get("input_audio")

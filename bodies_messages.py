@@ -25,7 +25,7 @@ BLOCKS = RESULT_BLOCKS | {"tool_use", "tool_result", "thinking", "redacted_think
 
 
 def read_messages(body: Mapping[str, Any], ask: Ask) -> None:
-    ask.limit_names = frozenset(("max_tokens",))
+    ask.limit_names = ("max_tokens",)
     refuse_foreign(body, "prompt", "input", "max_completion_tokens", "max_output_tokens", "n", "functions")
     refuse_unbounded(body, UNBOUNDED)
     _read_context_edits(body)

@@ -27,7 +27,7 @@ HIDDEN_ITEMS = frozenset(("web_search_call", "openrouter:web_search", "openroute
 
 
 def read_responses(body: Mapping[str, Any], ask: Ask) -> None:
-    ask.limit_names = frozenset(("max_output_tokens",))
+    ask.limit_names = ("max_output_tokens",)
     refuse_foreign(body, "messages", "max_tokens", "max_completion_tokens", "n")
     refuse_unbounded(body, UNBOUNDED)
     if body.get("background") not in (None, False):

@@ -139,8 +139,7 @@ def _engine(value: object, param: str) -> str:
 
 
 def read_plugins(body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
-    plugins = [object_of(plugin, "plugins") for plugin in list_of(body, "plugins")]
-    for plugin in plugins:
+    for plugin in [object_of(plugin, "plugins") for plugin in list_of(body, "plugins")]:
         if plugin.get("id") == "auto-router":
             ask.routing = plugin
         else:

@@ -37,9 +37,9 @@ from decimal import Decimal
 from functools import reduce
 from typing import Any
 
-from asks import Ask, list_of, wrong
+from asks import CHAT_LIMITS, Ask, list_of, wrong
 from bodies import UNBOUNDED_FIELDS, read_body
-from catalog import LIMIT_FIELDS, MAX_TOKENS, Model, ModelIndex
+from catalog import MAX_TOKENS, Model, ModelIndex
 from errors import BadRequest, UnboundedCost
 from money import EXACT, plain
 from prices import ZERO, Rates, caps_of, dearest, max_price
@@ -77,7 +77,9 @@ class Bound:
     patch: Mapping[str, Any]  # body fields to replace, whatever is granted
     max_price: Mapping[str, str]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
     own_limit_excludes: bool  # the client's own price caps keep some endpoint out: a refusal for them is its doing
-    listed: tuple[Decimal, Decimal, Decimal]  # nano-dollars: a prompt token, all fees for requests, a token in every choice
+    listed: Rates  # the dearest of all models, for quotes
+    requests: int  # how often the fee for a request falls due
+    choices: int  # in which output may come; 0: there is none
     limits: tuple[tuple[str, int | None], ...] = ()  # output limit fields to send, with the client's own number
 
     @property
@@ -93,9 +95,9 @@ class Bound:
 
     def typical_nanos(self, output_tokens: int) -> Decimal:
         """Roughly what it costs with so much output, for a quote: listed prices, no cache, no media, no searches, one turn."""
-        prompt, fees, output = self.listed
-        tokens = EXACT.add(EXACT.multiply(prompt, Decimal(self.prompt_estimate)), EXACT.multiply(output, Decimal(output_tokens)))
-        return EXACT.add(tokens, fees)
+        prompt = EXACT.multiply(self.listed.prompt, Decimal(self.prompt_estimate))
+        output = EXACT.multiply(self.listed.completion, Decimal(self.choices * output_tokens))
+        return EXACT.add(EXACT.add(prompt, output), EXACT.multiply(self.listed.request, Decimal(self.requests)))
 
 
 def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models: ModelIndex, policy: BoundPolicy) -> Bound:
@@ -117,18 +119,22 @@ def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models:
     caps = max_price(_caps(rates, ask), ask.own_max_price) if ask.takes_provider else {}
     turn, output = _turn_nanos(reached, rates, ask), EXACT.multiply(rates.output, Decimal(ask.choices))
     turns, once = _turns(ask, turn, output, high)
-    once = EXACT.add(once, EXACT.add(max(each.search_nanos for each in reached), _image_nanos(reached, rates, ask, turns)))
+    once = EXACT.add(once, max(each.search_nanos for each in reached) if len(reached) > 1 else reached[0].search_nanos)
+    if any(each.makes_images for each in reached):  # one for each choice, beyond its limit
+        once = EXACT.add(once, EXACT.multiply(output, Decimal(turns * ask.image_tokens)))
     return Bound(
         models=names,
-        fixed_nanos=EXACT.add(EXACT.multiply(turn, Decimal(turns)), once),
-        output_nanos=EXACT.multiply(output, Decimal(turns)),
+        fixed_nanos=EXACT.add(turn if turns == 1 else EXACT.multiply(turn, Decimal(turns)), once),
+        output_nanos=output if turns == 1 else EXACT.multiply(output, Decimal(turns)),
         min_output=low,
         max_output=high,
         prompt_estimate=_estimate(ask),
         patch={**ask.patch, "provider": {**ask.provider, "max_price": caps}} if ask.takes_provider else ask.patch,
         max_price=caps,
         own_limit_excludes=bool(ask.own_max_price) and _excludes(reached, ask),
-        listed=(rates.prompt, EXACT.multiply(rates.request, Decimal(ask.requests)), _listed_output(rates, ask)),
+        listed=rates,
+        requests=ask.requests,
+        choices=ask.choices if ask.has_output else 0,
         limits=limits,
     )
 
@@ -181,18 +187,6 @@ def _turns(ask: Ask, turn: Decimal, output: Decimal, high: int) -> tuple[int, De
     return (2, ask.tool_cost) if ask.tool_cost < whole else (ask.turns, ZERO)
 
 
-def _image_nanos(reached: list[Reached], rates: Rates, ask: Ask, turns: int) -> Decimal:
-    """Images that may come out beyond the output limit: one for each choice of a model that makes them."""
-    if not ask.has_output or ask.made_images or not any(_makes_images(each, ask) for each in reached):
-        return ZERO
-    return EXACT.multiply(rates.output, Decimal(ask.choices * turns * ask.image_tokens))
-
-
-def _makes_images(each: Reached, ask: Ask) -> bool:
-    able = each.model.output_modalities
-    return able is not None and "image" in able and "image" in ask.outputs(each.model)
-
-
 def _caps(rates: Rates, ask: Ask) -> dict[str, Decimal]:
     return caps_of(rates, images=ask.images > 0, audio=ask.has_audio)
 
@@ -203,10 +197,6 @@ def _excludes(reached: list[Reached], ask: Ask) -> bool:
     return any(
         each.model.is_router or any(own.get(name, price) < price for name, price in _caps(each.rates, ask).items()) for each in reached
     )
-
-
-def _listed_output(rates: Rates, ask: Ask) -> Decimal:
-    return EXACT.multiply(rates.completion, Decimal(ask.choices)) if ask.has_output else ZERO
 
 
 def _estimate(ask: Ask) -> int:
@@ -246,7 +236,7 @@ def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
 def _limit_fields(capped: list[Model], ask: Ask) -> tuple[tuple[str, int | None], ...]:
     """The client's limit fields, and as many more as it takes for every model to get one that it lists."""
     fields: dict[str, int | None] = {**ask.limits}
-    if ask.limit_names is not LIMIT_FIELDS:  # the endpoint has one of its own, and the upstream translates it
+    if ask.limit_names is not CHAT_LIMITS:  # the endpoint has one of its own, and the upstream translates it
         return tuple((fields or dict.fromkeys(ask.limit_names if capped else ())).items())
     for model in sorted(capped, key=lambda model: len(model.limit_fields)):
         if model.limit_fields.isdisjoint(fields):

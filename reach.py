@@ -32,6 +32,7 @@ class Reached:
     prompt_tokens: int
     search_nanos: Decimal
     max_output: int | None  # tokens of one choice
+    makes_images: bool = False  # unasked
 
 
 def reach(endpoint: str, name: str, ask: Ask, models: ModelIndex, *, more_suffixes: frozenset[str], free_models: bool) -> Reached:
@@ -51,7 +52,7 @@ def reach(endpoint: str, name: str, ask: Ask, models: ModelIndex, *, more_suffix
         message = f"{name!r} costs nothing, and free models are switched off on this gateway. Use a priced one."
         raise Forbidden(message, param="model", code="free_models_disabled")
     searches = _search_nanos(rates, ask, rates.web_search if model.searches else ZERO)
-    return Reached(model, rates, prompt_tokens, searches, _max_output(model, rates, ask))
+    return Reached(model, rates, prompt_tokens, searches, _max_output(model, rates, ask), _makes_images(model, ask))
 
 
 def _no_price(name: str, model: Model, endpoint: str) -> str:
@@ -144,6 +145,11 @@ def _max_output(model: Model, rates: Rates, ask: Ask) -> int | None:
     if ask.made_images and model.max_output is not None:
         return max(model.max_output, ask.image_tokens)
     return model.max_output
+
+
+def _makes_images(model: Model, ask: Ask) -> bool:
+    able = model.output_modalities
+    return able is not None and "image" in able and not ask.made_images and "image" in ask.outputs(model)
 
 
 def _search_nanos(rates: Rates, ask: Ask, own_fee: Decimal) -> Decimal:
