@@ -70,6 +70,8 @@ class Ask:
         """
         if not self.has_output:
             return frozenset()
+        if not self.is_text and self.modalities is not None:
+            return self.modalities  # what the endpoint makes, whatever the list calls it
         able = model.output_modalities or MODALITIES
         return able if self.modalities is None or self.modalities.isdisjoint(able) else self.modalities
 

@@ -82,9 +82,9 @@ class ModelIndex:
         return self._markups
 
     @property
-    def searchers(self) -> list[str]:
-        """The ids of the models that search by themselves."""
-        return [model.id for model in self._by_id.values() if model.searches]
+    def uncapped(self) -> list[str]:
+        """The ids of the models for text that no price cap bounds: they search by themselves, or may put out media too."""
+        return [model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)]
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -227,6 +227,10 @@ def parse_model(entry: Mapping[str, Any]) -> Model | None:
         output_modalities=_strings(_object(entry.get("architecture")).get("output_modalities")),
         searches="web_search_options" in parameters and price is not None and price.base.web_search > 0,
     )
+
+
+def _puts_out_text_and_more(model: Model) -> bool:
+    return model.output_modalities is not None and {"text"} < model.output_modalities
 
 
 def _null(_constant: str) -> None:

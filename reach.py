@@ -148,8 +148,8 @@ def _max_output(model: Model, rates: Rates, ask: Ask) -> int | None:
 
 
 def _makes_images(model: Model, ask: Ask) -> bool:
-    able = model.output_modalities
-    return able is not None and "image" in able and not ask.made_images and "image" in ask.outputs(model)
+    able = model.output_modalities or ask.modalities or frozenset()
+    return "image" in able and not ask.made_images and "image" in ask.outputs(model)
 
 
 def _search_nanos(rates: Rates, ask: Ask, own_fee: Decimal) -> Decimal:
@@ -184,12 +184,11 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
 
 
 def _restrict(ask: Ask, models: ModelIndex) -> None:
-    """Keep the router to text, to endpoints that know output limits (others would ignore them), and off models that search.
+    """Keep the router to endpoints that know output limits (others would ignore them), and off models beyond any cap.
 
     Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
     """
     routing = {**(ask.routing or {}), "id": "auto-router", "enabled": True}
     excluded = list_of(routing, "excluded_models", "plugins.")
-    ask.patch["modalities"] = ["text"]
-    ask.patch["plugins"] = [*ask.plugins, {**routing, "excluded_models": [*excluded, *models.searchers]}]
+    ask.patch["plugins"] = [*ask.plugins, {**routing, "excluded_models": [*excluded, *models.uncapped]}]
     ask.provider = {**ask.provider, "require_parameters": True}

@@ -93,6 +93,15 @@ def refusal(body: Mapping[str, Any], endpoint: str = CHAT) -> GatewayError:
     return caught.value
 
 
+def amounts(found: Bound) -> tuple[Any, Any]:
+    """The fixed part and the price of an output token, to compare with integers."""
+    return found.fixed_nanos, found.output_nanos
+
+
+def output_of(found: Bound) -> tuple[Any, int, int]:
+    return found.output_nanos, found.min_output, found.max_output
+
+
 def with_parts(*parts: Any, model: str = "plain/model", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": list(parts)}], **fields}
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from bounds_rig import INDEX, PDF_PARSER, POLICY, bound, chat, refusal
+from bounds_rig import INDEX, PDF_PARSER, POLICY, amounts, bound, chat, output_of, refusal
 
 from bounds import bound_request
 from errors import BadRequest, ModelNotFound, UnboundedCost
@@ -49,7 +49,7 @@ def test_a_response_is_bounded_exactly() -> None:
     body = response(max_output_tokens=500)
     found = bound(body, RESPONSES)
     assert found.fixed_nanos == (len(json.dumps(body)) + 256) * 1_000
-    assert (found.output_nanos, found.min_output, found.max_output) == (2_000, 500, 500)
+    assert output_of(found) == (2_000, 500, 500)
     assert found.apply(500) == {
         "provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}},
         "max_output_tokens": 500,
@@ -234,7 +234,7 @@ def test_a_message_is_bounded_exactly() -> None:
     body = message()
     found = bound(body, MESSAGES)
     assert found.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 1_000
-    assert (found.output_nanos, found.min_output, found.max_output) == (2_000, 100, 100)
+    assert output_of(found) == (2_000, 100, 100)
     assert found.apply(100) == {"provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}}, "max_tokens": 100}
 
 
@@ -398,7 +398,7 @@ def test_anthropics_own_tools_get_an_allowance_each() -> None:
 
 def test_anthropics_search_is_held_for_its_uses_and_every_round_of_its_loop() -> None:
     found = bound(message(tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}]), MESSAGES)
-    assert (found.fixed_nanos, found.output_nanos) == (11 * CONTEXT + 3 * 20_000_000, 11 * 2_000)
+    assert amounts(found) == (11 * CONTEXT + 3 * 20_000_000, 11 * 2_000)
 
 
 def test_no_condition_of_the_client_shortens_the_providers_own_loop() -> None:

@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from bounds_rig import INDEX, bound, refusal
+from bounds_rig import INDEX, amounts, bound, entry, output_of, refusal
 
 from bounds import BoundPolicy, bound_request
+from catalog import read_models
 from errors import BadRequest, Forbidden, UnboundedCost
 from reach import IMAGE_TOKENS
 
@@ -129,7 +130,7 @@ def test_an_image_is_bounded_exactly() -> None:
     body = drawing()
     found = bound(body, IMAGES)
     assert found.fixed_nanos == (size(body) + 256) * 1_000 + 10_000_000
-    assert (found.output_nanos, found.min_output, found.max_output) == (40_000, 20_480, 20_480)
+    assert output_of(found) == (40_000, 20_480, 20_480)
     assert found.apply(20_480) == {"provider": {"max_price": {"prompt": "1", "completion": "0", "request": "0.01"}}}
 
 
@@ -218,8 +219,14 @@ def test_speech_priced_by_the_character_is_bounded_by_its_bytes() -> None:
 
 def test_speech_priced_by_its_audio_is_held_at_the_models_longest() -> None:
     found = bound(speech("singer/model", max_tokens=5), SPEECH)
-    assert (found.output_nanos, found.min_output, found.max_output) == (20_000, 8_000, 8_000)
+    assert output_of(found) == (20_000, 8_000, 8_000)
     assert set(found.apply(8_000)) == {"provider"}
+
+
+def test_a_price_of_audio_counts_whatever_the_list_calls_its_output() -> None:
+    model = entry("new/voice", "0.000001", "0", pricing={"audio_output": "0.00002"}, architecture={"output_modalities": ["speech"]})
+    index = read_models(json.dumps({"data": [model]}).encode())
+    assert bound(speech("new/voice"), SPEECH, index=index).output_nanos == 20_000
 
 
 @pytest.mark.parametrize(
@@ -247,7 +254,7 @@ def test_speech_needs_a_text(value: object) -> None:
 def test_a_transcription_is_held_for_the_whole_context_at_the_dearer_price() -> None:
     found = bound(recording(), TRANSCRIPTIONS)
     assert found.fixed_nanos == 100_000 * 6_000
-    assert (found.output_nanos, found.min_output, found.max_output) == (10_000, 8_000, 8_000)
+    assert output_of(found) == (10_000, 8_000, 8_000)
 
 
 def test_a_transcription_may_be_priced_by_the_second() -> None:
@@ -257,7 +264,7 @@ def test_a_transcription_may_be_priced_by_the_second() -> None:
 
 def test_a_transcription_priced_by_the_request_is_that() -> None:
     found = bound(recording("clerk/model"), TRANSCRIPTIONS)
-    assert (found.fixed_nanos, found.output_nanos, found.max_output) == (6_000_000, 0, 0)
+    assert (*amounts(found), found.max_output) == (6_000_000, 0, 0)
 
 
 def test_a_form_is_bounded_like_a_json_body_and_sets_no_field() -> None:

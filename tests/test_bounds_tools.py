@@ -7,10 +7,11 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from bounds_rig import CHAT, bound, chat, image, refusal, with_parts
+from bounds_rig import CHAT, amounts, bound, chat, entry, image, refusal, with_parts
 
 from bodies_tools import MAX_TOOL_STEPS
 from bounds import BoundPolicy
+from catalog import read_models
 from errors import BadRequest, UnboundedCost
 
 CONTEXT = 100_000 * 1_000  # of plain/model, in nano-dollars
@@ -30,7 +31,7 @@ CLOCK = {"type": "openrouter:datetime"}
 
 def test_a_search_tool_is_held_for_every_turn_and_every_search() -> None:
     found = bound(chat(tools=[search(max_uses=3)], max_tokens=100))
-    assert (found.fixed_nanos, found.output_nanos) == (5 * CONTEXT + 3 * SEARCH, 5 * OUTPUT)
+    assert amounts(found) == (5 * CONTEXT + 3 * SEARCH, 5 * OUTPUT)
 
 
 def test_a_search_tool_goes_out_with_an_engine_and_an_end_of_the_loop() -> None:
@@ -46,7 +47,7 @@ def test_more_results_make_every_search_dearer() -> None:
 
 def test_a_clock_costs_its_turns() -> None:
     found = bound(chat(tools=[CLOCK]))
-    assert (found.fixed_nanos, found.output_nanos) == (3 * CONTEXT, 3 * OUTPUT)
+    assert amounts(found) == (3 * CONTEXT, 3 * OUTPUT)
 
 
 def test_function_tools_stay_beside_server_tools() -> None:
@@ -78,7 +79,7 @@ def test_many_tools_end_at_the_documented_maximum() -> None:
 def test_a_cost_limit_is_held_with_the_turn_that_exceeds_it_and_the_last_one() -> None:
     stop = [{"type": "max_cost", "max_cost_in_dollars": 0.25}]
     found = bound(chat(tools=[search(max_uses=9)], stop_server_tools_when=stop, max_tokens=100))
-    assert (found.fixed_nanos, found.output_nanos) == (250_000_000 + 2 * CONTEXT + 9 * SEARCH, 2 * OUTPUT)
+    assert amounts(found) == (250_000_000 + 2 * CONTEXT + 9 * SEARCH, 2 * OUTPUT)
     assert found.apply(1)["stop_server_tools_when"][0] == stop[0]
 
 
@@ -170,17 +171,22 @@ def test_a_router_is_held_at_the_clients_caps_and_the_markups_of_the_list() -> N
     assert found.output_nanos == 5 * 2_000
 
 
-def test_a_router_goes_out_with_exactly_those_caps_and_text_only() -> None:
+def test_a_router_goes_out_with_exactly_those_caps() -> None:
     sent = bound(routed(max_tokens=10)).apply(10)
     caps = {"prompt": "1", "completion": "2", "request": "0"}
     assert sent["provider"] == {"max_price": caps, "require_parameters": True}
-    assert (sent["modalities"], sent["max_tokens"]) == (["text"], 10)
+    assert sent["max_tokens"] == 10
 
 
-def test_a_router_is_kept_off_models_that_search_by_themselves() -> None:
+def test_a_router_is_kept_off_models_that_search_by_themselves_or_put_out_media() -> None:
     own = {"id": "auto-router", "enabled": False, "allowed_models": ["a/*"], "excluded_models": ["b/*"]}
     sent = bound(routed(plugins=[{"id": "moderation"}, own])).apply(1)
-    kept = {"id": "auto-router", "enabled": True, "allowed_models": ["a/*"], "excluded_models": ["b/*", "seeker/model"]}
+    kept = {
+        "id": "auto-router",
+        "enabled": True,
+        "allowed_models": ["a/*"],
+        "excluded_models": ["b/*", "painter/model", "speaker/model", "seeker/model"],
+    }
     assert sent["plugins"] == [{"id": "moderation"}, kept]
 
 
@@ -312,6 +318,11 @@ def test_every_choice_may_bring_an_image() -> None:
 def test_a_larger_image_is_held_where_the_client_configures_it() -> None:
     small, large = bound(chat("painter/model")), bound(chat("painter/model", image_config={"image_size": "4K"}))
     assert large.fixed_nanos > 3 * small.fixed_nanos
+
+
+def test_a_model_of_unknown_output_is_held_for_an_image_that_is_asked_for() -> None:
+    index = read_models(json.dumps({"data": [entry("new/model", pricing={"image_output": "0.00003"}, architecture={})]}).encode())
+    assert bound(chat("new/model", modalities=["image"]), index=index).fixed_nanos > 20_480 * 30_000
 
 
 def test_a_model_that_only_makes_images_is_not_talked_into_text() -> None:
