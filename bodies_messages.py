@@ -55,7 +55,7 @@ def _read_thinking(body: Mapping[str, Any]) -> None:
     """Thinking is part of the output that `max_tokens` limits, as long as its budget is below that."""
     budget = integer(object_of(body.get("thinking"), "thinking"), "budget_tokens", None, "thinking.")
     limit = integer(body, "max_tokens")
-    if budget is not None and limit is not None and budget >= limit:
+    if budget is not None and (limit is None or budget >= limit):
         raise BadRequest("`thinking.budget_tokens` must be below `max_tokens`.", param="thinking.budget_tokens")
 
 

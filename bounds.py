@@ -12,7 +12,8 @@ It must never be too low, never raise anything but a GatewayError whatever the b
   what we do not see (an hour of silence takes few bytes, and many tokens).
 - Prices: the dearest of all models that the body can reach, component by component, cache writes of an hour included.
   `provider.max_price` keeps dearer providers out; what it cannot keep out (priority tiers, native search, presets,
-  routers without the client's own caps) is refused.
+  routers) is refused. The router that picks one model is held at the client's own caps, times the most by which the
+  bill of any listed model exceeds what a cap is compared with, and kept off models beyond that.
 - Output: the limit that goes out, in the endpoint's own field (`max_output_tokens` of /responses, `max_tokens` of
   /messages), in every choice. Reasoning is part of it; a thinking budget that is not is refused. An image may come out
   whole though the limit ends in its midst: one for each choice comes on top.

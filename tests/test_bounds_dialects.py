@@ -366,6 +366,7 @@ def test_fields_of_a_message_without_a_bound_are_refused_by_name(fields: dict[st
         ({"max_completion_tokens": 5}, "max_completion_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}, "max_tokens": None}, "thinking.budget_tokens"),
         ({"thinking": True}, "thinking"),
         ({"context_management": []}, "context_management"),
         ({"output_config": 5}, "output_config"),
