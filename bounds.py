@@ -23,7 +23,7 @@ It must never be too low, never raise anything but a GatewayError whatever the b
   compaction) is refused, and so is every kind of item, block, part and tool that is not known here.
 - /rerank: search units from the number of documents and the size of the body, each at the fee for a request; where
   tokens have a price, the query once more for every piece of a document.
-- /images: `n` times the fees and the model's longest output, but no less than an image of that size.
+- /images: `n` times the prompt, the fees and the model's longest output, but no less than an image of that size.
 - /audio/speech: a byte is at least a token or a character. /audio/transcriptions: the context length, or a day's
   seconds, since the list does not say which of them a price is for, at the dearer of prompt and audio.
   These take no output limit, and by their documentation no price caps either: their prices are those of the list. One
@@ -173,7 +173,8 @@ def _turn_nanos(reached: list[Reached], rates: Rates, ask: Ask) -> Decimal:
     prompt = EXACT.multiply(rates.input, Decimal(max(each.prompt_tokens for each in reached)))
     fees = EXACT.multiply(rates.request, Decimal(ask.requests))
     if ask.images or ask.made_images:
-        fees = EXACT.add(fees, EXACT.multiply(rates.image, Decimal(ask.images + ask.made_images)))
+        images = ask.images * max(1, ask.made_images) + ask.made_images
+        fees = EXACT.add(fees, EXACT.multiply(rates.image, Decimal(images)))
     return EXACT.add(prompt, fees)
 
 

@@ -17,6 +17,8 @@ from money import EXACT
 from prices import ZERO, Price, Rates, search_nanos
 
 SELF_SEARCHES = 5  # what a model that searches by itself is held for: nothing documents its maximum
+# Whose own search keeps to `max_uses`: https://openrouter.ai/docs/guides/features/server-tools/web-search
+NATIVE_SEARCHERS = "anthropic/"
 ROUTED_ENDPOINTS = frozenset(("chat/completions", "responses"))
 
 # The most that is documented for one image: gpt-4o-mini, 2,833 + 8 tiles of 5,667.
@@ -44,6 +46,8 @@ def reach(endpoint: str, name: str, ask: Ask, models: ModelIndex, *, more_suffix
         return _reach_router(model, ask, models)
     if model.price is None or model.id.endswith(":batch"):
         raise UnboundedCost(_no_price(name, model, endpoint), param="model")
+    if ask.native_turns and not model.id.startswith(NATIVE_SEARCHERS):
+        raise UnboundedCost(f"The search of {model.id!r} ignores `max_uses`. Use `openrouter:web_search`.", param="tools")
     prompt_tokens = _prompt_tokens(model, ask, searches=model.searches)
     rates = _rates(model, model.price, prompt_tokens, ask)
     if not ask.is_text:
@@ -71,7 +75,8 @@ def _prompt_tokens(model: Model, ask: Ask, *, searches: bool) -> int:
     """The most units of input that this model can count: tokens, at some endpoints characters or seconds."""
     context = model.context_length
     if not ask.is_text and not ask.has_audio:
-        return ask.raw_size - min(ask.raw_size, ask.media_bytes) + ask.images * IMAGE_TOKENS + ask.allowance
+        tokens = ask.raw_size - min(ask.raw_size, ask.media_bytes) + ask.images * IMAGE_TOKENS + ask.allowance
+        return tokens * max(1, ask.made_images)  # a provider may make each image on its own
     if ask.is_hidden or searches:
         if context is None:
             return _unknown_context(model, ask)

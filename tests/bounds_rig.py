@@ -54,6 +54,7 @@ MODELS = [
     entry("loose/model", supported_parameters=["tools"]),
     entry("boundless/model", supported_parameters=[], context_length=None, top_provider={}),
     entry("vast/model", context_length=None, top_provider={}),
+    entry("anthropic/model"),
     entry("eyed/model", pricing={"image": "0.001", "audio": "0.00003"}),
     entry(
         "canvas/model",

@@ -397,15 +397,26 @@ def test_anthropics_own_tools_get_an_allowance_each() -> None:
     assert fixed(body, MESSAGES) == (len(json.dumps(body)) + 256 + 16 + 1_024 + 64 + 1_024) * 1_000
 
 
+ANTHROPIC_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+
+
+@pytest.mark.parametrize("models", [{}, {"model": "anthropic/model", "models": ["plain/model"]}])
+def test_anthropics_search_on_models_that_ignore_its_limit_is_refused(models: dict[str, Any]) -> None:
+    found = refusal(message(tools=[ANTHROPIC_SEARCH], **models), MESSAGES)
+    assert isinstance(found, UnboundedCost) and found.param == "tools"
+
+
 def test_anthropics_search_is_held_for_its_uses_and_every_round_of_its_loop() -> None:
-    found = bound(message(tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 3}]), MESSAGES)
+    found = bound(message(tools=[ANTHROPIC_SEARCH], model="anthropic/model"), MESSAGES)
     assert amounts(found) == (11 * CONTEXT + 3 * 20_000_000, 11 * 2_000)
 
 
 def test_no_condition_of_the_client_shortens_the_providers_own_loop() -> None:
-    tool = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
     stop = [{"type": "step_count_is", "step_count": 1}, {"type": "max_cost", "max_cost_in_dollars": 0}]
-    assert fixed(message(tools=[tool], stop_server_tools_when=stop), MESSAGES) == 11 * CONTEXT + 3 * 20_000_000
+    assert (
+        fixed(message(tools=[ANTHROPIC_SEARCH], stop_server_tools_when=stop, model="anthropic/model"), MESSAGES)
+        == 11 * CONTEXT + 3 * 20_000_000
+    )
 
 
 def test_fallbacks_of_a_message_count() -> None:

@@ -137,7 +137,7 @@ def test_an_image_is_bounded_exactly() -> None:
 def test_every_image_costs_its_output_and_its_fees() -> None:
     one, four = drawing(), drawing(n=4)
     assert bound(four, IMAGES).output_nanos == 4 * bound(one, IMAGES).output_nanos
-    assert bound(four, IMAGES).fixed_nanos == (size(four) + 256) * 1_000 + 4 * 10_000_000
+    assert bound(four, IMAGES).fixed_nanos == 4 * ((size(four) + 256) * 1_000 + 10_000_000)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,12 @@ async def test_the_sandbox_answers_what_was_bounded(endpoint: str, model: str) -
     assert await ask_and_compare(endpoint, body, "ordinary") == 200
 
 
+@pytest.mark.parametrize("endpoint", [CHAT])
+async def test_the_sandbox_bills_a_router_within_the_clients_caps(endpoint: str) -> None:
+    body = {**BASES[endpoint], "model": "openrouter/auto", "provider": {"max_price": {"prompt": 0.15, "completion": 0.6}}}
+    assert await ask_and_compare(endpoint, body, "ordinary") == 200
+
+
 async def ask_and_compare(endpoint: str, body: dict[str, Any], scenario: str) -> int:
     headers = {"Authorization": "Bearer sk-or-v1-test", "x-sandbox-scenario": scenario, "content-type": "application/json"}
     base_url = "https://openrouter.ai/api/v1"
