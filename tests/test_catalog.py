@@ -346,6 +346,22 @@ def test_a_model_that_takes_search_options_at_a_price_searches_by_itself() -> No
     assert model is not None and model.searches
 
 
+@pytest.mark.parametrize(
+    ("model_id", "price", "is_router"),
+    [("openrouter/auto", "-1", True), ("openrouter/auto", "0.1", False), ("openrouter/fusion", "-1", False)],
+)
+def test_the_auto_router_is_a_model_without_a_price(model_id: str, price: str, is_router: bool) -> None:
+    model = parse_model(entry(model_id, pricing={"prompt": price, "completion": price}))
+    assert model is not None and model.is_router is is_router
+
+
+def test_markups_count_models_of_text_only() -> None:
+    dear = {**PRICING, "image_token": "0.1"}
+    picture = entry("a/picture", pricing=dear, architecture={"output_modalities": ["image"]})
+    talker = entry("a/talker", pricing={**PRICING, "input_cache_write": "0.000002"}, architecture={"output_modalities": ["text"]})
+    assert read_models(answer(picture, talker)).markups.input == 2
+
+
 INDEX = read_models(answer(entry("a/b"), entry("a/b:free"), entry("c/d:nitro")))
 
 
