@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ ROOT = HERE.parent.parent
 CLIENTS_PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 ADMIN_KEY = "admin-key-for-clients"
 SECONDS_TO_START = 60
+AT_ONCE = 2  # programs; most of them wait most of the time
 
 PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "openai-python": ("python/test_openai_chat.py", "python/test_openai_more.py"),
@@ -158,16 +160,19 @@ def require_node() -> None:
 
 def command_of(file: str) -> list[str]:
     if file.startswith("node/"):
-        return ["node", "--test", file]
+        return ["node", "--test", "--test-reporter=spec", file]
     return [str(CLIENTS_PYTHON), "-m", "pytest", "-q", "-rs", "-c", "python/pytest.ini", file]
 
 
 def run(name: str, environment: Mapping[str, str]) -> Outcome:
-    """One client's programs, one after the other; the first failure counts."""
-    print(f"\n== {name}", flush=True)
+    """One client's programs, one after the other; the first failure counts. What they print is printed in one piece."""
     started = time.monotonic()
-    statuses = [subprocess.run(command_of(file), cwd=HERE, env=environment, check=False).returncode for file in PROGRAMS[name]]
-    return Outcome(name, next((status for status in statuses if status), 0), time.monotonic() - started)
+    ended = [
+        subprocess.run(command_of(file), cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        for file in PROGRAMS[name]
+    ]
+    print(f"\n== {name}\n" + "".join(program.stdout.decode() for program in ended), flush=True)
+    return Outcome(name, next((program.returncode for program in ended if program.returncode), 0), time.monotonic() - started)
 
 
 def main(arguments: list[str]) -> int:
@@ -187,7 +192,8 @@ def main(arguments: list[str]) -> int:
             "CLIENTS_ADMIN_KEY": ADMIN_KEY,
             "CLIENTS_AWAITED": json.dumps(sorted(AWAITED)),
         }
-        outcomes = [run(name, environment) for name in arguments or PROGRAMS]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            outcomes = list(pool.map(lambda name: run(name, environment), arguments or PROGRAMS))
     print()
     for outcome in outcomes:
         print(f"{'failed' if outcome.status else 'passed'}  {outcome.name:18}{outcome.seconds:6.1f} s")

@@ -135,3 +135,22 @@ export async function rejection(promise) {
   }
   throw new assert.AssertionError({ message: "it was not refused" });
 }
+
+/** One second of silence. */
+export function wav() {
+  const rate = 8000;
+  const sound = Buffer.alloc(44 + 2 * rate);
+  sound.write("RIFF", 0);
+  sound.writeUInt32LE(36 + 2 * rate, 4);
+  sound.write("WAVEfmt ", 8);
+  sound.writeUInt32LE(16, 16);
+  sound.writeUInt16LE(1, 20); // PCM
+  sound.writeUInt16LE(1, 22); // channels
+  sound.writeUInt32LE(rate, 24);
+  sound.writeUInt32LE(2 * rate, 28);
+  sound.writeUInt16LE(2, 32);
+  sound.writeUInt16LE(16, 34);
+  sound.write("data", 36);
+  sound.writeUInt32LE(2 * rate, 40);
+  return sound;
+}

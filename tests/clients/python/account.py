@@ -28,7 +28,8 @@ EMBEDDER = "openai/text-embedding-3-small"
 UNKNOWN_MODEL = "nobody/no-such-model"
 
 PROMPT = "Say hello."
-SAID = "The sandbox read “Say hello.”. Prices, tokens and shapes are those of the real service. Ask the same again and you get the same answer."
+READ = "The sandbox read “Say hello.”."
+SAID = f"{READ} Prices, tokens and shapes are those of the real service. Ask the same again and you get the same answer."
 COST = 0.00002055
 QUESTION = "Weather in Paris?"
 WEATHER = {

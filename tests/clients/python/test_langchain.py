@@ -14,6 +14,7 @@ from account import (
     MODEL,
     PROMPT,
     QUESTION,
+    READ,
     SAID,
     UNKNOWN_MODEL,
     URL,
@@ -161,7 +162,7 @@ def test_texts_become_vectors(account: Account) -> None:
 @pytest.mark.endpoint("POST /v1/responses")
 def test_the_responses_api_answers_too(account: Account) -> None:
     answer = chat(account.key, use_responses_api=True).invoke(PROMPT)
-    assert answer.text.startswith("The sandbox read “Say hello.”.")
+    assert answer.text.startswith(READ)
     assert answer.usage_metadata is not None
     told = answer.usage_metadata
     assert_booked(account.settled_record(), prompt=told["input_tokens"], completion=told["output_tokens"])

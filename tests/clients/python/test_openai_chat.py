@@ -99,7 +99,9 @@ def test_a_tool_is_called_and_its_result_is_answered(account: Account) -> None:
 
 
 def test_a_streamed_tool_call_arrives_in_fragments_that_fit(account: Account) -> None:
-    with sdk(account.key).chat.completions.stream(model=MODEL, messages=[{"role": "user", "content": QUESTION}], tools=[FUNCTION]) as stream:
+    with sdk(account.key).chat.completions.stream(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], tools=[FUNCTION]
+    ) as stream:
         final = stream.get_final_completion()
     (call,) = final.choices[0].message.tool_calls or []
     assert json.loads(call.function.arguments) == {"city": QUESTION}

@@ -16,6 +16,7 @@ from account import (
     MODEL,
     PROMPT,
     QUESTION,
+    READ,
     UNKNOWN_MODEL,
     URL,
     WEATHER,
@@ -29,7 +30,6 @@ from account import (
 from openai.types.responses import FunctionToolParam, ResponseFunctionToolCall
 from pydantic import BaseModel
 
-READ = "The sandbox read “Say hello.”."
 TOOL: FunctionToolParam = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}
 
 responses = pytest.mark.endpoint("POST /v1/responses")
