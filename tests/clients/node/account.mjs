@@ -10,8 +10,9 @@ const AWAITED = new Set(JSON.parse(process.env.CLIENTS_AWAITED ?? "[]"));
 export const WRONG_KEY = `gw_live_${"1".repeat(49)}`;
 
 export const MODEL = "openai/gpt-4o-mini";
-export const ABORTABLE = `${MODEL}:slow;ms=20;tokens=400`;
 const LONG = 400;
+export const ABORTABLE = `${MODEL}:slow;ms=20;tokens=${LONG}`;
+export const ABORTABLE_SOON_OVER = `${MODEL}:slow;ms=5;tokens=${LONG}`;
 export const EMBEDDER = "openai/text-embedding-3-small";
 export const UNKNOWN_MODEL = "nobody/no-such-model";
 
@@ -115,6 +116,13 @@ export function assertBooked(record, { prompt, completion, cost }) {
 export function assertCutShort(record) {
   assert.equal(record.status, "cancelled");
   assert.ok(record.completion_tokens > 0 && record.completion_tokens < LONG);
+  assert.ok(record.cost > 0);
+}
+
+/** The same where the stream does not say who serves it: then it is read to its end, as that provider may bill it whole. */
+export function assertLeft(record) {
+  assert.equal(record.status, "cancelled");
+  assert.ok(record.completion_tokens > 0 && record.completion_tokens <= LONG);
   assert.ok(record.cost > 0);
 }
 

@@ -7,7 +7,7 @@ import { OpenRouter } from "@openrouter/sdk";
 import * as errors from "@openrouter/sdk/models/errors";
 
 import {
-  ABORTABLE, assertBooked, assertCutShort, EMBEDDER, MODEL, modelThatMakes, needs, newAccount, PROMPT, QUESTION, rejection, take,
+  ABORTABLE_SOON_OVER, assertBooked, assertLeft, EMBEDDER, MODEL, modelThatMakes, needs, newAccount, PROMPT, QUESTION, rejection, take,
   UNKNOWN_MODEL, URL, wav, WEATHER, WRONG_KEY,
 } from "./account.mjs";
 
@@ -61,10 +61,10 @@ test("a response calls a tool and answers its result", responses, async () => {
 test("who leaves a streamed response has one settled record", responses, async () => {
   const account = await newAccount();
   const leaving = new AbortController();
-  const stream = await respond(account.key, { model: ABORTABLE, stream: true }, { fetchOptions: { signal: leaving.signal } });
+  const stream = await respond(account.key, { model: ABORTABLE_SOON_OVER, stream: true }, { fetchOptions: { signal: leaving.signal } });
   await take(stream, 8);
   leaving.abort();
-  assertCutShort(await account.settledRecord());
+  assertLeft(await account.settledRecord());
 });
 
 test("texts become vectors", needs("POST /api/v1/embeddings"), async () => {
@@ -111,9 +111,10 @@ test("a text is spoken", needs("POST /api/v1/audio/speech"), async () => {
 });
 
 test("a sound is written down", needs("POST /api/v1/audio/transcriptions"), async () => {
-  const account = await newAccount();
+  const account = await newAccount(100); // how long a file lasts is not known beforehand: much is held
   const inputAudio = { data: wav().toString("base64"), format: "wav" };
-  const answer = await sdk(account.key).stt.createTranscription({ sttRequest: { model: await modelThatMakes("transcription"), inputAudio } });
+  const sttRequest = { model: await modelThatMakes("transcription"), inputAudio };
+  const answer = await sdk(account.key).stt.createTranscription({ sttRequest });
   assert.ok(answer.text.length > 0);
   const record = await account.settledRecord();
   assert.deepEqual([record.status, record.cost], ["completed", answer.usage.cost]);

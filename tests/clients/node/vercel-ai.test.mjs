@@ -105,7 +105,8 @@ for (const [name, key, model, status] of [
 
   test(`${name} reaches the reader of a stream`, async () => {
     const found = [];
-    const answer = streamText({ model: chat(await key(), model), prompt: PROMPT, maxRetries: 0, onError: ({ error }) => found.push(error) });
+    const onError = ({ error }) => void found.push(error);
+    const answer = streamText({ model: chat(await key(), model), prompt: PROMPT, maxRetries: 0, onError });
     await answer.consumeStream(silent);
     assert.deepEqual(found.map((error) => error.statusCode), [status]);
   });

@@ -22,8 +22,8 @@ WRONG_KEY = "gw_live_" + "1" * 49
 
 MODEL = "openai/gpt-4o-mini"
 CLAUDE = "anthropic/claude-haiku-4.5"
-ABORTABLE = f"{MODEL}:slow;ms=20;tokens=400"
 LONG = 400
+ABORTABLE = f"{MODEL}:slow;ms=20;tokens={LONG}"
 EMBEDDER = "openai/text-embedding-3-small"
 UNKNOWN_MODEL = "nobody/no-such-model"
 
@@ -118,4 +118,11 @@ def assert_cut_short(record: Mapping[str, Any]) -> None:
     """The client left in mid-stream: charged, and for less than the whole answer."""
     assert record["status"] == "cancelled"
     assert 0 < record["completion_tokens"] < LONG
+    assert record["cost"] > 0
+
+
+def assert_left(record: Mapping[str, Any]) -> None:
+    """The same where the stream does not say who serves it: then it is read to its end, as that provider may bill it whole."""
+    assert record["status"] == "cancelled"
+    assert 0 < record["completion_tokens"] <= LONG
     assert record["cost"] > 0
