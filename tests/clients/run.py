@@ -63,6 +63,8 @@ AWAITED = frozenset(
         "GET /api/v1/credits",
         "GET /api/v1/generation",
         "GET /api/v1/model/openai/gpt-4o-mini",
+        "GET /api/v1/models/count",
+        "GET /api/v1/models/openai/gpt-4o-mini/endpoints",
         "pages of /api/v1/models",
         "numeric error codes under /api/v1",
     }

@@ -215,3 +215,16 @@ test("one model is read by its author and slug", needs("GET /api/v1/model/openai
   assert.equal(model.id, MODEL);
   assert.equal(model.pricing.prompt, "0.00000015");
 });
+
+test("the models are counted", needs("GET /api/v1/models/count"), async () => {
+  const account = await newAccount();
+  const { data: all } = await (await fetch(`${URL}/api/v1/models`)).json();
+  assert.equal((await sdk(account.key).models.count()).data.count, all.length);
+});
+
+test("the providers of a model pass its schema", needs("GET /api/v1/models/openai/gpt-4o-mini/endpoints"), async () => {
+  const account = await newAccount();
+  const { data: found } = await sdk(account.key).endpoints.list({ author: "openai", slug: "gpt-4o-mini" });
+  assert.equal(found.id, MODEL);
+  assert.deepEqual(found.endpoints.map((endpoint) => endpoint.pricing.prompt), ["0.00000015", "0.00000015"]);
+});
