@@ -69,7 +69,8 @@ class ModelIndex:
     def __init__(self, raw: list[dict[str, Any]], models: Iterable[Model]) -> None:
         self.raw = raw
         # Not orjson: it refuses lone surrogates and long integers, and one entry must not take the others along.
-        self.json = json.dumps({"data": raw}, separators=(",", ":")).encode()
+        whole = {"data": raw, "total_count": len(raw), "links": {"next": None}}
+        self.json = json.dumps(whole, separators=(",", ":")).encode()
         self._by_id = {model.id: model for model in models}
         self._markups: Markups | None = None
 

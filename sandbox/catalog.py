@@ -57,6 +57,7 @@ def render_model(model: Model, factor: Decimal) -> dict[str, object]:
         "supported_voices": None,
         "expiration_date": None,
         "knowledge_cutoff": None,
+        "links": {"details": f"/api/v1/models/{model.id}/endpoints"},
         **({"reasoning": _reasoning(model)} if model.reasoning else {}),
     }
 

@@ -167,7 +167,7 @@ def test_the_readme_names_every_setting_with_its_default() -> None:
 
 
 def test_the_lock_files_have_hashes_and_vercels_has_no_markers() -> None:
-    for name in ("requirements.txt", "requirements-local.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-local.txt", "requirements-dev.txt", "requirements-clients.txt"):
         text = (ROOT / name).read_text()
         pins = re.findall(r"^[A-Za-z0-9_.\[\]-]+==\S+(?: ;[^\\\n]*)? \\$", text, re.MULTILINE)
         assert len(pins) == len(re.findall(r"^[A-Za-z0-9]", text, re.MULTILINE)) > 40
