@@ -23,12 +23,14 @@ class Behaviour:
     """with-finish | empty-choices | null-finish | every-event | twice | missing"""
     done: bool = True
     cost: str = "plain"
-    """How usage.cost is written: plain | null | zero | negative | nan | string"""
+    """How usage.cost is written: plain | missing | null | zero | negative | nan | string"""
     byok: bool = False
     cost_factor: Decimal = Decimal(1)
     """Multiplies the bill, whatever `provider.max_price` said."""
     price_factor: Decimal = Decimal(1)
     """Multiplies the prices before `provider.max_price` is looked at."""
+    rise_factor: Decimal = Decimal(0)
+    """Makes the model dearer from now on, in the catalog too; 0 leaves it."""
     cache: str = ""
     """read | write | hit"""
     comments: tuple[int, int] = (1, 0)
@@ -108,6 +110,7 @@ _TABLE: dict[str, Scenario] = {
     "error-in-200-choices": Scenario("The same, with choices beside the error", {"body": "error-choices"}),
     "provider-died": Scenario("Partial content with finish_reason `error`, status 200", {"dies": True}),
     "cost-null": Scenario("usage.cost is null; /generation knows it", {"cost": "null"}),
+    "cost-missing": Scenario("usage without cost, as the schema of /messages has it; /generation knows it", {"cost": "missing"}),
     "cost-zero": Scenario("usage.cost is 0, and nothing is billed", {"cost": "zero", "cost_factor": Decimal(0)}),
     "cost-negative": Scenario("usage.cost is negative; /generation knows the true cost", {"cost": "negative"}),
     "cost-nan": Scenario("usage.cost is NaN; /generation knows the true cost", {"cost": "nan"}),
@@ -120,6 +123,10 @@ _TABLE: dict[str, Scenario] = {
     "price-change": Scenario(
         "This request's prices are `factor` (2) times the listed ones, before max_price is checked",
         {"price_factor": Decimal(2)},
+    ),
+    "price-rise": Scenario(
+        "The model's prices rise to `factor` (2) times, in the catalog too, for 5 minutes: refused for max_price until /models is read",
+        {"rise_factor": Decimal(2)},
     ),
     "fallback": Scenario("Another model answers: the second of `models`, else the cheapest", {"fallback": True}),
     "dearer-provider": Scenario("The dearest endpoint of the model answers", {"dearer": True}),
