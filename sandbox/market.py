@@ -25,6 +25,10 @@ class Market:
         if model_id not in self._rises or self._rises[model_id][1] <= time.monotonic():
             self._rises[model_id] = (min(factor, MOST_RISE), time.monotonic() + RISE_SECONDS)
 
+    def calm(self) -> None:
+        """Take back what has risen."""
+        self._rises.clear()
+
     def factor_of(self, model_id: str) -> Decimal:
         """What the model's listed prices are multiplied with now."""
         factor, until = self._rises.get(model_id, (ONE, 0.0))

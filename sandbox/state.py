@@ -123,7 +123,8 @@ class State:
         return generation if FOREVER > generation.late_lookups < lookups else None
 
     def reset(self) -> None:
-        """Forget calls and counts; generations and the bill stay."""
+        """Forget calls and counts, and take back risen prices; generations and the bill stay."""
+        self.market.calm()
         self.counts.clear()
         self.calls.clear()
 
