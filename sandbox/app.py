@@ -19,14 +19,19 @@ from .dialect import TOO_LATE, Dialect
 from .embeddings import answer_embeddings
 from .failures import Failure, Refusal, anthropic_body, refusal
 from .generation import render
+from .images import answer_images
 from .listing import Model
 from .messages import answer_message
 from .models import BY_ID
+from .multipart import read_form
 from .planning import Ask, Body, Limits, Plan, failed_id
+from .rerank import answer_rerank
 from .responses import answer_response
 from .scenarios import parse_scenarios
+from .speech import answer_speech
 from .state import Call, State
 from .streaming import answer_chat, answer_text
+from .transcriptions import answer_transcription, read_upload
 from .wire import BodyTooLarge, ClientGone, Connection, Receive, Scope, Send, dumps, plain
 
 SCENARIO_HEADER = "x-sandbox-scenario"
@@ -42,6 +47,10 @@ ENDPOINTS: Mapping[str, _Answer] = {
     "/responses": answer_response,
     "/messages": answer_message,
     "/embeddings": answer_embeddings,
+    "/rerank": answer_rerank,
+    "/images": answer_images,
+    "/audio/speech": answer_speech,
+    "/audio/transcriptions": answer_transcription,
 }
 
 
@@ -115,6 +124,9 @@ class Sandbox:
         _require_key(connection)
         raw = await connection.read_body()
         call.keep_body(raw)
+        content_type = connection.header("content-type")
+        if call.path == "/audio/transcriptions" and content_type.startswith("multipart/form-data"):
+            return read_upload(read_form(content_type, raw)), parse_scenarios(connection.header(SCENARIO_HEADER))
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:

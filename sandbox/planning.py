@@ -69,8 +69,8 @@ class Plan:
     def running(self, completion: int) -> Tokens:
         """The tokens after so many of the completion."""
         tokens = self.tokens
-        spoken = min(tokens.audio_out, completion)
-        return replace(tokens, completion=completion, reasoning=min(tokens.reasoning, completion), audio_out=spoken)
+        parts = {name: min(getattr(tokens, name), completion) for name in ("reasoning", "audio_out", "image_out")}
+        return replace(tokens, completion=completion, **parts)
 
     def bill(self, tokens: Tokens) -> tuple[Decimal, Decimal]:
         """US dollars that OpenRouter charges, and that the provider charges to the own key."""
@@ -86,36 +86,36 @@ class Plan:
 
 def plan_completion(body: Body, ask: Ask) -> Plan:
     """Plan the answer of the first model that can give one; raises the last one's Refusal."""
-    return _first_plan(body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask))
+    return _first_plan(body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask), after=after_fallback)
 
 
 def plan_media(body: Body, ask: Ask, output: str, api_type: str, count: Callable[[Route], Tokens], *, streamed: bool = False) -> Plan:
     """Plan an answer without choices, by a model that puts out `output`; raises Refusal.
 
-    What only streams of text can do (errors in mid-stream, a provider that dies) is left out.
+    What only text can do (errors in mid-stream, a provider that dies, another model that answers unasked) is left out.
     """
 
     def plan(model_id: str, behaviour: Behaviour) -> Plan:
-        behaviour = replace(behaviour, stream_error="", dies=False)
+        behaviour = replace(behaviour, stream_error="", dies=False, fallback=False)
         route = _require_route(model_id, body, behaviour, ask, output)
         tokens = count(route)
         tokens = Tokens() if behaviour.cache == "hit" else tokens
         generation = _generation(route, behaviour, tokens, finish="stop", streamed=streamed, api_type=api_type)
         return Plan(encode(generation, secrets.randbits(40)), route, behaviour, (), generation)
 
-    return _first_plan(body, ask, plan)
+    return _first_plan(body, ask, plan, after=lambda ids: ids[1:] or ids)
 
 
-def _first_plan(body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan]) -> Plan:
+def _first_plan(body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan], after: Callable[[list[str]], list[str]]) -> Plan:
     ids = candidates(body)
     if ask.changes.get("fallback"):
-        ids = after_fallback(ids)
+        ids = after(ids)
     last = refusal(404, "No models given.")
     for model_id in ids:
         base, more = split_model(model_id)
         behaviour = _limit_padding(behave({**ask.changes, **more}), ask.limits)
         if behaviour.fallback and "fallback" in more:
-            base, behaviour = after_fallback([base])[0], replace(behaviour, fallback=False)
+            base, behaviour = after([base])[0], replace(behaviour, fallback=False)
         try:
             return plan(base, behaviour)
         except Refusal as exc:
