@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
 from types import MappingProxyType
 
 from .failures import FAILURES, refusal
@@ -160,11 +161,18 @@ def parse_scenarios(text: str) -> dict[str, object]:
         name, *parameters = (piece.strip() for piece in part.split(";"))
         scenario = _TABLE.get(name)
         if scenario is None:
-            raise refusal(400, f"Unknown sandbox scenario {name!r}. Known: {', '.join(SCENARIOS)}")
+            raise refusal(400, _unknown(name))
         changes |= scenario.changes
         for parameter in parameters:
             changes |= _parse_parameter(scenario, parameter)
     return changes
+
+
+def _unknown(name: str) -> str:
+    """Short enough to pass through any middleman: what was meant, not all there is."""
+    close = get_close_matches(name, SCENARIOS, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"Unknown sandbox scenario {name[:40]!r}.{hint} docs/sandbox.md lists them all."
 
 
 def split_model(model: str) -> tuple[str, dict[str, object]]:
@@ -193,7 +201,8 @@ def _parse_parameter(scenario: Scenario, text: str) -> dict[str, object]:
         number = Decimal(-1)
     target = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
     if not target or not 0 <= number <= MAX_PARAMETER:
-        raise refusal(400, f"Not a parameter of this sandbox scenario: {text!r}")
+        known = ", ".join([*_PARAMETERS, *(["factor"] if _factor_of(scenario) else [])])
+        raise refusal(400, f"Not a parameter of this sandbox scenario: {text[:40]!r}. Known: {known}, each a number up to {MAX_PARAMETER}.")
     if target.endswith("factor"):
         return {target: number}
     if target in ("pace", "delay"):
