@@ -112,7 +112,7 @@ async def test_a_failed_generation_is_marked_and_a_refused_one_costs_nothing(cli
     assert [charge["status"] for charge in (await bill_of(client))["generations"]] == ["failed"]
 
 
-async def test_a_thousand_costs_add_up_to_the_last_digit(client: Client) -> None:
+async def test_two_hundred_costs_add_up_to_the_last_digit(client: Client) -> None:
     answers = await asyncio.gather(*(client.ask(f"ordinary;tokens={number}") for number in range(1, 201)))
     total = sum(exact(answer)["usage"]["cost"] for answer in answers)
     assert Decimal((await bill_of(client))["total"]) == total
@@ -149,7 +149,7 @@ def test_the_bill_keeps_the_last_charges_and_the_whole_total() -> None:
 
 def test_days_weeks_and_months_are_those_of_utc() -> None:
     bill = Bill()
-    # A Saturday; the Sunday, Monday and Tuesday after it are in the same month from the Sunday on.
+    # A Saturday, and the Sunday and Monday after it, which begin a month and a week.
     for day, cost in (
         (datetime(2026, 2, 28, tzinfo=UTC), 1),
         (datetime(2026, 3, 1, 23, 59, tzinfo=UTC), 2),

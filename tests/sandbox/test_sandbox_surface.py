@@ -11,7 +11,9 @@ import httpx2
 import pytest
 
 from sandbox import SCENARIOS, SandboxTransport, create_app
+from sandbox.app import ENDPOINTS
 from sandbox.failures import FAILURES, KEY_HASH
+from sandbox.models import MODELS
 
 if TYPE_CHECKING:
     from conftest import Client
@@ -21,7 +23,7 @@ KEY = {"Authorization": "Bearer sk-or-v1-test"}
 BODY = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "x"}]}
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings"])
+@pytest.mark.parametrize("path", [path for path in ENDPOINTS if path != "/messages"])
 async def test_inference_without_a_key_is_a_401(client: Client, path: str) -> None:
     response = await client.http.post(path, json=BODY)
     assert response.status_code == 401
@@ -218,3 +220,28 @@ def test_the_documentation_lists_every_scenario_as_the_code_does() -> None:
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \| `(.+)` \|$", DOC.read_text(), re.MULTILINE)
     assert {name: text.replace("\\|", "|") for name, text, _ in rows} == dict(SCENARIOS)
     assert all(name in line for name, _, line in rows)
+
+
+async def test_every_documented_line_about_an_endpoint_works(client: Client) -> None:
+    text = DOC.read_text()
+    posts = re.findall(r"^\| `POST (/\S+)` \|.*`post (/\S+) '(\{.*?\})'(?: .*)?` \|$", text, re.MULTILINE)
+    assert {path for path, _, _ in posts} == set(ENDPOINTS)
+    for path, asked, body in posts:
+        assert path == asked
+        assert (await client.http.post(path, content=body, headers=KEY)).status_code == 200, path
+    gets = re.findall(r"^\| `GET /.*`get '?(/.*?)'?` \|$", text, re.MULTILINE)
+    assert len(gets) == 5
+    for line in gets:
+        wanted = 404 if line.startswith("/generation") else 200
+        assert (await client.http.get(line, headers=KEY)).status_code == wanted, line
+
+
+def test_the_documentation_lists_every_model_with_its_limits() -> None:
+    rows = re.findall(r"^\| `([a-z0-9.:/-]+)` \| ([\d,]+) \| ([\d,]*) \| (.+?) \| .+ \|$", DOC.read_text(), re.MULTILINE)
+    told = {name: (number(context), number(most), providers.split(", ")) for name, context, most, providers in rows}
+    known = {model.id: (model.context, model.max_completion, [item.provider for item in model.endpoints]) for model in MODELS}
+    assert told == known
+
+
+def number(text: str) -> int | None:
+    return int(text.replace(",", "")) if text else None
