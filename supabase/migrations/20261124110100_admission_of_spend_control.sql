@@ -657,28 +657,7 @@ comment on function public.admit_requests is
 
 -- Settlement.
 
--- Settled with its last word on the account, after everything that changes credits.
-drop function public.write_settlement(public.settlement_item, bigint, bigint, bigint, timestamptz);
-create function public.write_settlement(
-    p_item public.settlement_item, p_cost bigint, p_overrun bigint, p_upstream bigint, p_balance bigint, p_now timestamptz
-) returns void language plpgsql as $$
-begin
-    update public.usage_records set
-        status = p_item.status, settlement_source = p_item.source, settled_at = p_now,
-        upstream_cost_nanos = p_upstream, cost_nanos = p_cost, overrun_nanos = p_overrun, balance_after_nanos = p_balance,
-        prompt_tokens = p_item.prompt_tokens, completion_tokens = p_item.completion_tokens,
-        cached_tokens = p_item.cached_tokens, reasoning_tokens = p_item.reasoning_tokens,
-        model_used = coalesce(p_item.model_used, model_used), provider = coalesce(p_item.provider, provider),
-        finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
-        latency_ms = coalesce(latency_ms, p_item.latency_ms),
-        time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
-        generation_id = coalesce(left(p_item.generation_id, 256), generation_id)
-    where request_id = p_item.request_id;
-end $$;
-revoke all on function public.write_settlement(public.settlement_item, bigint, bigint, bigint, bigint, timestamptz)
-    from public, anon, authenticated;
-grant execute on function public.write_settlement(public.settlement_item, bigint, bigint, bigint, bigint, timestamptz) to service_role;
-
+drop function public.write_settlement(public.settlement_item, bigint, bigint, bigint, timestamptz); -- settle_one does it itself
 drop function public.release_counters(public.usage_records, text, bigint, bigint, timestamptz);
 -- Gives slots and held budgets back, corrects the token counters, and adds the cost to the budgets of key and end user.
 create function public.release_counters(p_record public.usage_records, p_delta bigint, p_cost bigint, p_now timestamptz) returns void
@@ -775,6 +754,7 @@ declare
     v_unheld bigint;
     v_before bigint;
     v_balance bigint;
+    v_deleted_at timestamptz;
 begin
     select * into v_record from public.usage_records where request_id = p_item.request_id;
     if not found then
@@ -803,15 +783,27 @@ begin
     from public.users u, public.gateway_state s where u.id = v_record.user_id;
     v_cost := least(v_due, v_record.cost_nanos + v_held + v_unheld);
     update public.users set credits_nanos = credits_nanos - (v_cost - v_record.cost_nanos), held_nanos = held_nanos - v_held
-    where id = v_record.user_id;
+    where id = v_record.user_id returning credits_nanos, deleted_at into v_balance, v_deleted_at;
     perform public.release_counters(
         v_record, public.counted_tokens(p_item.prompt_tokens, p_item.completion_tokens, v_record.prompt_estimate) - v_before,
         v_cost - v_record.cost_nanos, v_now);
     if v_record.mode = 'sandbox' then
         perform public.expire_play_rest(v_record, v_cost);
     end if;
-    select credits_nanos into v_balance from public.users where id = v_record.user_id;
-    perform public.write_settlement(p_item, v_cost, v_due - v_cost, v_upstream, v_balance, v_now);
+    if v_record.mode = 'sandbox' or v_deleted_at is not null then -- more may have left the account just now
+        select credits_nanos into v_balance from public.users where id = v_record.user_id;
+    end if;
+    update public.usage_records set
+        status = p_item.status, settlement_source = p_item.source, settled_at = v_now,
+        upstream_cost_nanos = v_upstream, cost_nanos = v_cost, overrun_nanos = v_due - v_cost, balance_after_nanos = v_balance,
+        prompt_tokens = p_item.prompt_tokens, completion_tokens = p_item.completion_tokens,
+        cached_tokens = p_item.cached_tokens, reasoning_tokens = p_item.reasoning_tokens,
+        model_used = coalesce(p_item.model_used, model_used), provider = coalesce(p_item.provider, provider),
+        finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
+        latency_ms = coalesce(latency_ms, p_item.latency_ms),
+        time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
+        generation_id = coalesce(left(p_item.generation_id, 256), generation_id)
+    where request_id = p_item.request_id;
     if v_record.has_idempotency_key and v_record.status = 'pending' then
         perform public.finish_idempotency(v_record.request_id, p_item.stored_answer, v_cost > 0 or (v_record.byok and v_upstream > 0));
     end if;
