@@ -87,7 +87,10 @@ class Exchange:
         """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is settled then, too."""
         self._upstream = self.runtime.upstream(self.request.credential.environment)
         body = await self._read_and_bound()
-        hold = self.hold = await self.runtime.admission.admit(self.request.credential, self._order(body))
+        hold = await self.runtime.admission.admit(self.request.credential, self._order(body))
+        if not isinstance(hold, Hold):
+            raise TypeError("a stored answer that was not asked for")
+        self.hold = hold
         try:
             await self._generate(hold, body)
             self.settled = await self._settle(hold)

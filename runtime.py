@@ -54,13 +54,18 @@ class Runtime:
         self._catalogs: dict[str, Catalog] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))
         self.settlements = Settlements(
-            lambda items: db.settle_requests(client, items), upstream_for=self._upstream_for, journal=_journal(settings)
+            lambda items: db.settle_requests(client, items),
+            upstream_for=self._upstream_for,
+            open_key=self.vault.decrypt,
+            journal=_journal(settings),
         )
         self.admission = Admission(
             lambda items: db.admit_requests(client, items),
             mode=self.mode,
             markup=settings.price_markup,
             hold_ttl_seconds=settings.hold_ttl_seconds,
+            vault=self.vault,
+            raise_holds=lambda items: db.raise_holds(client, items),
             abandoned=self.settlements.release,
             resolve_expired=self.settlements.resolve_expired,
         )
@@ -128,6 +133,7 @@ class Runtime:
 
     async def sweep(self) -> dict[str, int]:
         """Finishes what crashed instances left behind."""
+        await db.delete_expired_answers(self.client)
         return await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
 
     async def sum_up(self) -> None:
