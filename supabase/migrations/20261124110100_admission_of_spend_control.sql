@@ -927,6 +927,34 @@ comment on function public.raise_holds is
 revoke all on function public.raise_holds(jsonb) from public, anon, authenticated;
 grant execute on function public.raise_holds(jsonb) to service_role;
 
+-- Sums.
+
+-- Settled requests of a range of admission times, in the shape of usage_slots. The upstream's cost is the operator's: what users paid it
+-- under their own keys stands in their records alone.
+create or replace function public.count_usage(p_user_id bigint, p_from timestamptz, p_until timestamptz) returns setof public.usage_slots
+language sql stable set search_path = '' as $$
+    select r.user_id, date_bin('15 minutes', r.created_at, '2000-01-01 00:00:00+00'), r.key_id, coalesce(r.model_used, r.model),
+           coalesce(r.provider, ''), r.environment, r.endpoint, r.status, coalesce(r.error_code, ''),
+           count(*), coalesce(sum(r.prompt_tokens), 0)::bigint, coalesce(sum(r.completion_tokens), 0)::bigint,
+           coalesce(sum(r.cached_tokens), 0)::bigint, coalesce(sum(r.reasoning_tokens), 0)::bigint, sum(r.cost_nanos)::bigint,
+           coalesce(sum(r.upstream_cost_nanos) filter (where not r.byok), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
+           (count(*) filter (where b.bucket = 0))::int, (count(*) filter (where b.bucket = 1))::int,
+           (count(*) filter (where b.bucket = 2))::int, (count(*) filter (where b.bucket = 3))::int,
+           (count(*) filter (where b.bucket = 4))::int, (count(*) filter (where b.bucket = 5))::int,
+           (count(*) filter (where b.bucket = 6))::int, (count(*) filter (where b.bucket = 7))::int,
+           (count(*) filter (where b.bucket = 8))::int, (count(*) filter (where b.bucket = 9))::int,
+           (count(*) filter (where b.bucket = 10))::int, (count(*) filter (where b.bucket = 11))::int,
+           (count(*) filter (where b.bucket = 12))::int, (count(*) filter (where b.bucket = 13))::int,
+           (count(*) filter (where b.bucket = 14))::int, (count(*) filter (where b.bucket = 15))::int,
+           (count(*) filter (where b.bucket = 16))::int, (count(*) filter (where b.bucket = 17))::int,
+           (count(*) filter (where b.bucket = 18))::int, (count(*) filter (where b.bucket = 19))::int,
+           (count(*) filter (where b.bucket = 20))::int, (count(*) filter (where b.bucket = 21))::int,
+           (count(*) filter (where b.bucket = 22))::int, (count(*) filter (where b.bucket = 23))::int
+    from public.usage_records r, lateral (select width_bucket(coalesce(r.latency_ms, 0), public.latency_bounds()) as bucket) as b
+    where (p_user_id is null or r.user_id = p_user_id) and r.created_at >= p_from and r.created_at < p_until and r.status <> 'pending'
+    group by 1, 2, 3, 4, 5, 6, 7, 8, 9
+$$;
+
 -- Receipts.
 
 create function public.get_receipt(p_user_id bigint, p_request_id uuid) returns jsonb language sql stable set search_path = '' as $$
