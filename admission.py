@@ -159,7 +159,7 @@ class Admission:
         self._queue = Queue(send, abandoned=lambda item, answer: _hand_over(abandoned, item, answer))
         self._raises = Queue(raise_holds)
         self._vault = vault
-        self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False}
+        self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False, "byok": True}
         self._resolve_expired = resolve_expired
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:

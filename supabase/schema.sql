@@ -3035,13 +3035,15 @@ alter type public.admission_item
     add attribute end_user text,
     add attribute price_basis jsonb,
     add attribute idempotency jsonb,
-    add attribute cache jsonb;
+    add attribute cache jsonb,
+    add attribute byok boolean;
 alter type public.settlement_item
     add attribute stored_answer text,
     add attribute cache jsonb;
 comment on type public.admission_item is
     'idempotency: {place, fingerprint, ttl_seconds}. cache: {place, fingerprint, ttl_seconds, clear}; without ttl_seconds the key''s own '
-    'cache_ttl_seconds decides, and none means no cache.';
+    'cache_ttl_seconds decides, and none means no cache. byok: this instance sends under a user''s own upstream key where there is one; '
+    'one of an older release does not, and pays for what it sends.';
 comment on type public.settlement_item is
     'stored_answer: the sealed answer, for the idempotency key and the cache. cache: {place, fingerprint, ttl_seconds} where it is to be cached.';
 
@@ -3537,7 +3539,7 @@ begin
             'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag, 'status', 'completed', 'cost_nanos', 0,
             'balance_after_nanos', p_user.credits_nanos, 'limits', public.limits_json(v_state, p_now));
     end if;
-    if p_user.has_provider_key and not v_test then
+    if p_user.has_provider_key and p_item.byok and not v_test then
         select encrypted_key into v_provider_key from public.provider_keys where user_id = p_user.id and is_active;
     end if;
     if not v_test and v_provider_key is null then
@@ -3936,6 +3938,34 @@ comment on function public.raise_holds is
     'raised, credits, budget, end_user_budget, unknown (not running), busy or failed.';
 revoke all on function public.raise_holds(jsonb) from public, anon, authenticated;
 grant execute on function public.raise_holds(jsonb) to service_role;
+
+-- Sums.
+
+-- Settled requests of a range of admission times, in the shape of usage_slots. The upstream's cost is the operator's: what users paid it
+-- under their own keys stands in their records alone.
+create or replace function public.count_usage(p_user_id bigint, p_from timestamptz, p_until timestamptz) returns setof public.usage_slots
+language sql stable set search_path = '' as $$
+    select r.user_id, date_bin('15 minutes', r.created_at, '2000-01-01 00:00:00+00'), r.key_id, coalesce(r.model_used, r.model),
+           coalesce(r.provider, ''), r.environment, r.endpoint, r.status, coalesce(r.error_code, ''),
+           count(*), coalesce(sum(r.prompt_tokens), 0)::bigint, coalesce(sum(r.completion_tokens), 0)::bigint,
+           coalesce(sum(r.cached_tokens), 0)::bigint, coalesce(sum(r.reasoning_tokens), 0)::bigint, sum(r.cost_nanos)::bigint,
+           coalesce(sum(r.upstream_cost_nanos) filter (where not r.byok), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
+           (count(*) filter (where b.bucket = 0))::int, (count(*) filter (where b.bucket = 1))::int,
+           (count(*) filter (where b.bucket = 2))::int, (count(*) filter (where b.bucket = 3))::int,
+           (count(*) filter (where b.bucket = 4))::int, (count(*) filter (where b.bucket = 5))::int,
+           (count(*) filter (where b.bucket = 6))::int, (count(*) filter (where b.bucket = 7))::int,
+           (count(*) filter (where b.bucket = 8))::int, (count(*) filter (where b.bucket = 9))::int,
+           (count(*) filter (where b.bucket = 10))::int, (count(*) filter (where b.bucket = 11))::int,
+           (count(*) filter (where b.bucket = 12))::int, (count(*) filter (where b.bucket = 13))::int,
+           (count(*) filter (where b.bucket = 14))::int, (count(*) filter (where b.bucket = 15))::int,
+           (count(*) filter (where b.bucket = 16))::int, (count(*) filter (where b.bucket = 17))::int,
+           (count(*) filter (where b.bucket = 18))::int, (count(*) filter (where b.bucket = 19))::int,
+           (count(*) filter (where b.bucket = 20))::int, (count(*) filter (where b.bucket = 21))::int,
+           (count(*) filter (where b.bucket = 22))::int, (count(*) filter (where b.bucket = 23))::int
+    from public.usage_records r, lateral (select width_bucket(coalesce(r.latency_ms, 0), public.latency_bounds()) as bucket) as b
+    where (p_user_id is null or r.user_id = p_user_id) and r.created_at >= p_from and r.created_at < p_until and r.status <> 'pending'
+    group by 1, 2, 3, 4, 5, 6, 7, 8, 9
+$$;
 
 -- Receipts.
 

@@ -25,13 +25,15 @@ alter type public.admission_item
     add attribute end_user text,
     add attribute price_basis jsonb,
     add attribute idempotency jsonb,
-    add attribute cache jsonb;
+    add attribute cache jsonb,
+    add attribute byok boolean;
 alter type public.settlement_item
     add attribute stored_answer text,
     add attribute cache jsonb;
 comment on type public.admission_item is
     'idempotency: {place, fingerprint, ttl_seconds}. cache: {place, fingerprint, ttl_seconds, clear}; without ttl_seconds the key''s own '
-    'cache_ttl_seconds decides, and none means no cache.';
+    'cache_ttl_seconds decides, and none means no cache. byok: this instance sends under a user''s own upstream key where there is one; '
+    'one of an older release does not, and pays for what it sends.';
 comment on type public.settlement_item is
     'stored_answer: the sealed answer, for the idempotency key and the cache. cache: {place, fingerprint, ttl_seconds} where it is to be cached.';
 
@@ -527,7 +529,7 @@ begin
             'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag, 'status', 'completed', 'cost_nanos', 0,
             'balance_after_nanos', p_user.credits_nanos, 'limits', public.limits_json(v_state, p_now));
     end if;
-    if p_user.has_provider_key and not v_test then
+    if p_user.has_provider_key and p_item.byok and not v_test then
         select encrypted_key into v_provider_key from public.provider_keys where user_id = p_user.id and is_active;
     end if;
     if not v_test and v_provider_key is null then

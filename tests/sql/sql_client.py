@@ -243,6 +243,7 @@ def request(account: Account, **changes: Any) -> Json:
         "max_output": 100,
         "markup": "1",
         "ttl_seconds": 600,
+        "byok": True,
         **changes,
     }
 

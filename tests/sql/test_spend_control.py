@@ -220,7 +220,8 @@ async def test_each_level_of_a_key_budget_is_told_once(client: Client) -> None:
     await client.change_key(account, budget_nanos=1_000, budget_window="day")
     hooks = [
         await client.value(
-            "insert into public.webhooks (user_id, url, encrypted_secret, is_active) values ($1, 'https://a.example', 's', $2) returning id",
+            "insert into public.webhooks (user_id, url, encrypted_secret, is_active)"
+            " values ($1, 'https://a.example', 's', $2) returning id",
             account.id,
             active,
         )
@@ -359,6 +360,15 @@ async def test_test_keys_and_inactive_provider_keys_use_the_operators_upstream(c
     assert (await client.admit_one(other))["hold_nanos"] == FULL
 
 
+async def test_an_instance_that_knows_nothing_of_provider_keys_holds_and_charges(client: Client) -> None:
+    """It would send under the operator's key."""
+    account = await client.register(credits_nanos=5_000)
+    await give_provider_key(client, account)
+    answer = await client.admit_one(account, byok=None)
+    assert (answer["hold_nanos"], "byok" in answer) == (FULL, False)
+    assert (await client.settle_one(answer["request_id"]))["cost_nanos"] == 500
+
+
 async def test_a_key_that_is_removed_while_its_request_runs_changes_nothing_about_the_charge(client: Client) -> None:
     account = await client.register(credits_nanos=5_000)
     await give_provider_key(client, account)
@@ -404,7 +414,8 @@ async def test_hits_and_own_keys_add_up_in_the_journal_and_its_sums(fresh: Clien
         await past.execute("update public.usage_records set created_at = created_at - interval '2 hours' where status <> 'pending'")
     await fresh.call("sum_up_usage")
     sums = await fresh.rows(
-        "select sum(requests)::int as requests, sum(cost_nanos)::int as cost, sum(upstream_cost_nanos)::int as upstream from public.usage_slots"
+        "select sum(requests)::int as requests, sum(cost_nanos)::int as cost, sum(upstream_cost_nanos)::int as upstream"
+        " from public.usage_slots"
     )
     assert sums == [{"requests": 3, "cost": 500, "upstream": 500}]
     assert await fresh.rows("select * from public.audit_usage()") == []

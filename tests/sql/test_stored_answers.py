@@ -1,4 +1,4 @@
-"""One idempotency key runs once, a cached answer costs nothing, and neither is kept for longer, or told to anybody else, than it should be."""
+"""One idempotency key runs once, a cached answer costs nothing, and neither is kept longer, or told to others, than it should be."""
 
 from __future__ import annotations
 
@@ -457,8 +457,8 @@ async def test_the_sweep_deletes_a_thousand_at_most_and_waits_for_nobody(fresh: 
     account = await fresh.register()
     await fresh.value(
         "insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, expires_at)"
-        " select 'cache', $1, encode(sha256(n::text::bytea), 'hex'), repeat('0', 64), gen_random_uuid(), 'finished', 'x', now() - interval '1 s'"
-        " from generate_series(1, 1005) as n",
+        " select 'cache', $1, encode(sha256(n::text::bytea), 'hex'), repeat('0', 64), gen_random_uuid(), 'finished', 'x',"
+        " now() - interval '1 s' from generate_series(1, 1005) as n",
         account.id,
     )
     async with locked_user(fresh, account) as other:
