@@ -69,6 +69,7 @@ KEY_TROUBLE = {
 
 
 MAX_END_USER_LENGTH = 256
+MAX_CACHING_KEYS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ class StoredReply:
 class Order:
     """What one request asks of admission, besides who is asking.
 
-    `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt. `cache` None: it takes no part.
+    `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt. `cache`: of a request that asks for
+    the cache; of one that says nothing, `default_cache` gives the place where its key uses it by default. Neither: it takes no part.
     """
 
     request_id: str
@@ -135,6 +137,7 @@ class Order:
     price_basis: Mapping[str, Any] | None = None
     idempotency: Place | None = None
     cache: Place | None = None
+    default_cache: Callable[[], Place] | None = None
 
     def __post_init__(self) -> None:
         if self.end_user is not None and not (0 < len(self.end_user) <= MAX_END_USER_LENGTH and self.end_user.isprintable()):
@@ -161,6 +164,9 @@ class Admission:
         self._vault = vault
         self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False, "byok": True}
         self._resolve_expired = resolve_expired
+        # Keys (their first hash) seen to use the cache by default. No more than a hint: of others no place is worked out before
+        # admission, which would cost every request the reading of its body, so their first request here is never a hit.
+        self._caching: set[str] = set()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
@@ -176,7 +182,9 @@ class Admission:
 
         Where holds of crashed requests stand in the way, they are resolved and the question is asked once more.
         """
-        item = {**self._common, **credential.item(), **_order_item(order)}
+        by_default = order.default_cache if order.cache is None else None
+        cache = by_default() if by_default is not None and credential.hashes[0] in self._caching else order.cache
+        item = {**self._common, **credential.item(), **_order_item(order, cache)}
         answer = await self._ask(item, credential)
         if answer["outcome"] in ("cached", "replayed"):
             stored = await open_answer(answer["answer"], self._vault)
@@ -189,7 +197,9 @@ class Admission:
             answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
             raise refusal_error(answer, order.resource, explicit=order.bound.min_output == order.bound.max_output)
-        return _hold(answer, order)
+        if by_default is not None:
+            cache = self._default_cache(credential, answer, cache, by_default)
+        return _hold(answer, cache)
 
     async def raise_hold(self, hold: Hold, bound: Bound, *, price_basis: Mapping[str, Any] | None = None) -> Hold:
         """The hold for a running request that goes out again under another bound; it never falls. Raises what `admit` raises for money, and
@@ -206,6 +216,16 @@ class Admission:
         await self._queue.drain()
         await self._raises.drain()
 
+    def _default_cache(self, credential: Credential, answer: Answer, known: Place | None, place: Callable[[], Place]) -> Place | None:
+        """Where this answer is to be cached, and what the next request of this key should know."""
+        if answer.get("cache_ttl") is None:
+            self._caching.discard(credential.hashes[0])
+            return None
+        if len(self._caching) >= MAX_CACHING_KEYS:
+            self._caching.clear()
+        self._caching.add(credential.hashes[0])
+        return known or place()
+
     async def _ask(self, item: dict[str, Any], credential: Credential) -> Answer:
         answer = await self._queue.submit(item, group=credential.hashes[0])
         if answer.get("expired"):
@@ -219,7 +239,7 @@ def _hand_over(abandoned: Callable[[str], None], item: dict[str, Any], answer: d
         abandoned(item["request_id"])
 
 
-def _hold(answer: Answer, order: Order) -> Hold:
+def _hold(answer: Answer, cache: Place | None) -> Hold:
     ttl = answer.get("cache_ttl")
     return Hold(
         request_id=answer["request_id"],
@@ -232,7 +252,7 @@ def _hold(answer: Answer, order: Order) -> Hold:
         limits=answer["limits"],
         byok=answer.get("byok", False),
         provider_key=answer.get("provider_key"),
-        cache=None if order.cache is None or ttl is None else replace(order.cache, ttl_seconds=ttl, clear=False).item(),
+        cache=None if cache is None or ttl is None else replace(cache, ttl_seconds=ttl, clear=False).item(),
     )
 
 
@@ -263,7 +283,7 @@ def _bound_item(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _order_item(order: Order) -> dict[str, Any]:
+def _order_item(order: Order, cache: Place | None) -> dict[str, Any]:
     bound = order.bound
     item = {
         "request_id": order.request_id,
@@ -283,8 +303,8 @@ def _order_item(order: Order) -> dict[str, Any]:
         item["price_basis"] = order.price_basis
     if order.idempotency is not None:
         item["idempotency"] = order.idempotency.item()
-    if order.cache is not None:
-        item["cache"] = order.cache.item()
+    if cache is not None:
+        item["cache"] = cache.item()
     return item
 
 

@@ -151,6 +151,29 @@ async def test_a_cached_answer_costs_nothing_and_has_a_record_of_its_own(caller:
     assert (await caller.hold(cache=caller.cache(ttl_seconds=None))).cache is None
 
 
+async def test_a_key_that_caches_by_default_does_from_its_second_request_on_an_instance(caller: Caller) -> None:
+    database = caller.user.gateway.database
+    worked_out: list[Place] = []
+
+    def place() -> Place:
+        worked_out.append(caller.cache(ttl_seconds=None))
+        return worked_out[-1]
+
+    assert (await caller.hold(default_cache=place)).cache is None
+    assert worked_out == []
+    await database.value("update public.api_keys_new set cache_ttl_seconds = 77 where user_id = $1", caller.user.id)
+    first = await caller.hold(default_cache=place)
+    assert first.cache == caller.cache(ttl_seconds=77).item()
+    await caller.settle(first)
+    assert (await caller.reply(default_cache=place)).original_request_id == first.request_id
+    assert (await caller.hold()).cache is None
+    await database.value("update public.api_keys_new set cache_ttl_seconds = null where user_id = $1", caller.user.id)
+    assert (await caller.hold(default_cache=place)).cache is None
+    worked_out.clear()
+    assert (await caller.hold(default_cache=place)).cache is None
+    assert worked_out == []
+
+
 async def test_a_cached_answer_that_cannot_be_read_is_not_there(caller: Caller) -> None:
     await caller.settle(await caller.hold(cache=caller.cache()))
     await caller.user.gateway.database.value("update public.stored_answers set answer = 'torn'")

@@ -32,7 +32,7 @@ alter type public.settlement_item
     add attribute cache jsonb;
 comment on type public.admission_item is
     'idempotency: {place, fingerprint, ttl_seconds}. cache: {place, fingerprint, ttl_seconds, clear}; without ttl_seconds the key''s own '
-    'cache_ttl_seconds decides, and none means no cache. byok: this instance sends under a user''s own upstream key where there is one; '
+    'cache_ttl_seconds decides, and none means no cache. The answer''s cache_ttl is what applies; without `cache` it is the key''s own. byok: this instance sends under a user''s own upstream key where there is one; '
     'one of an older release does not, and pays for what it sends.';
 comment on type public.settlement_item is
     'stored_answer: the sealed answer, for the idempotency key and the cache. cache: {place, fingerprint, ttl_seconds} where it is to be cached.';
@@ -476,7 +476,7 @@ declare
     v_state public.limit_state;
     v_test boolean := p_key.environment_tag = 'test';
     v_provider_key text;
-    v_cache_ttl int;
+    v_cache_ttl int := p_key.cache_ttl_seconds;
     v_cached public.stored_answers;
     v_budget bigint;
     v_end_user_left bigint;
@@ -512,7 +512,7 @@ begin
         return jsonb_build_object('outcome', 'trial_expired');
     end if;
     if p_item.cache is not null then
-        v_cache_ttl := coalesce((p_item.cache ->> 'ttl_seconds')::int, p_key.cache_ttl_seconds);
+        v_cache_ttl := coalesce((p_item.cache ->> 'ttl_seconds')::int, v_cache_ttl);
         if v_cache_ttl is not null then
             v_cached := public.find_cached(p_item.cache, p_user.id, p_now);
         end if;
@@ -590,12 +590,9 @@ begin
     if v_record.byok then
         v_answer := v_answer || public.hold_json(v_record);
     end if;
-    if p_item.cache is not null then
-        v_answer := v_answer || (select jsonb_strip_nulls(jsonb_build_object('cache_ttl', coalesce((p_item.cache ->> 'ttl_seconds')::int,
-                                                                                                    k.cache_ttl_seconds)))
-                                 from public.api_keys_new k where k.id = v_record.key_id);
-    end if;
-    return v_answer;
+    return v_answer || (select jsonb_strip_nulls(jsonb_build_object(
+        'cache_ttl', coalesce((p_item.cache ->> 'ttl_seconds')::int, k.cache_ttl_seconds)))
+        from public.api_keys_new k where k.id = v_record.key_id);
 end $$;
 
 create or replace function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb

@@ -362,8 +362,9 @@ async def test_an_answer_is_cached_for_its_user_alone(client: Client) -> None:
 
 
 async def test_the_keys_own_default_caches_what_says_nothing(client: Client) -> None:
-    account = await client.register(credits_nanos=5_000)
+    account = await client.register(credits_nanos=50_000)
     await client.change_key(account, cache_ttl_seconds=77)
+    assert (await client.admit_one(account))["cache_ttl"] == 77
     silent = {"cache": {"place": hash_of("body"), "fingerprint": hash_of("vault")}}
     first = await client.admit_one(account, **silent)
     assert first["cache_ttl"] == 77
