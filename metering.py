@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import structlog
 
-from admission import Hold, Order, limit_headers
+from admission import Hold, Order
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from ending import Client, Ending, Proxied
 from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from openrouter import Answer, Unreachable, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
+from refusals import limit_headers
 from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
 from replies import charge_headers, gateway_usage, to_json
 from settlements import settlement, with_generation

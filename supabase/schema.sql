@@ -3047,7 +3047,8 @@ comment on type public.admission_item is
 comment on type public.settlement_item is
     'stored_answer: the sealed answer, for the idempotency key and the cache. cache: {place, fingerprint, ttl_seconds} where it is to be cached.';
 
--- Flags and what a deleted account leaves behind.
+-- Flags and what a deleted account leaves behind. Whoever writes these tables locks the user first, as everywhere: a trigger that did it
+-- alone would come after the row's own lock, and two writers could meet in opposite orders.
 
 create function public.note_spend_settings() returns trigger language plpgsql set search_path = '' as $$
 declare
@@ -3201,7 +3202,7 @@ begin
         return null;
     end if;
     select * into v_record from public.usage_records where request_id = v_row.request_id;
-    if v_row.state = 'running' and v_record.status <> 'pending' then
+    if v_row.state = 'running' and v_record.status is distinct from 'pending' then
         return null;
     end if;
     v_base := jsonb_build_object('user_id', p_key.user_id, 'key_id', p_key.id, 'environment', v_record.environment,
