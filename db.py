@@ -20,7 +20,7 @@ USER_COLUMNS = (
 RECORD_COLUMNS = (
     "request_id,client_request_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
     "cached_tokens,reasoning_tokens,hold_nanos,upstream_cost_nanos,cost_nanos,overrun_nanos,status,settlement_source,finish_reason,"
-    "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at"
+    "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at,end_user,byok,cache_hit,balance_after_nanos"
 )
 TRANSACTION_COLUMNS = "id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,reason,created_at"
 
@@ -50,7 +50,7 @@ async def count_users(client: AsyncClient) -> int:
 
 
 async def admit_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (admission_item): admitted, verified, busy, wrong_mode, failed, or a refusal's code."""
+    """One answer per item (admission_item): admitted, cached, replayed, verified, busy, wrong_mode, failed, or a refusal's code."""
     return list(await call(client, "admit_requests", {"p_items": items}))
 
 
@@ -59,14 +59,31 @@ async def settle_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row
     return list(await call(client, "settle_requests", {"p_items": items}))
 
 
+async def raise_holds(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
+    """One answer per item (raise_item): raised, credits, budget, end_user_budget, unknown, busy or failed."""
+    return list(await call(client, "raise_holds", {"p_items": items}))
+
+
 async def note_generations(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
     """Stores the generation ids of requests that are still running."""
     return list(await call(client, "note_generations", {"p_items": items}))
 
 
 async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[Row]:
-    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment."""
+    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment, byok and provider_key
+    (encrypted, None where the user has none any more)."""
     return list(await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip}))
+
+
+async def delete_expired_answers(client: AsyncClient) -> int:
+    """Deletes stored answers whose time is over, at most a thousand; how many it deleted."""
+    return int(await call(client, "delete_expired_answers", {}))
+
+
+async def get_receipt(client: AsyncClient, user_id: int, request_id: str) -> Row | None:
+    """A user's record with all its columns and `refunded_nanos`; None where they have no such request. `request_id` is a UUID."""
+    found = await call(client, "get_receipt", {"p_user_id": user_id, "p_request_id": request_id})
+    return None if found is None else Row(found)
 
 
 async def audit_ledger(client: AsyncClient) -> list[Row]:

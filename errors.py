@@ -3,12 +3,12 @@
     GatewayError
     ├── BadRequest 400 ── UnboundedCost, ContextLengthExceeded
     ├── InvalidKey 401
-    ├── InsufficientCredits 402 ── BudgetExceeded, TrialExpired
+    ├── InsufficientCredits 402 ── BudgetExceeded (EndUserBudgetExceeded), TrialExpired
     ├── Forbidden 403 ── IpNotAllowed, DomainNotAllowed, MissingScope, ModelNotAllowed, AccountSuspended, KeyExhausted,
     │                    RegistrationClosed
     ├── NotFound 404 ── ModelNotFound
     ├── MethodNotAllowed 405
-    ├── Conflict 409
+    ├── Conflict 409 ── IdempotencyConflict, IdempotencyRunning, AnswerNotKept
     ├── BodyTooLarge 413
     ├── RateLimited 429 ── PlanLimitExceeded, ConcurrencyExceeded
     ├── UpstreamError 502 ── UpstreamUnavailable 503, UpstreamTimeout 504, UpstreamRefused 4xx
@@ -115,6 +115,12 @@ class BudgetExceeded(InsufficientCredits):
     code = "budget_exceeded"
 
 
+class EndUserBudgetExceeded(BudgetExceeded):
+    """The budget of this end user does not cover this request."""
+
+    code = "end_user_budget_exceeded"
+
+
 class TrialExpired(InsufficientCredits):
     """The trial has ended. Add credits or subscribe to a plan to go on."""
 
@@ -200,6 +206,25 @@ class Conflict(GatewayError):
     type = "invalid_request_error"
     code = "conflict"
     should_retry = False
+
+
+class IdempotencyConflict(Conflict):
+    """This Idempotency-Key was used before, with another request body. Use a new key for a new request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotencyRunning(Conflict):
+    """The first request with this Idempotency-Key is still running. Ask again for its answer."""
+
+    code = "idempotency_request_running"
+    should_retry = True
+
+
+class AnswerNotKept(Conflict):
+    """The first request with this Idempotency-Key was charged, but its answer could not be kept. A new key runs, and charges, it anew."""
+
+    code = "idempotency_answer_not_kept"
 
 
 class BodyTooLarge(GatewayError):

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import structlog
 
-from admission import Hold, Order, limit_headers
+from admission import Hold, Order
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from ending import Client, Ending, Proxied
 from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from openrouter import Answer, Unreachable, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
+from refusals import limit_headers
 from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
 from replies import charge_headers, gateway_usage, to_json
 from settlements import settlement, with_generation
@@ -87,7 +88,10 @@ class Exchange:
         """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is settled then, too."""
         self._upstream = self.runtime.upstream(self.request.credential.environment)
         body = await self._read_and_bound()
-        hold = self.hold = await self.runtime.admission.admit(self.request.credential, self._order(body))
+        hold = await self.runtime.admission.admit(self.request.credential, self._order(body))
+        if not isinstance(hold, Hold):
+            raise TypeError("a stored answer that was not asked for")
+        self.hold = hold
         try:
             await self._generate(hold, body)
             self.settled = await self._settle(hold)

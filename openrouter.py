@@ -217,12 +217,15 @@ class Upstream:
         """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
         return await self._get("/models", {"output_modalities": "all"})
 
-    async def find_generation(self, generation_id: str) -> Mapping[str, Any] | None:
-        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable."""
+    async def find_generation(self, generation_id: str, *, api_key: str | None = None) -> Mapping[str, Any] | None:
+        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable.
+
+        `api_key`: the account that it was made under, where that is not the operator's; one that is refused by now knows nothing.
+        """
         try:
-            raw = await self._get("/generation", {"id": generation_id})
+            raw = await self._get("/generation", {"id": generation_id}, api_key)
         except UpstreamRefused as refusal:
-            if refusal.status == 404:
+            if refusal.status == 404 or (api_key is not None and refusal.status in (401, 403)):
                 return None
             raise UpstreamUnavailable() from refusal
         try:
@@ -232,8 +235,9 @@ class Upstream:
         data = answer.get("data") if isinstance(answer, dict) else None
         return data if isinstance(data, dict) else None
 
-    async def _get(self, path: str, query: Mapping[str, str]) -> bytes:
-        options: Any = {"params": dict(query), "timeout": httpx2.Timeout(LOOKUP_SECONDS), "headers": {"Accept-Encoding": "identity"}}
+    async def _get(self, path: str, query: Mapping[str, str], api_key: str | None = None) -> bytes:
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key is not None else {})}
+        options: Any = {"params": dict(query), "timeout": httpx2.Timeout(LOOKUP_SECONDS), "headers": headers}
         response: Any
         try:
             response = await self._client.get(path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=AsyncStream[Any])

@@ -32,6 +32,7 @@ log = structlog.get_logger("runtime")
 
 RETRY_START_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
+SWEEP_ROUNDS = 30
 SHUTDOWN_SECONDS = 10.0
 KEEP_SECONDS = 2.0
 
@@ -54,13 +55,18 @@ class Runtime:
         self._catalogs: dict[str, Catalog] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))
         self.settlements = Settlements(
-            lambda items: db.settle_requests(client, items), upstream_for=self._upstream_for, journal=_journal(settings)
+            lambda items: db.settle_requests(client, items),
+            upstream_for=self._upstream_for,
+            open_key=self.vault.decrypt,
+            journal=_journal(settings),
         )
         self.admission = Admission(
             lambda items: db.admit_requests(client, items),
             mode=self.mode,
             markup=settings.price_markup,
             hold_ttl_seconds=settings.hold_ttl_seconds,
+            vault=self.vault,
+            raise_holds=lambda items: db.raise_holds(client, items),
             abandoned=self.settlements.release,
             resolve_expired=self.settlements.resolve_expired,
         )
@@ -127,8 +133,12 @@ class Runtime:
             log.warning("generation_not_noted", request_id=item["request_id"], reason=error.message)
 
     async def sweep(self) -> dict[str, int]:
-        """Finishes what crashed instances left behind."""
-        return await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        """Finishes what crashed instances left behind, and forgets answers whose time is over."""
+        found = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        for _ in range(SWEEP_ROUNDS):
+            if not await db.delete_expired_answers(self.client):
+                break
+        return found
 
     async def sum_up(self) -> None:
         """Brings the usage sums up to what is closed, a day at a time."""

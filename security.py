@@ -100,14 +100,24 @@ class Vault:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._fernet = MultiFernet([Fernet(text + "=" * (-len(text) % 4)) for text in texts])
+        # Which key encrypts, without saying anything of it.
+        self.current_id = hashlib.sha256(b"encryption key\0" + texts[0].encode()).hexdigest()
 
     def encrypt(self, text: str) -> str:
-        return self._fernet.encrypt(text.encode()).decode()
+        return self.encrypt_bytes(text.encode())
 
     def decrypt(self, token: str) -> str | None:
         """The text, or None when none of our keys made this token."""
+        found = self.decrypt_bytes(token)
+        return None if found is None else found.decode()
+
+    def encrypt_bytes(self, data: bytes) -> str:
+        return self._fernet.encrypt(data).decode()
+
+    def decrypt_bytes(self, token: str) -> bytes | None:
+        """The bytes, or None when none of our keys made this token."""
         try:
-            return self._fernet.decrypt(token.encode()).decode()
+            return self._fernet.decrypt(token.encode())
         except InvalidToken:
             return None
 

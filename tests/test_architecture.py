@@ -43,13 +43,15 @@ LAYERS: dict[str, set[str]] = {
     "batching": {"errors"},
     "security": {"errors", "config"},
     "openrouter": {"errors", "config", "logs", "usage", "sandbox"},
-    "admission": {"errors", "money", "batching", "bounds", "security"},
+    "answers": {"errors", "security"},
+    "refusals": {"errors", "money"},
+    "admission": {"errors", "ids", "money", "answers", "batching", "bounds", "refusals", "security"},
     "settlements": {"errors", "batching", "openrouter", "usage"},
     "replies": {"errors", "money"},
     "ending": {"errors", "security", "usage"},
     "metering": {
-        "errors", "money", "admission", "bounds", "catalog", "ending", "openrouter", "relay", "replies", "security", "settlements",
-        "usage",
+        "errors", "money", "admission", "bounds", "catalog", "ending", "openrouter", "refusals", "relay", "replies", "security",
+        "settlements", "usage",
     },
     "runtime": {
         "errors", "config", "db", "db_security", "supabase_config", "admission", "batching", "catalog", "first_start", "metering",
