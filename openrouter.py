@@ -87,7 +87,7 @@ def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
     metadata = error.get("metadata")
     kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
     code = error.get("code")
-    if error_status({"error": error}) in (401, 402):
+    if error_status({"error": error}) in (401, 402) or kind in ("authentication", "payment_required"):
         return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
     return {
         "message": sanitised(error.get("message")),
@@ -125,6 +125,10 @@ class Answer:
     def is_refusal(self) -> bool:
         """Whether nothing was generated: what timed out may be running, and billed, behind its answer."""
         return 400 <= self.status < 600 and self.status not in TIMEOUT_STATUSES
+
+    @property
+    def is_json(self) -> bool:
+        return self.headers.get("content-type", "").lower().startswith("application/json")
 
     @property
     def is_stream(self) -> bool:
@@ -315,8 +319,11 @@ def error_status(body: object) -> int | None:
     return None
 
 
-def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody."""
+def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False, own_limit: bool = False) -> GatewayError:
+    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody.
+
+    `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price is no news of prices.
+    """
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -337,7 +344,7 @@ def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: b
         return UpstreamUnavailable(message, code=_code(error, "upstream_unavailable"), retry_after=retry)
     if status >= 500:
         return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
-    if _is_price_change(status, error):
+    if _is_price_change(status, error) and not own_limit:
         return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=1)
     fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
     return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))
