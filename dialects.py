@@ -150,7 +150,7 @@ class Responses(Dialect):
         return self.remarkable.search(event.replace(b"\r", b"")) is None
 
     def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
-        answer, kind = _envelope(data, "response"), data.get("type")
+        answer, kind = _envelope(data, "response"), read_text(data.get("type"))
         _note_origin(answer, said)
         said.usage = read_usage(answer.get("usage")) or said.usage
         if error := answer.get("error") or data.get("error"):
@@ -159,7 +159,7 @@ class Responses(Dialect):
             said.error = sanitise(data)
         said.ended = said.ended or kind in self.ends
         if said.ended or answer is data:
-            said.finish_reason = read_text(answer.get("status")) or (str(kind).removeprefix("response.") if kind in self.ends else None)
+            said.finish_reason = read_text(answer.get("status")) or (kind.removeprefix("response.") if kind in self.ends else None)
         return Place.HOLD if kind in self.ends or kind in self.errors else Place.GOES
 
     def is_whole(self, said: Said) -> bool:
@@ -178,7 +178,7 @@ class Responses(Dialect):
 
     def _clean(self, part: dict[str, Any], sanitise: Sanitise) -> list[str]:
         changed = super()._clean(part, sanitise)
-        if part.get("type") in self.errors and "message" in part:
+        if read_text(part.get("type")) in self.errors and "message" in part:
             shown = sanitise(part)
             part |= {"message": shown["message"], "code": str(shown["code"])}
             changed.append("message")
@@ -202,14 +202,14 @@ class Messages(Dialect):
     """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then `message_stop`."""
 
     starts = (b"event:", b"data:")
-    remarkable = re.compile(rb'"usage"|"error"|"user_id"|message_(?:start|delta|stop)|\[DONE\]|\r')
+    remarkable = re.compile(rb'"usage"|"error"|"user_id"|message_(?:start|delta|stop)|"ping"|\[DONE\]|\r')
     is_anthropic = True
 
     def is_plain(self, event: bytes) -> bool:
         return self.remarkable.search(event.replace(b"\r", b"")) is None
 
     def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
-        answer, kind = _envelope(data, "message"), data.get("type")
+        answer, kind = _envelope(data, "message"), read_text(data.get("type"))
         _note_origin(answer, said)
         for usage in (answer.get("usage"), data.get("usage")):
             if isinstance(usage, dict):
@@ -223,7 +223,7 @@ class Messages(Dialect):
         said.ended = said.ended or kind == "message_stop"
         return self._place(data, kind)
 
-    def _place(self, data: Mapping[str, Any], kind: object) -> Place:
+    def _place(self, data: Mapping[str, Any], kind: str | None) -> Place:
         if kind == "message_stop":
             return Place.LAST
         if kind == "ping":

@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from operations import ERRORS, OPERATIONS
+from endpoint_docs import ERRORS, OPERATIONS
 
 DESCRIPTION = """OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.
 

@@ -57,8 +57,8 @@ LAYERS: dict[str, set[str]] = {
     "middleware": {"errors", "ids", "replies"},
     "welcome": {"runtime"},
     "serving": {"runtime"},
-    "operations": set(),
-    "documentation": {"operations"},
+    "endpoint_docs": set(),
+    "documentation": {"endpoint_docs"},
     "migrate": {"config", "embedded", "errors", "supabase_config"},
     "routes": {
         "ending", "endpoints", "errors", "money", "models", "models_accounts", "models_keys", "db", "db_security", "metering", "replies",

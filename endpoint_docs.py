@@ -155,7 +155,7 @@ OPERATIONS = {
     "responses": _operation(
         "responses",
         "A response, plain or streamed",
-        "OpenAI's Responses. Nothing is stored: `store` is ignored, and `previous_response_id`, `conversation` and `background` are refused.",
+        "OpenAI's Responses. Nothing is kept: `store` is ignored, `previous_response_id`, `conversation` and `background` are refused.",
         fields={"model": TEXT, "input": {"type": ["string", "array"]}, "stream": STREAM, "max_output_tokens": WHOLE},
         required=["model", "input"],
         example={"model": MODEL, "input": "Say hello.", "max_output_tokens": 50},
@@ -217,7 +217,7 @@ OPERATIONS = {
     "audio/speech": _operation(
         "audio/speech",
         "Speech out of a text",
-        "Audio, passed on as it is made. What it cost stands in the usage records, and in `x-gateway-cost` where the audio comes in one piece.",
+        "Audio, passed on as it is made. Its cost stands in the usage records, and in `x-gateway-cost` where it comes in one piece.",
         fields={"model": TEXT, "input": TEXT, "voice": TEXT, "response_format": TEXT},
         required=["model", "input", "voice"],
         example={"model": "openai/gpt-4o-mini-tts", "input": "Hello.", "voice": "alloy"},
