@@ -30,7 +30,6 @@ REFUSED = {
 }
 DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user",))}
 JSON_FORMATS = (None, "json", "verbose_json")
-JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def _refuse(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
 def write_request(
     endpoint: Endpoint, request: Request, caps: Mapping[str, Any], pseudonym: Callable[[str], str]
 ) -> tuple[bytes, Mapping[str, str]]:
-    """Body and headers for the upstream: capped to what was granted, and with nothing in it that crosses tenants.
+    """The body for the upstream, and its headers where it is no JSON: capped to what was granted, and with nothing in it that crosses tenants.
 
     `pseudonym` makes a name that is the tenant's own out of one of the client's.
     """
@@ -103,7 +102,7 @@ def write_request(
     sent.update(_identity(endpoint, fields, pseudonym))
     if request.file is not None:
         return write_form(sent, request.file), {"Content-Type": CONTENT_TYPE}
-    return orjson.dumps(sent), JSON
+    return orjson.dumps(sent), {}
 
 
 def _identity(endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable[[str], str]) -> dict[str, Any]:
