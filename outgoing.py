@@ -88,7 +88,7 @@ def _refuse(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
 def write_request(
     endpoint: Endpoint, request: Request, caps: Mapping[str, Any], pseudonym: Callable[[str], str]
 ) -> tuple[bytes, Mapping[str, str]]:
-    """The body for the upstream, and its headers where it is no JSON: capped to what was granted, and with nothing in it that crosses tenants.
+    """Body and headers for the upstream: capped to what was granted, and with nothing in it that crosses tenants.
 
     `pseudonym` makes a name that is the tenant's own out of one of the client's.
     """
