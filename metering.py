@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from admission import Hold, Order, limit_headers
-from answers import read_answer
+from answering import read_answer
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from delivery import Delivery

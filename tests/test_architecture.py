@@ -43,11 +43,11 @@ LAYERS: dict[str, set[str]] = {
     "settlements": {"errors", "batching", "openrouter", "usage"},
     "replies": {"endpoints", "errors", "money"},
     "ending": {"dialects", "endpoints", "errors", "security", "usage"},
-    "answers": {"dialects", "ending", "errors", "events", "openrouter", "usage"},
+    "answering": {"dialects", "ending", "errors", "events", "openrouter", "usage"},
     "delivery": {"ending", "events"},
     "repricing": {"errors", "money", "admission", "bounds", "catalog"},
     "metering": {
-        "errors", "money", "admission", "answers", "bounds", "catalog", "delivery", "ending", "events", "openrouter", "outgoing", "relay",
+        "errors", "money", "admission", "answering", "bounds", "catalog", "delivery", "ending", "events", "openrouter", "outgoing", "relay",
         "replies", "repricing", "security", "settlements", "usage",
     },
     "runtime": {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answers import read_answer
+from answering import read_answer
 from dialects import CHAT, MESSAGES, RESPONSES, Dialect, Said, read_message_usage
 from ending import Ending
 from errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
