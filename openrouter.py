@@ -33,6 +33,7 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 BROKEN = "The connection to the model provider broke in mid-answer."
 MAX_BUILT = 64
+JSON = "application/json"
 TEST_ANSWER_BYTES = 64 * 1024
 TEST_SECONDS = 60
 
@@ -128,7 +129,7 @@ class Answer:
 
     @property
     def is_json(self) -> bool:
-        return self.headers.get("content-type", "").lower().startswith("application/json")
+        return self.headers.get("content-type", "").lower().startswith(JSON)
 
     @property
     def is_stream(self) -> bool:
@@ -174,14 +175,16 @@ class OpenRouterClient(AsyncOpenAI):
     _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, list[tuple[bytes, bytes]]]]
 
     async def transmit(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        """POSTs the body and returns whatever is answered, unread. Raises httpx2's errors."""
+        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors."""
         known = self.__dict__.setdefault("_built", {})
         key = (path, tuple(headers.items()))
         if key not in known:
             if len(known) >= MAX_BUILT:
                 known.clear()
-            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=body, headers=headers))
-            known[key] = built, [(name, value) for name, value in built.headers.raw if name.lower() != b"content-length"]
+            as_json = {**headers, "Content-Type": JSON}  # a form it would build itself, out of fields
+            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=body, headers=as_json))
+            kept = [(name, value) for name, value in built.headers.raw if name.lower() not in (b"content-length", b"content-type")]
+            known[key] = built, [*kept, (b"Content-Type", headers["Content-Type"].encode())]
         first, kept = known[key]
         request = httpx2.Request(first.method, first.url, headers=kept, content=body, extensions=dict(first.extensions))
         return await self._client.send(request, stream=True, follow_redirects=False)
@@ -199,7 +202,7 @@ class Upstream:
 
         An answer with an error status is an answer.
         """
-        sent = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
+        sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
             response = await self._client.transmit(path, body, sent)
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
