@@ -60,8 +60,9 @@ class Stream(Said):
             else:
                 break
             chunk = chunk[end:]
-        passed.append(self._take(chunk))
-        return b"".join(passed)
+        if chunk:
+            passed.append(self._take(chunk))
+        return passed[0] if len(passed) == 1 else b"".join(passed)
 
     def _take(self, chunk: bytes) -> bytes:
         """The same, event by event."""

@@ -27,9 +27,9 @@ REFRESH_SECONDS = 30.0
 
 
 def is_own_limit(fields: Mapping[str, Any], bound: Bound) -> bool:
-    """Whether a price limit of the client's is the one that was sent, and not the price that is held."""
+    """Whether a price limit of the client's is the one that was sent, and not the price that is held; some endpoints send no other."""
     asked, sent = _limits(fields), _limits(bound.patch)
-    return any(own is not None and own == sent.get(name) for name, own in asked.items())
+    return any(own is not None and own == sent.get(name, own) for name, own in asked.items())
 
 
 def _limits(fields: Mapping[str, Any]) -> dict[str, Decimal | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answering import read_answer
@@ -110,6 +110,7 @@ def test_a_stream_cut_anywhere_gives_the_same_as_one_that_is_not(name: str, end:
         assert (other[0], other[1], facts(other[2])) == (passed, tail, facts(stream)), place
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(min_value=1, max_value=400), max_size=30), st.sampled_from(sorted(STREAMS)))
 def test_a_stream_in_many_pieces_gives_the_same_too(sizes: list[int], name: str) -> None:
     dialect, events = STREAMS[name]
@@ -277,6 +278,7 @@ def test_the_operator_is_named_nowhere(dialect: Dialect) -> None:
     assert b"operator" not in passed + tail and passed.startswith(events[0][: events[0].index(b"\n") + 1])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([CHAT, RESPONSES, MESSAGES]), st.integers(min_value=0))
 def test_any_bytes_are_survived(data: bytes, dialect: Dialect, place: int) -> None:
     place %= len(data) + 1
@@ -299,6 +301,7 @@ FIELDS = st.dictionaries(
 KINDS = st.sampled_from(["error", "response.error", "response.failed", "message_start", "message_delta", "message_stop"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(FIELDS, KINDS | st.none()), max_size=4), st.sampled_from([CHAT, RESPONSES, MESSAGES]))
 def test_any_json_is_survived(events: list[tuple[dict[str, Any], str | None]], dialect: Dialect) -> None:
     for fields, kind in events:

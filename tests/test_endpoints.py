@@ -270,6 +270,19 @@ async def test_a_method_that_it_does_not_take_is_a_405(scene: Stage, name: str) 
     assert answer.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_browser_is_served_too(scene: Stage, name: str) -> None:
+    gateway, upstream = scene
+    user = await gateway.register(credits=1)
+    said = Reply([b"all"], content_type="audio/mpeg") if name == "audio/speech" else plain(CASES[name][1])
+    upstream.say(said)
+    upstream.known_cost = COST
+    answer = await post(user, name, headers={"origin": "https://app.example"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
+    assert "x-gateway-cost" in answer.headers["access-control-expose-headers"]
+    await settled(user)
+
+
 # Streams.
 
 

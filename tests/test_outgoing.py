@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endpoints import ENDPOINTS, NOT_OFFERED, Endpoint, is_anthropic, refusal_of
@@ -150,6 +150,7 @@ def test_a_form_goes_out_with_its_fields_capped_and_its_file_to_the_byte() -> No
     ]
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=500), st.text(max_size=30))
 def test_any_file_under_any_name_stays_as_it_is(content: bytes, name: str) -> None:
     quoted = name.replace("\\", "").replace('"', "").replace("\r", "").replace("\n", "").encode("utf-8", "replace")
@@ -204,6 +205,7 @@ def test_a_form_that_is_wrong_is_refused_by_the_name_of_the_field(case: str) -> 
     assert (error.status, error.param) == (400, param)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.binary(max_size=10))
 def test_any_bytes_for_a_form_are_read_or_refused(raw: bytes, boundary: bytes) -> None:
     for body in (raw, form(raw), form(FILE, raw)):

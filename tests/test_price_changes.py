@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -14,8 +14,10 @@ from rig import Gateway, User, eventually, live
 from scripted import GENERATION, TEXT, Reply, Scripted, running_script
 
 from admission import Admission
+from bounds import Bound
 from catalog import Catalog
 from errors import UpstreamUnavailable
+from repricing import is_own_limit
 from sandbox.wire import dumps
 
 pytestmark = pytest.mark.skipif(not hasattr(Admission, "raise_hold"), reason="admission cannot raise a hold yet")
@@ -174,6 +176,26 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
     rest.set()
     record = await user.settled_record()
     assert (record["status"], record["cost"]) == ("cancelled", 0) and len(upstream.sent) == 1
+
+
+LIMITS: list[tuple[Any, Mapping[str, Any], bool]] = [
+    (None, {"prompt": "1"}, False),
+    ({"prompt": 2}, {"prompt": "1"}, False),
+    ({"prompt": 1}, {"prompt": "1"}, True),
+    ({"prompt": "1.0"}, {"prompt": "1"}, True),
+    ({"prompt": 0.1}, {"prompt": "0.1"}, True),
+    ({"prompt": 2, "audio": 1}, {"prompt": "1", "audio": "1"}, True),
+    ({"prompt": None}, {"prompt": "1"}, False),
+    ({"prompt": 2}, {}, True),
+    ("odd", {"prompt": "1"}, False),
+]
+
+
+@pytest.mark.parametrize(("own", "sent", "is_own"), LIMITS)
+def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, sent: Mapping[str, Any], is_own: bool) -> None:
+    patch = {"provider": {"max_price": sent}} if sent else {}
+    bound = Bound((TEXT,), Decimal(0), Decimal(0), 1, 1, 1, patch)
+    assert is_own_limit({"provider": {"max_price": own}}, bound) == is_own
 
 
 # The list itself.
