@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -11,11 +12,11 @@ import httpx
 import orjson
 import pytest
 from rig import Gateway, User, eventually, live
-from scripted import GENERATION, TEXT, Reply, Scripted, running_script
+from scripted import GENERATION, MODELS, TEXT, Reply, Scripted, running_script
 
 from admission import Admission
-from bounds import Bound
-from catalog import Catalog
+from bounds import BoundPolicy, bound_request
+from catalog import Catalog, read_models
 from errors import UpstreamUnavailable
 from repricing import is_own_limit
 from sandbox.wire import dumps
@@ -178,24 +179,24 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
     assert (record["status"], record["cost"]) == ("cancelled", 0) and len(upstream.sent) == 1
 
 
-LIMITS: list[tuple[Any, Mapping[str, Any], bool]] = [
-    (None, {"prompt": "1"}, False),
-    ({"prompt": 2}, {"prompt": "1"}, False),
-    ({"prompt": 1}, {"prompt": "1"}, True),
-    ({"prompt": "1.0"}, {"prompt": "1"}, True),
-    ({"prompt": 0.1}, {"prompt": "0.1"}, True),
-    ({"prompt": 2, "audio": 1}, {"prompt": "1", "audio": "1"}, True),
-    ({"prompt": None}, {"prompt": "1"}, False),
-    ({"prompt": 2}, {}, True),
-    ("odd", {"prompt": "1"}, False),
-]
-
-
-@pytest.mark.parametrize(("own", "sent", "is_own"), LIMITS)
-def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, sent: Mapping[str, Any], is_own: bool) -> None:
-    patch = {"provider": {"max_price": sent}} if sent else {}
-    bound = Bound((TEXT,), Decimal(0), Decimal(0), 1, 1, 1, patch)
-    assert is_own_limit({"provider": {"max_price": own}}, bound) == is_own
+@pytest.mark.parametrize(
+    ("own", "is_own"),
+    [
+        (None, False),
+        ({}, False),
+        ({"prompt": None}, False),
+        ({"prompt": 2}, False),
+        ({"prompt": "1.0"}, True),
+        ({"prompt": 0.1}, True),
+        ({"prompt": 2, "completion": "1e-3"}, True),
+        ({"audio": 1}, True),
+    ],
+)
+def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own: bool) -> None:
+    fields = {"model": TEXT, "messages": [{"role": "user", "content": "Hi"}], "provider": {"max_price": own}}
+    bound = bound_request("chat/completions", fields, 100, read_models(dumps({"data": [*MODELS]})), BoundPolicy(100, free_models=False))
+    assert is_own_limit(fields, bound) == is_own
+    assert is_own_limit(fields, replace(bound, patch={})) == any(value is not None for value in (own or {}).values())
 
 
 # The list itself.
