@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 import httpx
+import openai
 import orjson
 import pytest
 import pytest_asyncio
@@ -119,9 +120,10 @@ def plain(answer: dict[str, Any], **rest: Any) -> Reply:
 
 
 async def post(user: User, name: str, body: Any = None, *, prefix: str = "/v1", **rest: Any) -> httpx.Response:
-    json = {} if "content" in rest or "files" in rest else {"json": REQUESTS[name] if body is None else body}
+    if not {"content", "files"} & rest.keys():
+        rest["json"] = REQUESTS[name] if body is None else body
     headers = {**user.headers, **rest.pop("headers", {})}
-    return await user.gateway.http.post(f"{prefix}/{name}", headers=headers, **json, **rest)
+    return await user.gateway.http.post(f"{prefix}/{name}", headers=headers, **rest)
 
 
 async def settled(user: User, cost: str = COST) -> dict[str, Any]:
@@ -607,3 +609,48 @@ async def test_a_silent_stream_is_kept_alive_until_it_speaks(scene: Stage, name:
 
 async def test_the_models_of_the_script_are_those_of_the_cases() -> None:
     assert {request["model"] for request in REQUESTS.values()} == {entry["id"] for entry in MODELS}
+
+
+# The official SDK.
+
+
+async def test_the_sdk_streams_responses_and_finds_the_charge_in_the_last_event(scene: Stage) -> None:
+    gateway, upstream = scene
+    user = await gateway.register(credits=1)
+    upstream.say(Reply([STREAMS["responses"]], content_type="text/event-stream"))
+    stream = await user.sdk().responses.create(model=TEXT, input="Say hello.", max_output_tokens=50, stream=True)
+    events = [event async for event in stream]
+    assert [event.type for event in events] == ["response.created", "response.output_text.delta", "response.completed"]
+    assert Decimal(str((events[-1].model_extra or {})["gateway_usage"]["cost"])) == Decimal(COST)
+    assert events[-1].type == "response.completed" and events[-1].response.status == "completed"
+    await settled(user)
+
+
+async def test_the_sdk_raises_what_breaks_off_in_a_response(scene: Stage) -> None:
+    gateway, upstream = scene
+    user = await gateway.register(credits=1)
+    upstream.say(Reply([STREAMS["responses"].partition(b"event: response.completed")[0]], content_type="text/event-stream"))
+    upstream.known_cost = COST
+    stream = await user.sdk().responses.create(model=TEXT, input="Say hello.", max_output_tokens=50, stream=True)
+    events = aiter(stream)
+    assert [(await anext(events)).type for _ in range(2)] == ["response.created", "response.output_text.delta"]
+    with pytest.raises(openai.APIError, match="ended too early"):
+        await anext(events)
+    await settled(user)
+
+
+async def test_the_sdk_hears_speech_draws_images_and_embeds(scene: Stage) -> None:
+    gateway, upstream = scene
+    user = await gateway.register(credits=1)
+    sdk = user.sdk()
+    upstream.say(Reply([LONG], content_type="audio/mpeg"))
+    upstream.known_cost = COST
+    async with sdk.audio.speech.with_streaming_response.create(model=SPEAKER, input="Hello.", voice="alloy") as speech:
+        assert b"".join([piece async for piece in speech.iter_bytes()]) == LONG
+    upstream.say(plain(CASES["images"][1]))
+    drawn = await sdk.images.generate(model=PAINTER, prompt="A lighthouse")
+    assert drawn.data is not None and drawn.data[0].b64_json == "eA=="
+    upstream.say(plain(CASES["embeddings"][1]))
+    found = await sdk.embeddings.create(model=EMBEDDER, input="Hello.", encoding_format="float")
+    assert found.data[0].embedding == [0.5]
+    assert Decimal(str((await user.balance())["credits"])) == 1 - 3 * Decimal(COST)
