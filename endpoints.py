@@ -30,9 +30,8 @@ class Endpoint:
         return tuple(f"{prefix}/{path}" for path in (self.name, *self.paths) for prefix in PREFIXES)
 
 
-CHAT_COMPLETIONS = Endpoint("chat/completions", "chat", may_stream=True)
 ENDPOINTS = (
-    CHAT_COMPLETIONS,
+    Endpoint("chat/completions", "chat", may_stream=True),
     Endpoint("completions", "completions", may_stream=True),
     Endpoint("embeddings", "embeddings"),
     Endpoint("responses", "responses", RESPONSES, may_stream=True),

@@ -225,10 +225,9 @@ class Exchange:
             async for chunk in chunks:
                 if self._plain is None:
                     self.ending.first_token_ms = self._elapsed_ms()
-                else:
-                    if not self._delivery.started:
-                        await self._delivery.start({**self._headers(hold), "content-type": content_type})
-                    await self._delivery.send(self._plain)
+                elif not self._delivery.started:
+                    await self._delivery.start({**self._headers(hold), "content-type": content_type})
+                await self._delivery.send(self._plain or b"")
                 self._plain = chunk
         if self._plain is None:
             raise UpstreamError("The model provider's answer is empty.")
