@@ -130,6 +130,7 @@ class Catalog:
         self._index: ModelIndex | None = None
         self._loaded_at = 0.0
         self._retry_at = 0.0
+        self._forced_at = float("-inf")
         self._refreshing: asyncio.Task[ModelIndex] | None = None
 
     @property
@@ -155,6 +156,14 @@ class Catalog:
             return await asyncio.shield(self._start())
         except (GatewayError, OSError, ValueError, RecursionError) as exc:
             raise UpstreamUnavailable("The model list of the upstream cannot be fetched now. Try again.") from exc
+
+    async def refresh_within(self, seconds: float) -> ModelIndex:
+        """The same where nobody has called this for so long; else the list that is held or under way."""
+        now = self._clock()
+        if self._index is not None and now - self._forced_at < seconds and self._refreshing is None:
+            return self._index
+        self._forced_at = now
+        return await self.refresh()
 
     def status(self) -> CacheStatus:
         """How old the list is and how many models it holds."""

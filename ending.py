@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from dialects import Said
+from endpoints import Endpoint
 from errors import GatewayError
 from security import Credential
 from usage import Usage
@@ -25,11 +27,11 @@ class Client(Protocol):
 class Proxied:
     """One request as it arrived: where to, from whom, and its raw body."""
 
-    endpoint: str
-    resource: str
+    endpoint: Endpoint
     credential: Credential
     body: bytes
     request_id: str
+    content_type: str = ""
     client_request_id: str | None = None
     scenario: str | None = None
 
@@ -48,3 +50,7 @@ class Ending:
     model: str | None = None
     provider: str | None = None
     first_token_ms: int | None = None
+
+    def learn(self, said: Said) -> None:
+        """Takes over what the answer says of itself."""
+        self.usage, self.finish_reason, self.model, self.provider = said.usage, said.finish_reason, said.model, said.provider

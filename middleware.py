@@ -62,7 +62,7 @@ class RequestLog:
         limit = self._max_body_bytes if scope["path"].startswith(PROXIED) else min(self._max_body_bytes, MAX_ORDER_BYTES)
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
-            await error_reply(_too_large(limit), scope["state"]["request_id"])(scope, receive, send)
+            await error_reply(_too_large(limit), scope["state"]["request_id"], scope["path"])(scope, receive, send)
             return
         await self._app(scope, _bounded(receive, limit), send)
 

@@ -33,6 +33,7 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 BROKEN = "The connection to the model provider broke in mid-answer."
 MAX_BUILT = 64
+JSON = "application/json"
 TEST_ANSWER_BYTES = 64 * 1024
 TEST_SECONDS = 60
 
@@ -87,7 +88,7 @@ def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
     metadata = error.get("metadata")
     kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
     code = error.get("code")
-    if error_status({"error": error}) in (401, 402):
+    if error_status({"error": error}) in (401, 402) or kind in ("authentication", "payment_required"):
         return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
     return {
         "message": sanitised(error.get("message")),
@@ -125,6 +126,10 @@ class Answer:
     def is_refusal(self) -> bool:
         """Whether nothing was generated: what timed out may be running, and billed, behind its answer."""
         return 400 <= self.status < 600 and self.status not in TIMEOUT_STATUSES
+
+    @property
+    def is_json(self) -> bool:
+        return self.headers.get("content-type", "").lower().startswith(JSON)
 
     @property
     def is_stream(self) -> bool:
@@ -180,14 +185,16 @@ class OpenRouterClient(AsyncOpenAI):
     _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
 
     async def transmit(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        """POSTs the body and returns whatever is answered, unread. Raises httpx2's errors."""
+        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors."""
         known = self.__dict__.setdefault("_built", {})
         key = (path, tuple(headers.items()))
         if key not in known:
             if len(known) >= MAX_BUILT:
                 known.clear()
-            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=headers))
+            as_json = {**headers, "Content-Type": JSON}  # a form it would build itself, out of fields
+            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json))
             built.headers.pop("content-length", None)
+            built.headers["Content-Type"] = headers["Content-Type"]
             known[key] = built, self._client._transport_for_url(built.url)
         first, transport = known[key]
         answer: httpx2.Response = await transport.handle_async_request(_Repeated(first, body))
@@ -206,7 +213,7 @@ class Upstream:
 
         An answer with an error status is an answer.
         """
-        sent = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
+        sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
             response = await self._client.transmit(path, body, sent)
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
@@ -330,8 +337,11 @@ def error_status(body: object) -> int | None:
     return None
 
 
-def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody."""
+def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False, own_limit: bool = False) -> GatewayError:
+    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody.
+
+    `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price is no news of prices.
+    """
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -352,7 +362,7 @@ def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: b
         return UpstreamUnavailable(message, code=_code(error, "upstream_unavailable"), retry_after=retry)
     if status >= 500:
         return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
-    if _is_price_change(status, error):
+    if _is_price_change(status, error) and not own_limit:
         return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=1)
     fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
     return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))

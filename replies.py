@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
+from endpoints import is_anthropic, refusal_of
+from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, NotOffered
 from money import plain, plain_credits
 
 log = structlog.get_logger("errors")
@@ -67,8 +68,10 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def error_reply(error: GatewayError, request_id: str) -> Reply:
-    return Reply(error.body(request_id), status_code=error.status, headers=error.headers())
+def error_reply(error: GatewayError, request_id: str, path: str = "") -> Reply:
+    """The answer that an error becomes, in the form that clients of this path expect."""
+    body = error.anthropic_body(request_id) if is_anthropic(path) else error.body(request_id)
+    return Reply(body, status_code=error.status, headers=error.headers())
 
 
 def _request_id(request: Request) -> str:
@@ -78,7 +81,7 @@ def _request_id(request: Request) -> str:
 async def on_gateway_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, GatewayError):
         raise error
-    return error_reply(error, _request_id(request))
+    return error_reply(error, _request_id(request), request.url.path)
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
@@ -93,7 +96,7 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     else:
         what = str(first["msg"]).removeprefix("Value error, ")
         refusal = BadRequest(f"`{param}`: {what}" if param else f"The request body: {what}", param=param)
-    return error_reply(refusal, _request_id(request))
+    return error_reply(refusal, _request_id(request), request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -101,22 +104,25 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     if isinstance(error.__cause__, GatewayError):
-        return error_reply(error.__cause__, _request_id(request))
-    if error.status_code == 404:
-        refusal: GatewayError = NotFound(f"There is no {request.method} {request.url.path} here. GET / lists what there is.")
+        return error_reply(error.__cause__, _request_id(request), request.url.path)
+    not_offered = refusal_of(request.url.path)
+    if not_offered is not None:
+        refusal: GatewayError = NotOffered(not_offered)
+    elif error.status_code == 404:
+        refusal = NotFound(f"There is no {request.method} {request.url.path} here. GET / lists what there is.")
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         refusal = MethodNotAllowed(f"{request.url.path} does not take {request.method}.", headers={"allow": allowed})
     else:
         refusal = BadRequest(str(error.detail))
-    return error_reply(refusal, _request_id(request))
+    return error_reply(refusal, _request_id(request), request.url.path)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours: the log gets the traceback, the client the request id to ask about."""
     request_id = _request_id(request)
     log.error("unhandled", request_id=request_id, path=request.url.path, exc_info=error)
-    reply = error_reply(GatewayError(), request_id)
+    reply = error_reply(GatewayError(), request_id, request.url.path)
     reply.headers["x-request-id"] = request_id
     return reply
 

@@ -34,6 +34,7 @@ RETRY_START_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
 SWEEP_ROUNDS = 30
 SHUTDOWN_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 15.0
 KEEP_SECONDS = 2.0
 
 
@@ -51,6 +52,7 @@ class Runtime:
         self.vault = Vault(encryption or [secrets.encryption_key] if secrets else encryption)
         self.admin_key = _admin_key(settings, secrets)
         self.exchanges: set[asyncio.Task[Any]] = set()
+        self.keep_alive_seconds = KEEP_ALIVE_SECONDS
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))

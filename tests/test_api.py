@@ -77,6 +77,8 @@ async def test_every_route_but_the_public_ones_wants_a_key(live_gateway: Gateway
     routes = routes_of(live_gateway.app)
     assert len(routes) > 20 and set(routes) >= PUBLIC
     for method, path in set(routes) - PUBLIC:
+        if path.endswith("/messages"):
+            continue  # whose errors have Anthropic's form: test_endpoints.py
         url = path.replace("{", "").replace("}", "")
         error = error_of(await live_gateway.http.request(method, url, json={}), 401)
         assert error["code"] == "invalid_api_key", (method, path)
