@@ -25,8 +25,8 @@ from errors import GatewayError, UpstreamError, UpstreamTimeout
 from events import with_field
 from openrouter import Answer, Unreachable, Upstream, error_of, is_price_change, sanitised_error, stops_on_abort
 from outgoing import Request, read_request, write_request
-from relay import EventTooLarge, Stream
 from refusals import limit_headers
+from relay import EventTooLarge, Stream
 from replies import charge_headers, gateway_usage
 from repricing import is_own_limit, reprice
 from settlements import settlement, with_generation
