@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from answers import Recording
 from ending import Client
 from events import KEEP_ALIVE
 
@@ -19,6 +20,7 @@ class Delivery:
     client: Client
     spawn: Callable[[Coroutine[Any, Any, Any], str], None]
     keep_alive_seconds: float
+    recording: Recording | None = None
     started: bool = False
     _silent_since: float = 0.0
     _timer: asyncio.TimerHandle | None = None
@@ -36,6 +38,8 @@ class Delivery:
 
     async def send(self, data: bytes) -> None:
         """A part of the body."""
+        if self.recording is not None:
+            self.recording.add(data)
         if data and not self.client.gone:
             self._silent_since = time.monotonic()
             await self.client.send(data, more=True)

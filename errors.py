@@ -195,6 +195,12 @@ class KeyExhausted(Forbidden):
     code = "key_request_limit_exceeded"
 
 
+class ProviderKeyRefused(Forbidden):
+    """The OpenRouter key that you have stored cannot be used. Store another one, or remove it: /user/provider-key."""
+
+    code = "provider_key_refused"
+
+
 class RegistrationClosed(Forbidden):
     """Registration is closed. Ask the operator for an account."""
 

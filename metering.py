@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from admission import Hold, Order
+from admission import Hold, Order, StoredReply
 from answering import read_answer
+from answers import CHARGE_MARK, Recording
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from delivery import Delivery
 from ending import Client, Ending, Proxied
-from errors import GatewayError, UpstreamError, UpstreamTimeout
+from errors import GatewayError, ProviderKeyRefused, UpstreamError, UpstreamTimeout
 from events import with_field
+from keeping import EVENTS, MISS, Keeping, give_again, keep, read_keeping
 from openrouter import Answer, Unreachable, Upstream, error_of, is_price_change, sanitised_error, stops_on_abort
-from outgoing import Request, read_request, write_request
+from outgoing import Request, end_user_of, read_request, write_request
 from refusals import limit_headers
 from relay import EventTooLarge, Stream
 from replies import charge_headers, gateway_usage
@@ -55,6 +57,8 @@ class Exchange:
     _upstream: Upstream = field(init=False)
     _asked: Request = field(init=False)
     _bound: Bound = field(init=False)
+    _keeping: Keeping = field(init=False)
+    _end_user: str | None = None
     _delivery: Delivery = field(init=False)
     _plain: bytes | None = None  # a whole answer, or the last piece of one in bytes
     _content_type: str = "application/json"
@@ -67,10 +71,13 @@ class Exchange:
         self._upstream = self.runtime.upstream(self.request.credential.environment)
         self._delivery = Delivery(self.client, self.runtime.settlements.spawn, self.runtime.keep_alive_seconds)
         await self._read_and_bound()
-        hold = await self.runtime.admission.admit(self.request.credential, self._order())
-        if not isinstance(hold, Hold):
-            raise TypeError("a stored answer that was not asked for")
-        self.hold = hold
+        admitted = await self.runtime.admission.admit(self.request.credential, self._order())
+        if isinstance(admitted, StoredReply):
+            await self._give_again(admitted)
+            return
+        hold = self.hold = admitted
+        if self._keeping.idempotency is not None or hold.cache is not None:
+            self._delivery.recording = Recording()
         try:
             await self._generate(hold)
             self.settled = await self._settle(hold)
@@ -96,6 +103,8 @@ class Exchange:
         request, catalog = self.request, self.runtime.catalog(self.request.credential.environment)
         try:
             self._asked = read_request(request.endpoint, request.body, request.content_type)
+            self._keeping = read_keeping(request, self._asked, self.runtime)
+            self._end_user = end_user_of(request.endpoint, self._asked.fields, request.headers.get("x-end-user"))
             if catalog.is_fresh:
                 self._bound = self._bound_with(await catalog.models())
                 return
@@ -124,7 +133,17 @@ class Exchange:
             resource=request.endpoint.resource,
             streamed=self._asked.is_streamed,
             bound=self._bound,
+            end_user=self._end_user,
+            price_basis=self._bound.price_basis,
+            idempotency=self._keeping.idempotency,
+            cache=self._keeping.cache,
+            default_cache=self._keeping.default_cache,
         )
+
+    async def _give_again(self, stored: StoredReply) -> None:
+        self.settled = {**stored.charge, "status": stored.source}
+        if not self.client.gone:
+            await give_again(stored, self.client, self._mode_headers())
 
     # The upstream, and what comes back.
 
@@ -175,7 +194,7 @@ class Exchange:
         )
         if scenario and scenario.isascii() and self._upstream.suffixes:
             headers = {**headers, "x-sandbox-scenario": scenario}
-        answer = await self._upstream.send("/" + endpoint.name, body, headers)
+        answer = await self._upstream.send("/" + endpoint.name, body, headers, api_key=self._own_key(hold))
         try:
             self._learn_generation(hold, answer.generation_id)
             if answer.status != 200:
@@ -189,11 +208,23 @@ class Exchange:
         finally:
             await answer.aclose()
 
+    def _own_key(self, hold: Hold) -> str | None:
+        """The user's own upstream key, where the request goes out under it: never under the operator's instead."""
+        if not hold.byok:
+            return None
+        key = self.runtime.vault.decrypt(hold.provider_key) if hold.provider_key is not None else None
+        if key is None:
+            self.ending.refused = True
+            raise ProviderKeyRefused("The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key.")
+        return key
+
     async def _read_refusal(self, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
         raw, invented = await answer.read(), bool(self._upstream.suffixes)
         own_limit = is_own_limit(self._asked.fields, self._bound)
-        raise error_of(answer.status, answer.headers, raw, invented=invented, own_limit=own_limit)
+        raise error_of(
+            answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=self.hold is not None and self.hold.byok
+        )
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
         stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect)
@@ -260,11 +291,12 @@ class Exchange:
         ending, stream = self.ending, self._stream
         if stream is not None:
             ending.learn(stream)
-        item = self._settlement(hold)
+        item = {**self._settlement(hold), **await self._kept(hold)}
         said_all = stream is None or stream.is_whole  # in a stream that broke off, usage may be a running count
         if ending.generation_id is None or (item["source"] != "none" and said_all):
             return await self.runtime.settlements.settle(item)
-        place = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        place: dict[str, Any] = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        place |= {"byok": hold.byok, "provider_key": hold.provider_key}
         found = await self.runtime.settlements.look_up_now(place)
         if found is None:
             # Whichever process is there then: what is asked later must be known to all of them.
@@ -295,41 +327,64 @@ class Exchange:
             generation_id=ending.generation_id,
         )
 
+    async def _kept(self, hold: Hold) -> dict[str, Any]:
+        """The answer as it is kept to be given again, where that was asked for and it is whole."""
+        recording, self._delivery.recording = self._delivery.recording, None
+        if recording is None or not self.ending.completed:
+            return {}
+        recording.add(self._last_bytes(hold, CHARGE_MARK))
+        content_type = EVENTS if self._stream is not None else self._content_type
+        kept = await keep(recording, content_type, self.ending.generation_id, self._tokens(), self.runtime.vault)
+        return {**kept, "cache": hold.cache} if kept and hold.cache is not None else kept
+
+    def _last_bytes(self, hold: Hold, charge: bytes) -> bytes:
+        """The end of the answer, which tells the client what was charged."""
+        if self._stream is not None:
+            return self._stream.tail(charge, self.ending.failure, hold.request_id)
+        last = self._plain or b""
+        return with_field(last, "gateway_usage", charge) if self._content_type == "application/json" else last
+
     async def _finish(self, hold: Hold) -> None:
         """The last bytes, which tell the client what was charged."""
         failure, delivery = self.ending.failure, self._delivery
         if self.client.gone:
             return
         if self._stream is not None and delivery.started:
-            await delivery.end(self._stream.tail(self._charge(hold), failure, hold.request_id))
+            await delivery.end(self._last_bytes(hold, self._charge(hold)))
         elif delivery.started and failure is not None:
             return  # unended: only a connection that breaks off tells that these bytes are not all
         elif failure is not None:
             failure.extra_headers |= {**self._headers(hold), **charge_headers(self.settled)}
             raise failure
         elif self._plain is not None:
-            await self._end_plain(hold, self._plain)
+            await self._end_plain(hold, self._last_bytes(hold, self._charge(hold)))
 
     async def _end_plain(self, hold: Hold, last: bytes) -> None:
-        is_json = self._content_type == "application/json"
-        body = with_field(last, "gateway_usage", self._charge(hold)) if is_json else last
         if not self._delivery.started:
-            about = {"content-type": self._content_type, "content-length": str(len(body))}
+            about = {"content-type": self._content_type, "content-length": str(len(last))}
             await self._delivery.start({**self._headers(hold), **charge_headers(self.settled), **about})
-        await self._delivery.end(body)
+        await self._delivery.end(last)
 
     def _charge(self, hold: Hold) -> bytes:
-        return gateway_usage(hold.request_id, self.ending.usage.total_tokens if self.ending.usage else 0, self.settled)
+        return gateway_usage(hold.request_id, self._tokens(), self.settled)
+
+    def _tokens(self) -> int:
+        return self.ending.usage.total_tokens if self.ending.usage else 0
 
     def _headers(self, hold: Hold) -> dict[str, str]:
-        found = limit_headers(hold.limits)
+        found = {**limit_headers(hold.limits), **self._mode_headers()}
         if self.ending.generation_id:
             found["x-generation-id"] = self.ending.generation_id
-        if self._upstream.suffixes:
-            found["x-gateway-mode"] = "sandbox"
+        if hold.cache is not None:
+            found |= MISS
+        if hold.byok:
+            found["x-gateway-byok"] = "true"
         if self._bound.min_output != self._bound.max_output:
             found["x-gateway-max-tokens"] = str(hold.granted_output)
         return found
+
+    def _mode_headers(self) -> dict[str, str]:
+        return {"x-gateway-mode": "sandbox"} if self._upstream.suffixes else {}
 
     def _elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)

@@ -19,7 +19,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream,
 from openai._models import FinalRequestOptions
 
 from config import Settings
-from errors import GatewayError, Unavailable, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
+from errors import GatewayError, ProviderKeyRefused, Unavailable, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from logs import scrub
 from sandbox import SCENARIOS, SandboxTransport, create_app
 from usage import parse_json
@@ -184,8 +184,11 @@ class OpenRouterClient(AsyncOpenAI):
 
     _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
 
-    async def transmit(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors."""
+    async def transmit(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> httpx2.Response:
+        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors.
+
+        `api_key`: an account's that is not the operator's.
+        """
         known = self.__dict__.setdefault("_built", {})
         key = (path, tuple(headers.items()))
         if key not in known:
@@ -197,7 +200,10 @@ class OpenRouterClient(AsyncOpenAI):
             built.headers["Content-Type"] = headers["Content-Type"]
             known[key] = built, self._client._transport_for_url(built.url)
         first, transport = known[key]
-        answer: httpx2.Response = await transport.handle_async_request(_Repeated(first, body))
+        request = _Repeated(first, body)
+        if api_key is not None:
+            request.headers = httpx2.Headers({**request.headers, "Authorization": f"Bearer {api_key}"})
+        answer: httpx2.Response = await transport.handle_async_request(request)
         return answer
 
 
@@ -208,14 +214,14 @@ class Upstream:
         self._client = client
         self.suffixes = suffixes
 
-    async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def send(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> Answer:
         """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no answer at all.
 
-        An answer with an error status is an answer.
+        An answer with an error status is an answer. `api_key`: the user's own account, instead of the operator's.
         """
         sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
-            response = await self._client.transmit(path, body, sent)
+            response = await self._client.transmit(path, body, sent, api_key=api_key)
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise _no_answer(error) from error
         return Answer(response.status_code, response.headers, response)
@@ -337,10 +343,13 @@ def error_status(body: object) -> int | None:
     return None
 
 
-def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False, own_limit: bool = False) -> GatewayError:
+def error_of(
+    status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False, own_limit: bool = False, own_key: bool = False
+) -> GatewayError:
     """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody.
 
     `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price is no news of prices.
+    `own_key`: it went out under the user's own key, whose troubles are the user's.
     """
     try:
         body = orjson.loads(raw)
@@ -350,6 +359,8 @@ def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: b
     error = error if isinstance(error, dict) else {"message": error}
     message = sanitised(error.get("message"))
     if status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower()):
+        if own_key:
+            return ProviderKeyRefused(f"OpenRouter refuses the key that you have stored ({status}): {message}")
         if not invented:
             log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
         return UpstreamUnavailable("The gateway's account at the model provider cannot serve requests now. The operator has been told.")

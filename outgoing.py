@@ -105,6 +105,18 @@ def write_request(
     return orjson.dumps(sent), {}
 
 
+def end_user_of(endpoint: Endpoint, fields: Mapping[str, Any], header: str | None) -> str | None:
+    """The customer of our user that a request is for: `x-end-user`, else what each API names them by. Raises BadRequest."""
+    if header is not None:
+        return header
+    about = fields.get("metadata") if endpoint.name == "messages" else fields
+    param = "user_id" if endpoint.name == "messages" else "user"
+    named = about.get(param) if isinstance(about, Mapping) else None
+    if named is not None and not isinstance(named, str):
+        raise BadRequest(f"`{param}` is a string.", param=param)
+    return named or None
+
+
 def _identity(endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable[[str], str]) -> dict[str, Any]:
     """Who asks, where each API wants to be told: never the client's own words for it."""
     if endpoint.name == "messages":

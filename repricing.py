@@ -55,11 +55,4 @@ async def reprice(
     dearer = bound_with(models)
     if dearer == bound:
         return None
-    raised = await _raise_hold(runtime, hold, dearer)
-    return None if raised is None else (raised, dearer)
-
-
-async def _raise_hold(runtime: Runtime, hold: Hold, bound: Bound) -> Hold | None:
-    """The hold, raised to a dearer bound; None where this admission cannot do that."""
-    raise_hold = getattr(runtime.admission, "raise_hold", None)
-    return None if raise_hold is None else await raise_hold(hold, bound)
+    return await runtime.admission.raise_hold(hold, dearer, price_basis=dearer.price_basis), dearer

@@ -80,6 +80,7 @@ class ProxyEndpoint:
             content_type=headers.get("content-type", ""),
             client_request_id=printable_header(headers.get("x-request-id"), 256),
             scenario=headers.get("x-sandbox-scenario"),
+            headers=headers,
         )
         return Exchange(runtime, proxied, client)
 

@@ -21,8 +21,10 @@ from answers import (
     idempotency_place,
     open_answer,
 )
+from dialects import usage_event
 from errors import BadRequest
-from relay import Stream, usage_event, with_field
+from events import with_field
+from relay import Stream
 from security import Vault
 
 ONE, TWO = (base64.urlsafe_b64encode(bytes([n]) * 32).decode().rstrip("=") for n in (1, 2))

@@ -55,10 +55,12 @@ LAYERS: dict[str, set[str]] = {
     "replies": {"endpoints", "errors", "money"},
     "ending": {"dialects", "endpoints", "errors", "security", "usage"},
     "answering": {"dialects", "ending", "errors", "events", "openrouter", "usage"},
-    "delivery": {"ending", "events"},
+    "delivery": {"answers", "ending", "events"},
+    "keeping": {"errors", "admission", "answers", "ending", "outgoing", "refusals", "replies", "security"},
     "repricing": {"errors", "money", "admission", "bounds", "catalog"},
     "metering": {
-        "errors", "money", "admission", "answering", "bounds", "catalog", "delivery", "ending", "events", "openrouter", "outgoing",
+        "errors", "money", "admission", "answering", "answers", "bounds", "catalog", "delivery", "ending", "events", "keeping",
+        "openrouter", "outgoing",
         "refusals", "relay", "replies", "repricing", "security", "settlements", "usage",
     },
     "runtime": {

@@ -14,14 +14,11 @@ import pytest
 from rig import Gateway, User, eventually, live
 from scripted import GENERATION, MODELS, TEXT, Reply, Scripted, running_script
 
-from admission import Admission
 from bounds import BoundPolicy, bound_request
 from catalog import Catalog, read_models
 from errors import UpstreamUnavailable
 from repricing import is_own_limit
 from sandbox.wire import dumps
-
-pytestmark = pytest.mark.skipif(not hasattr(Admission, "raise_hold"), reason="admission cannot raise a hold yet")
 
 Start = Callable[..., Awaitable[Gateway]]
 REFUSAL = {
