@@ -69,6 +69,11 @@ async def import_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
     return Row(await call(client, "import_keys", {"p": order}))
 
 
+async def note_wrong_secret(client: AsyncClient, attempt: Mapping[str, Any]) -> Row:
+    """Outcome counted, or limited (with retry_after, seconds)."""
+    return Row(await call(client, "note_wrong_secret", {"p": attempt}))
+
+
 # The audit log.
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
 
-from models import AuthMethod, Credits, Id, KeyName, RequestModel, Target, Username
+from models import AuthMethod, Credits, FieldError, Id, KeyName, RequestModel, Target, Username
 from models_keys import ModelPattern, Moment, Scopes
 
 
@@ -139,7 +139,7 @@ class Adjustment(Target):
     @model_validator(mode="after")
     def _not_nothing(self) -> Self:
         if self.credits == 0:
-            raise ValueError("credits must not be 0")
+            raise FieldError("credits", "must not be 0")
         return self
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from models import Credits, Environment, KeyName, RequestModel
+from models import Credits, Environment, FieldError, KeyName, RequestModel
 
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
 Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
@@ -24,7 +24,11 @@ Domain = Annotated[
 
 def _network(text: str) -> str:
     """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
-    network = ipaddress.ip_network(text)
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        hint = " (bits beyond the prefix are set)" if "host bits" in str(error) else ""
+        raise ValueError(f"must be an address or a network such as 203.0.113.0/24{hint}") from None
     mapped = getattr(network.network_address, "ipv4_mapped", None)
     return str(ipaddress.ip_network((mapped, network.prefixlen - 96))) if mapped and network.prefixlen >= 96 else str(network)
 
@@ -50,7 +54,8 @@ class KeyRules(RequestModel):
     @model_validator(mode="after")
     def _budget_has_window(self) -> Self:
         if (self.budget is None) != (self.budget_window is None):
-            raise ValueError("budget and budget_window belong together")
+            missing = "budget" if self.budget is None else "budget_window"
+            raise FieldError(missing, "is missing: budget and budget_window belong together")
         return self
 
 
@@ -86,7 +91,7 @@ class KeyChange(KeyRules):
             if not self.model_fields_set - {"action"}:
                 raise ValueError("names nothing to change")
             if self.environment_tag is not None:
-                raise ValueError("environment_tag of a key never changes; make a new key")
+                raise FieldError("environment_tag", "of a key never changes; make a new key")
         return self
 
 

@@ -241,7 +241,11 @@ def raise_key_refusal(found: dict[str, Any]) -> None:
     refusals: dict[str, GatewayError] = {
         "not_found": NotFound("There is no such key.", param="key_id"),
         "name_taken": Conflict("You have a key of this name already.", param="key_name"),
-        "too_many": Conflict("You have 50 active keys, the most that are allowed. Revoke one first."),
+        "too_many": Conflict(
+            "You have 500 keys, the most that are allowed. Delete some that you no longer need."
+            if found.get("limit") == 500
+            else "You have 50 active keys, the most that are allowed. Revoke one first."
+        ),
         "not_revealable": BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id"),
         "broader": MissingScope(
             f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.", param=found.get("field")

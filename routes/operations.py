@@ -30,7 +30,7 @@ router = APIRouter(
     tags=["admin"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
 )
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 import db
 import db_security
-from errors import BadRequest, Conflict, Forbidden, NotFound
+from errors import BadRequest, Forbidden, NotFound
 from models import Balance, ErrorBody, Transaction, Transactions, UsageRecord, UsageRecords
 from models_accounts import AccountDeletion, Profile, ProfileChange
 from models_keys import Moment
@@ -17,6 +17,7 @@ from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
 from routes.pages import Cursor, PageSize, cursor_of, id_of, moment_and_id_of
+from routes.refusals import raise_taken
 from routes.reports import Bucket, Format, Group, Zone, csv_answer, usage_report
 from runtime import Runtime
 from security import Caller, Declared, may
@@ -65,9 +66,7 @@ async def update_profile(request: Request, order: ProfileChange, caller: Annotat
     found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
     if found["outcome"] == "too_large":
         raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
-    if found["outcome"] in ("username_taken", "email_taken"):
-        field = found["outcome"].removesuffix("_taken")
-        raise Conflict(f"This {field} is already registered.", param="name" if field == "username" else field)
+    raise_taken(found, name_field="name")
     return Reply(await _profile(runtime, caller))
 
 
@@ -76,7 +75,8 @@ async def delete_account(request: Request, order: AccountDeletion, caller: Annot
     runtime: Runtime = await request.app.state.runtime.ready()
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
-    await db.delete_account(runtime.client, caller.stamp())
+    user = await _require_user(runtime, caller)
+    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])})
     message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
     return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
 

@@ -36,7 +36,8 @@ LAYERS: dict[str, set[str]] = {
     "openrouter": {"errors", "config", "logs", "usage", "sandbox"},
     "admission": {"errors", "money", "batching", "bounds", "security"},
     "settlements": {"errors", "batching", "openrouter", "usage"},
-    "replies": {"errors", "money"},
+    "sentences": set(),
+    "replies": {"errors", "money", "sentences"},
     "ending": {"errors", "security", "usage"},
     "metering": {
         "errors", "money", "admission", "bounds", "catalog", "ending", "openrouter", "relay", "replies", "security", "settlements",
@@ -46,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
         "errors", "config", "db", "db_security", "supabase_config", "admission", "batching", "catalog", "first_start", "metering",
         "openrouter", "security", "settlements",
     },
-    "middleware": {"errors", "ids", "replies"},
+    "middleware": {"admission", "errors", "ids", "replies"},
     "welcome": {"runtime"},
     "serving": {"runtime"},
     "documentation": set(),

@@ -75,7 +75,7 @@ INNER = {
     "counted_tokens", "current_plan", "domain_allowed", "expire_play_rest", "find_key", "is_sound_record", "is_sound_user",
     "limits_json", "models_allowed", "move_legacy_key", "record_admission", "recount_user", "refusal", "refuse_for_limits",
     "refuse_identity", "refuse_until", "release_counters", "repeat_admission", "retry_after_seconds", "ring_frees_at",
-    "scope_allows", "settle_one", "settlement_answer", "settlement_users", "write_settlement",
+    "scope_allows", "settle_one", "settlement_answer", "settlement_users", "verified_limits", "write_settlement",
 }  # fmt: skip
 
 
