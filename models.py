@@ -143,6 +143,18 @@ class UsageRecord(BaseModel):
     settled_at: str | None
 
 
+class AdminUsageRecord(UsageRecord):
+    """The same, and whose it was."""
+
+    user_id: int
+
+
+class AdminUsageRecords(BaseModel):
+    status: str
+    records: list[AdminUsageRecord]
+    next_cursor: str | None
+
+
 class UsageRecords(BaseModel):
     status: str
     records: list[UsageRecord]
@@ -160,6 +172,19 @@ class Transaction(BaseModel):
     request_id: str | None
     reason: str
     created_at: str
+
+
+class AdminTransaction(Transaction):
+    """The same, whose it was, and who made it."""
+
+    user_id: int
+    actor: str
+
+
+class AdminTransactions(BaseModel):
+    status: str
+    transactions: list[AdminTransaction]
+    next_cursor: str | None
 
 
 class Transactions(BaseModel):
