@@ -163,7 +163,8 @@ async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]})
     if found["outcome"] == "not_found":
-        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param="user_id")
+        place = next(n for n, key in enumerate(order.keys) if key.user_id == found["user_id"])
+        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id")
     return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
 
 

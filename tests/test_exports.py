@@ -260,10 +260,12 @@ async def test_a_client_notices_json_lines_that_break_off(start_gateway: Start, 
     gateway = await start_gateway(database_url=link.url)
     user = await gateway.register()
     await fill(user, 40_000)  # more than the sockets between here and there hold
-    with pytest.raises(httpx.RemoteProtocolError):
-        async with gateway.http.stream("GET", "/user/usage/records?format=jsonl", headers=user.headers) as answer:
-            async for _ in answer.aiter_bytes():
-                link.cut()
+    async with gateway.http.stream("GET", "/user/usage/records?format=jsonl", headers=user.headers) as answer:
+        chunks = answer.aiter_bytes()
+        await anext(chunks)
+        link.cut()
+        with pytest.raises(httpx.RemoteProtocolError):
+            _ = [chunk async for chunk in chunks]
     link.mend()
 
 
