@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from models import Credits, Environment, FieldError, KeyName, RequestModel
 
+ISO = "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z"
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
 Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
 ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x20*]*\*?$")]
@@ -25,7 +27,7 @@ Domain = Annotated[
 def _network(text: str) -> str:
     """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
     try:
-        network = ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text if "%" not in text else "")  # a zone means something on one host only
     except ValueError as error:
         hint = " (bits beyond the prefix are set)" if "host bits" in str(error) else ""
         raise ValueError(f"must be an address or a network such as 203.0.113.0/24{hint}") from None
@@ -34,7 +36,16 @@ def _network(text: str) -> str:
 
 
 NetworkText = Annotated[str, StringConstraints(max_length=64), AfterValidator(_network)]
-Moment = Annotated[AwareDatetime, Field(description="ISO 8601, with a time zone")]
+
+
+def _iso(value: object) -> object:
+    """Texts only, and no bare numbers: pydantic would take them for seconds since 1970."""
+    if not isinstance(value, str) or not re.match(r"\d{4}-", value):
+        raise ValueError(ISO)
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_iso), Field(description="ISO 8601, with a time zone")]
 
 
 class KeyRules(RequestModel):

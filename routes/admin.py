@@ -16,7 +16,7 @@ from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
 from routes.exact import ExactRoute
 from routes.keys import view
-from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.pages import NO_NUL, Cursor, PageSize, PathId, cursor_of, id_of
 from routes.refusals import require_found
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -164,7 +164,7 @@ def _corrected(found: db.Row, done: str) -> dict[str, Any]:
 async def list_users(
     request: Request,
     admin: AdminOnly,
-    search: Annotated[str | None, Query(max_length=254)] = None,
+    search: Annotated[str | None, Query(max_length=254, pattern=NO_NUL)] = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:

@@ -31,7 +31,7 @@ from replies import Reply, utc_now
 from routes.exact import ExactRoute
 from routes.exports import EXPORTED, Form, Listing, Rows, check_range, export
 from routes.listings import PAGE_ROWS, id_cursor, own_audit
-from routes.pages import Cursor, PathId, id_of
+from routes.pages import NO_NUL, Cursor, PathId, id_of
 from runtime import Runtime
 from security import DEFAULT_SCOPES, Caller, Declared, masked, may, new_key
 
@@ -102,7 +102,7 @@ async def list_audit_logs(
     request: Request,
     caller: Annotated[Caller, may("read", "audit")],
     key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
-    action: Annotated[str | None, Query(max_length=64)] = None,
+    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
     start_date: Moment | None = None,
     end_date: Moment | None = None,
     limit: Rows = None,

@@ -22,7 +22,7 @@ from routes.exact import ExactRoute
 from routes.exports import EXPORTED, Form, Rows, check_range, export
 from routes.keys import audit_answer, raise_key_refusal, view
 from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
-from routes.pages import Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
+from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
 from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -122,7 +122,7 @@ async def list_audit_logs(
     admin: AdminOnly,
     user_id: QueryId = None,
     key_id: QueryId = None,
-    action: Annotated[str | None, Query(max_length=64)] = None,
+    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
     start_date: Moment | None = None,
     end_date: Moment | None = None,
     limit: Rows = None,
@@ -138,7 +138,9 @@ async def list_audit_logs(
 async def find_keys(
     request: Request,
     admin: AdminOnly,
-    search: Annotated[str | None, Query(min_length=1, max_length=256, description="A masked or whole key, its last 4, or a name")] = None,
+    search: Annotated[
+        str | None, Query(min_length=1, max_length=256, pattern=NO_NUL, description="A masked or whole key, its last 4, or a name")
+    ] = None,
     user_id: QueryId = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
