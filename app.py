@@ -34,6 +34,7 @@ EXPOSED_HEADERS = [
     "RateLimit",
     "RateLimit-Policy",
     "Retry-After",
+    "Content-Disposition",
 ]
 
 

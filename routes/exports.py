@@ -35,9 +35,9 @@ Form = Annotated[
 Rows = Annotated[int | None, Query(ge=1, le=1000, description="Rows a page, 100 unless said otherwise; of an export the most, all without")]
 CSV, JSON_LINES = "text/csv; charset=utf-8", "application/x-ndjson"
 # What OpenAPI says of a list that can be exported.
-EXPORTED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/csv": {"schema": {"type": "string"}}, JSON_LINES: {"schema": {"type": "string"}}}}
-}
+TEXT = {"schema": {"type": "string"}}
+EXPORTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, JSON_LINES: TEXT}}}
+TABULATED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT}}}
 
 Row = dict[str, Any]
 Page = list[Row]

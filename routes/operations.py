@@ -19,7 +19,7 @@ from models_keys import AuditLogs, Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.exports import EXPORTED, Form, Rows, check_range, export
+from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
 from routes.keys import audit_answer, raise_key_refusal, view
 from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
 from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
@@ -58,7 +58,7 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     )
 
 
-@router.get("/usage", summary="What everybody has used, by time and group")
+@router.get("/usage", summary="What everybody has used, by time and group", responses=TABULATED)
 async def read_usage(
     request: Request,
     admin: AdminOnly,

@@ -167,7 +167,7 @@ def _created(model: dict[str, Any]) -> float:
     summary="A new account and its first key",
     tags=["accounts"],
     response_model=Registered,
-    responses={code: {"model": ErrorBody} for code in (400, 403, 409, 429)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 409, 429)},
 )
 async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()

@@ -16,7 +16,7 @@ from models_keys import Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.exports import EXPORTED, Form, Rows, check_range, export
+from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
 from routes.listings import PAGE_ROWS, id_cursor, record_cursor, records, show_record, show_transaction, transactions
 from routes.pages import Cursor, id_of, moment_and_id_of
 from routes.refusals import raise_taken
@@ -134,7 +134,7 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     return Reply({"status": "success", "environment_usage": found})
 
 
-@router.get("/usage", summary="What you have used, by time and group")
+@router.get("/usage", summary="What you have used, by time and group", responses=TABULATED)
 async def read_usage(
     request: Request,
     caller: UsageReader,

@@ -234,7 +234,7 @@ async def test_the_admin_s_limits_hold_for_new_keys(gateway: Gateway) -> None:
 
 async def test_two_chats_freeze_nothing(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    chats = [asyncio.create_task(user.chat(scenario="slow;ms=100;tokens=20")) for _ in range(2)]
+    chats = [asyncio.create_task(user.chat(scenario="slow;ms=100;tokens=20", stream=True)) for _ in range(2)]
     running = "select count(*) from public.usage_records where status = 'pending'"
     await eventually(lambda: gateway.database.value(running), lambda count: count == 2)
     answers = await asyncio.gather(gateway.http.get("/health"), gateway.http.get("/user/balance", headers=user.headers), user.chat())
