@@ -107,7 +107,7 @@ async def behind_proxy(start_gateway: Start) -> Gateway:
     return await start_gateway(trusted_proxies="127.0.0.0/8", legacy_keys=True, cron_secret="secret-of-the-scheduler")
 
 
-@pytest.mark.parametrize("key", ["not-the-admin-key", new_key("live"), f"{ADMIN_KEY}x"])
+@pytest.mark.parametrize("key", ["not-the-admin-key", new_key("live"), f"{ADMIN_KEY}x"], ids=["text", "key", "nearly"])
 async def test_the_eleventh_wrong_admin_key_of_a_minute_is_told_to_wait(behind_proxy: Gateway, key: str) -> None:
     answers = [await guess(behind_proxy, key) for _ in range(12)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429] * 2
