@@ -77,11 +77,6 @@ async def audit_ledger(client: AsyncClient) -> list[Row]:
     return list(await call(client, "audit_ledger", {}))
 
 
-async def audit_usage(client: AsyncClient) -> list[Row]:
-    """Where the sums of usage are not what the journal says. Empty, always."""
-    return list(await call(client, "audit_usage", {}))
-
-
 # Accounts.
 
 
@@ -132,24 +127,15 @@ async def list_usage_records(
 
 async def list_all_usage_records(client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int) -> list[Row]:
     """Everybody's records, newest first, in the order of their ids, which are times (UUIDv7)."""
-    query = _of_everybody(client, within, before)
-    return list(await execute(query.order("request_id", desc=True).limit(limit)))
-
-
-async def list_losses(client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int) -> list[Row]:
-    """Everybody's records that were settled without knowing their cost, or that cost more than could be charged, newest first."""
-    query = _of_everybody(client, within, before).or_("settlement_source.eq.none,overrun_nanos.gt.0")
-    return list(await execute(query.order("request_id", desc=True).limit(limit)))
-
-
-def _of_everybody(client: AsyncClient, within: Range, before: tuple[str, str] | None) -> Any:
     query = _within(client.table("usage_records").select(RECORD_COLUMNS), within)
     start, end = within
     if start is not None:
         query = query.gte("request_id", _first_id(start - CLOCKS_APART))
     if end is not None:
         query = query.lt("request_id", _first_id(end + CLOCKS_APART))
-    return query if before is None else query.lt("request_id", before[1])
+    if before is not None:
+        query = query.lt("request_id", before[1])
+    return list(await execute(query.order("request_id", desc=True).limit(limit)))
 
 
 def _within(query: Any, within: Range) -> Any:

@@ -38,15 +38,6 @@ def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> List
     return Listing("usage-records", AdminUsageRecord, fetch, _moment_and_id, functools.partial(show_record, kind=AdminUsageRecord))
 
 
-def losses(runtime: Runtime, within: db.Range) -> Listing:
-    """What the operator paid and could not charge, or does not know the cost of."""
-
-    async def fetch(before: tuple[str, str] | None, limit: int) -> list[db.Row]:
-        return await db.list_losses(runtime.client, within=within, before=before, limit=limit)
-
-    return Listing("losses", AdminUsageRecord, fetch, _moment_and_id, functools.partial(show_record, kind=AdminUsageRecord))
-
-
 def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
     """One user's transactions."""
 

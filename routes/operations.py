@@ -21,7 +21,7 @@ from replies import Reply, utc_now
 from routes.exact import ExactRoute
 from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
 from routes.keys import audit_answer, raise_key_refusal, view
-from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, losses, record_cursor
+from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
 from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
 from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
@@ -116,37 +116,6 @@ async def list_transactions(
     return Reply({"status": "success", "transactions": [listing.show(row) for row in rows], "next_cursor": id_cursor(rows, limit)})
 
 
-@router.get("/reconciliation", summary="Whether the books add up, and what could not be charged", responses=EXPORTED)
-async def read_reconciliation(
-    request: Request,
-    admin: AdminOnly,
-    start: Moment | None = None,
-    end: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
-    check_range(start, end)
-    listing = losses(runtime, (start, end))
-    if format != "json":
-        return await export(request, listing, format, before=moment_and_id_of(cursor), most=limit)
-    rows = await listing.fetch(moment_and_id_of(cursor), limit or PAGE_ROWS)
-    accounts = [_in_credits(row) for row in await db.audit_ledger(runtime.client)]
-    sums = await db.audit_usage(runtime.client)
-    return Reply(
-        {
-            "status": "success",
-            "timestamp": utc_now(),
-            "books_balance": not accounts and not sums,
-            "accounts": accounts,
-            "sums": sums,
-            "losses": [listing.show(row) for row in rows],
-            "next_cursor": record_cursor(rows, limit),
-        }
-    )
-
-
 @router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs, responses=EXPORTED)
 async def list_audit_logs(
     request: Request,
@@ -216,11 +185,6 @@ async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
 
 def _with_cost(row: db.Row) -> dict[str, Any]:
     return {**{name: value for name, value in row.items() if name != "cost_nanos"}, "cost": credits_from_nanos(row["cost_nanos"])}
-
-
-def _in_credits(row: db.Row) -> dict[str, Any]:
-    amounts = {name.removesuffix("_nanos"): credits_from_nanos(value) for name, value in row.items() if name.endswith("_nanos")}
-    return {"user_id": row["user_id"], **amounts}
 
 
 def _legacy(key: LegacyKey) -> dict[str, Any]:

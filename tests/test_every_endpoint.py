@@ -213,7 +213,6 @@ TABLE = [
     ),
     Endpoint("GET", "/admin/usage", None, REPORT),
     Endpoint("GET", "/admin/usage/records", None, {"status", "records", "next_cursor"}),
-    Endpoint("GET", "/admin/reconciliation", None, {"status", "timestamp", "books_balance", "accounts", "sums", "losses", "next_cursor"}),
     Endpoint("GET", "/admin/transactions", None, {"status", "transactions", "next_cursor"}),
     Endpoint("GET", "/admin/audit-logs", None, {"status", "total_logs", "logs", "next_cursor"}),
     Endpoint("GET", "/admin/keys", None, {"status", "keys", "next_cursor"}),

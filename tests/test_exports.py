@@ -106,26 +106,6 @@ async def test_the_audit_log_is_exported_with_its_details(gateway: Gateway) -> N
     assert [entry["action"] for entry in own] == ["set_limits", "add_credits", "create"]
 
 
-async def test_reconciliation_says_that_the_books_balance_and_lists_what_could_not_be_charged(gateway: Gateway) -> None:
-    user = await gateway.register(credits=1)
-    assert (await user.chat()).status_code == 200
-    assert (await user.chat(scenario="cost-above-hold", model="sandbox/fixed-price")).status_code == 200
-    found = await gateway.admin("GET", "/admin/reconciliation")
-    assert (found["books_balance"], found["accounts"], found["sums"]) == (True, [], [])
-    (loss,) = found["losses"]
-    assert (loss["user_id"], loss["model"]) == (user.id, "sandbox/fixed-price") and loss["overrun"] > 0
-    exported = rows_of(await gateway.http.get("/admin/reconciliation?format=csv", headers=ADMIN))
-    assert [row["request_id"] for row in exported] == [loss["request_id"]]
-
-
-async def test_reconciliation_names_the_account_that_does_not_add_up(gateway: Gateway) -> None:
-    user = await gateway.register()
-    await gateway.database.value("update public.users set credits_nanos = credits_nanos + 5 where id = $1", user.id)
-    found = await gateway.admin("GET", "/admin/reconciliation")
-    assert found["books_balance"] is False
-    assert [(row["user_id"], row["credits"], row["ledger"]) for row in found["accounts"]] == [(user.id, 10.000000005, 10)]
-
-
 @pytest.mark.parametrize(("form", "kind"), [("csv", "text/csv; charset=utf-8"), ("jsonl", "application/x-ndjson")])
 async def test_an_export_is_a_file_with_a_name_and_nobody_keeps_it(gateway: Gateway, form: str, kind: str) -> None:
     user = await gateway.register()
