@@ -6,8 +6,10 @@ DatabaseUnavailable when the database does not answer. Amounts are nano-dollars.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 from supabase_config import AsyncClient, MissingFunction, call, execute
 
@@ -18,11 +20,12 @@ USER_COLUMNS = (
     "registration_date,created_at,updated_at"
 )
 RECORD_COLUMNS = (
-    "request_id,client_request_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
+    "request_id,client_request_id,user_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
     "cached_tokens,reasoning_tokens,hold_nanos,upstream_cost_nanos,cost_nanos,overrun_nanos,status,settlement_source,finish_reason,"
     "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at,end_user,byok,cache_hit,balance_after_nanos"
 )
-TRANSACTION_COLUMNS = "id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,reason,created_at"
+TRANSACTION_COLUMNS = "id,user_id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,actor,reason,created_at"
+CLOCKS_APART = datetime.timedelta(days=1)
 
 
 # The database itself.
@@ -123,18 +126,53 @@ async def assign_plan(client: AsyncClient, order: Mapping[str, Any]) -> Row:
 # Books.
 
 
-async def list_usage_records(client: AsyncClient, user_id: int, *, before: tuple[str, str] | None, limit: int) -> list[Row]:
+Range = tuple[datetime.datetime | None, datetime.datetime | None]
+
+
+async def list_usage_records(
+    client: AsyncClient, user_id: int, *, within: Range = (None, None), before: tuple[str, str] | None, limit: int
+) -> list[Row]:
     """A user's records, newest first; `before` is the (created_at, request_id) of the last row seen."""
-    query = client.table("usage_records").select(RECORD_COLUMNS).eq("user_id", user_id)
+    query = _within(client.table("usage_records").select(RECORD_COLUMNS).eq("user_id", user_id), within)
     if before is not None:
         moment, request_id = before
+        # The first condition is implied by the second, and is the one that an index is used for.
+        query = query.lte("created_at", moment)
         query = query.or_(f'created_at.lt."{moment}",and(created_at.eq."{moment}",request_id.lt.{request_id})')
     return list(await execute(query.order("created_at", desc=True).order("request_id", desc=True).limit(limit)))
 
 
-async def list_transactions(client: AsyncClient, user_id: int, *, before: int | None, limit: int) -> list[Row]:
-    """A user's credit transactions, newest first; `before` is the id of the last row seen."""
-    query = client.table("credit_transactions").select(TRANSACTION_COLUMNS).eq("user_id", user_id)
+async def list_all_usage_records(client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int) -> list[Row]:
+    """Everybody's records, newest first, in the order of their ids, which are times (UUIDv7)."""
+    query = _within(client.table("usage_records").select(RECORD_COLUMNS), within)
+    start, end = within
+    if start is not None:
+        query = query.gte("request_id", _first_id(start - CLOCKS_APART))
+    if end is not None:
+        query = query.lt("request_id", _first_id(end + CLOCKS_APART))
+    if before is not None:
+        query = query.lt("request_id", before[1])
+    return list(await execute(query.order("request_id", desc=True).limit(limit)))
+
+
+def _within(query: Any, within: Range) -> Any:
+    start, end = within
+    query = query if start is None else query.gte("created_at", start.isoformat())
+    return query if end is None else query.lt("created_at", end.isoformat())
+
+
+def _first_id(moment: datetime.datetime) -> str:
+    """The smallest UUIDv7 of a moment: ids are made by instances, times by the database, and their clocks may differ."""
+    return str(UUID(int=max(0, int(moment.timestamp() * 1000)) << 80))
+
+
+async def list_transactions(
+    client: AsyncClient, user_id: int | None, *, within: Range = (None, None), before: int | None, limit: int
+) -> list[Row]:
+    """Credit transactions, a user's or everybody's, newest first; `before` is the id of the last row seen."""
+    query = _within(client.table("credit_transactions").select(TRANSACTION_COLUMNS), within)
+    if user_id is not None:
+        query = query.eq("user_id", user_id)
     if before is not None:
         query = query.lt("id", before)
     return list(await execute(query.order("id", desc=True).limit(limit)))

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from endpoints import is_anthropic, refusal_of
 from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, NotOffered
 from money import plain, plain_credits
+from sentences import explain
 
 log = structlog.get_logger("errors")
 
@@ -89,13 +90,11 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(where) or None
     if first["type"] == "json_invalid":
         refusal = BadRequest("The request body is not valid JSON.", code="invalid_json")
     else:
-        what = str(first["msg"]).removeprefix("Value error, ")
-        refusal = BadRequest(f"`{param}`: {what}" if param else f"The request body: {what}", param=param)
+        message, param = explain(first)
+        refusal = BadRequest(message, param=param)
     return error_reply(refusal, _request_id(request), request.url.path)
 
 

@@ -36,6 +36,7 @@ SWEEP_ROUNDS = 30
 SHUTDOWN_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 15.0
 KEEP_SECONDS = 2.0
+COUNT_SECONDS = 10.0
 
 
 class Runtime:
@@ -53,6 +54,7 @@ class Runtime:
         self.admin_key = _admin_key(settings, secrets)
         self.exchanges: set[asyncio.Task[Any]] = set()
         self.keep_alive_seconds = KEEP_ALIVE_SECONDS
+        self._user_count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))
@@ -104,6 +106,18 @@ class Runtime:
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user, checked by the database."""
         return await self.admission.verify(credential, request_id=request_id, verb=verb, resource=resource)
+
+    async def note_wrong_secret(self, attempt: dict[str, Any]) -> dict[str, Any]:
+        """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too many."""
+        return await db_security.note_wrong_secret(self.client, attempt)
+
+    async def count_users(self) -> int:
+        """How many accounts there are, at most ten seconds ago: a health check must not count a large table each time."""
+        async with self._counting:
+            if time.monotonic() - self._counted_at >= COUNT_SECONDS:
+                self._user_count = await db.count_users(self.client)
+                self._counted_at = time.monotonic()
+        return self._user_count
 
     def pseudonym(self, user_id: int, text: str) -> str:
         """A stable name for what belongs to one tenant, which says nothing about it to the upstream."""

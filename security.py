@@ -23,7 +23,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 
 from config import Network, decode_secret
-from errors import BadRequest, GatewayError, InvalidKey, MissingScope
+from errors import BadRequest, GatewayError, InvalidKey, MissingScope, RateLimited
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -34,6 +34,8 @@ ENVIRONMENTS = {prefix: environment for environment, prefix in PREFIXES.items()}
 SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
+WRONG_SECRETS_PER_MINUTE = 10
+ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 
@@ -78,6 +80,11 @@ class Keyring:
     def hashes(self, key: str) -> list[str]:
         """Hex HMAC-SHA256 of the whole key, one per secret, the current first."""
         return [hmac.digest(secret, key.encode(), "sha256").hex() for secret in self._secrets]
+
+    def email_hashes(self, email: str) -> list[str]:
+        """What an email address is remembered by without being kept: hex HMACs, one per secret, the current first."""
+        message = b"signup email\0" + email.casefold().encode()
+        return [hmac.new(secret, message, hashlib.sha256).hexdigest() for secret in self._secrets]
 
     def pseudonym(self, text: str) -> str:
         """A name for `text` that nobody without our secret can make or recognise."""
@@ -321,6 +328,8 @@ async def verified(request: Request, verb: str, resource: str) -> Caller:
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
     found = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
+    # Whatever is answered from here on says what is left of the limits (middleware).
+    request.state.limits = found["limits"]
     if found["outdated"] and (verb == "admin" or (verb == "write" and resource in ("keys", "account"))):
         raise MissingScope("This secret was replaced and is only in its grace period: use the new one for keys and the account.")
     return Caller(
@@ -354,20 +363,41 @@ async def optional_admin(request: Request) -> Admin | None:
 
 
 async def require_admin(request: Request) -> Admin:
-    """Raises InvalidKey without a valid key, MissingScope for a user's."""
+    """Raises InvalidKey without a valid key, MissingScope for a user's, RateLimited after ten wrong keys a minute from one address."""
     runtime: Runtime = await request.app.state.runtime.ready()
     key = presented_key(request.headers)
     address = address_of(request, runtime)
     agent = printable_header(request.headers.get("user-agent"), 512)
     if hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
         return Admin("admin", address, agent, request.state.request_id)
-    if key_environment(key) is None and not runtime.settings.legacy_keys:
-        raise InvalidKey("Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`.")
     try:
         caller = await verified(request, "admin", "*")
     except MissingScope as refusal:
-        raise MissingScope("Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`.") from refusal
+        raise MissingScope(ADMINS_ONLY) from refusal
+    except InvalidKey as refusal:
+        await refuse_guesses(request, runtime, "INVALID_ADMIN_KEY")
+        raise (InvalidKey(ADMINS_ONLY) if key_environment(key) is None else refusal) from refusal
     return Admin(caller.actor, address, agent, caller.request_id)
+
+
+async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> None:
+    """Audits a wrong secret. Raises RateLimited for an address that has presented too many.
+
+    Only ever called for a wrong one: a right one works whatever others have tried, so nobody can lock the operator out.
+    """
+    address = address_of(request, runtime)
+    found = await runtime.note_wrong_secret(
+        {
+            "action": action,
+            "address": address,
+            "address_subject": address_subject(address),
+            "user_agent": printable_header(request.headers.get("user-agent"), 512),
+            "request_id": request.state.request_id,
+            "limit": WRONG_SECRETS_PER_MINUTE,
+        }
+    )
+    if found["outcome"] == "limited":
+        raise RateLimited("Too many wrong keys came from here.", code="too_many_wrong_keys", retry_after=found["retry_after"])
 
 
 AdminOnly = Annotated[Admin, Depends(require_admin)]

@@ -24,6 +24,7 @@ from errors import (
     InsufficientCredits,
 )
 from ids import new_request_id
+from prices import Rates
 from runtime import Runtime
 from security import Credential
 from settlements import settlement
@@ -80,7 +81,9 @@ class Caller:
 
 
 def bound_of(fixed: str, output: str, least: int = 100, most: int = 100) -> Bound:
-    return Bound(("m",), Decimal(fixed), Decimal(output), least, most, 10, {})
+    nothing = Decimal(0)
+    rates = Rates(*[nothing] * 8, None, None, None)
+    return Bound(("m",), Decimal(fixed), Decimal(output), least, most, 10, {}, {}, False, rates, 1, 1)
 
 
 async def caller_of(gateway: Gateway, credits: float | str = 1) -> Caller:

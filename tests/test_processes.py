@@ -123,3 +123,26 @@ async def test_a_revoked_key_is_dead_on_every_worker_with_the_next_request(super
         await owner.execute("update public.api_keys_new set is_active = false where user_id = $1", user.id)
     assert {answer.status_code for answer in await asyncio.gather(*(user.chat() for _ in range(20)))} == {401}
     assert upstream.inferences == 20
+
+
+async def test_two_workers_enforce_one_limit_exactly(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+    gateway, _ = supervisor
+    user = await gateway.register(credits=1)
+    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 17}})
+    answers = await asyncio.gather(*(user.chat() for _ in range(60)))
+    assert Counter(answer.status_code for answer in answers) == {200: 17, 429: 43}
+    assert upstream.inferences == 17
+    assert all(0 < int(answer.headers["retry-after"]) <= 70 for answer in answers if answer.status_code == 429)
+
+
+async def test_a_key_that_is_deleted_through_one_worker_is_dead_on_both(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+    gateway, _ = supervisor
+    user = await gateway.register(credits=1)
+    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})).json()
+    second = User(gateway, user.id, made["api_key"])
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(10)))} == {200}
+    order = {"confirmation": "DELETE_KEY"}
+    gone = await gateway.http.request("DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=order)
+    assert gone.status_code == 200
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(20)))} == {401}
+    assert upstream.inferences == 10

@@ -77,7 +77,7 @@ INNER = {
     "hold_json", "is_sound_record", "is_sound_user", "keep_in_cache", "limits_json", "models_allowed", "move_legacy_key",
     "note_budget_level", "raise_one", "record_admission", "recount_user", "refusal", "refuse_for_limits", "refuse_for_money",
     "refuse_identity", "refuse_until", "release_counters", "release_end_user", "repeat_admission", "retry_after_seconds",
-    "ring_frees_at", "scope_allows", "settle_one", "settlement_answer", "settlement_users",
+    "ring_frees_at", "scope_allows", "settle_one", "settlement_answer", "settlement_users", "verified_limits",
 }  # fmt: skip
 
 
