@@ -6,7 +6,7 @@ from dialects import Dialect, Said
 from ending import Ending
 from errors import UpstreamError
 from events import BOM
-from openrouter import error_of, error_status, sanitised_error
+from upstream_errors import error_of, error_status, sanitised_error
 from usage import parse_json, read_generation_id
 
 

@@ -25,13 +25,14 @@ from ending import Client, Ending, Proxied
 from errors import GatewayError, ProviderKeyRefused, UpstreamError, UpstreamTimeout
 from events import with_field
 from keeping import EVENTS, MISS, Keeping, give_again, keep, read_keeping
-from openrouter import Answer, Unreachable, Upstream, error_of, is_price_change, sanitised_error, stops_on_abort
+from openrouter import Answer, Unreachable, Upstream, stops_on_abort
 from outgoing import Request, end_user_of, read_request, write_request
 from refusals import limit_headers
 from relay import EventTooLarge, Stream
 from replies import charge_headers, gateway_usage
 from repricing import is_own_limit, reprice
 from settlements import settlement, with_generation
+from upstream_errors import error_of, is_price_change, sanitised_error
 from usage import Usage, read_generation_id, read_text
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from dialects import CHAT, MESSAGES, RESPONSES, Dialect, Said, read_message_usag
 from ending import Ending
 from errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from events import with_charge
-from openrouter import sanitised_error
 from relay import Stream
+from upstream_errors import sanitised_error
 
 CHARGE = b'{"cost":0.5}'
 
