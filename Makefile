@@ -1,6 +1,6 @@
 # `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format migrate schema fuzz bench vercel-check sandbox lock clean
+.PHONY: help run test check format migrate schema fuzz bill clients bench vercel-check sandbox lock clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -19,7 +19,7 @@ check: .venv/dev.done ## format, lint, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	@root=$$PWD; for part in tests tests/embedded tests/sandbox tests/sql; do \
+	@root=$$PWD; for part in tests tests/embedded tests/sandbox tests/sql tests/clients; do \
 	  (cd $$part && MYPYPATH=$$root:$$root/tests:$$root/tests/sql:$$root/$$part $$root/.venv/bin/mypy --config-file $$root/pyproject.toml --cache-dir $$root/.mypy_cache/$$part *.py) || exit 1; done
 
 format: .venv/dev.done ## put the code into its form
@@ -41,6 +41,12 @@ schema: ## write supabase/schema.sql, the readable whole, out of the migrations
 fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
 	$(PY) tests/fuzz.py $(ARGS)
 
+bill: .venv/dev.done ## compare 2,000 random requests' charges with the upstream's bill (ARGS="requests seed")
+	PYTHONPATH=. $(PY) tests/bill.py $(ARGS)
+
+clients: .venv/local.done .venv-clients/done tests/clients/node/node_modules/.done ## test other people's clients (Node 20+ too; ARGS="langchain openai-node" for some)
+	@$(PY) tests/clients/run.py $(ARGS)
+
 bench: .venv/dev.done ## measure the gateway beside nginx and the direct upstream (needs wrk and nginx)
 	$(PY) -m benchmarks
 
@@ -51,9 +57,10 @@ lock: .venv/dev.done ## lock the dependencies anew; ARGS="--upgrade" for newer o
 	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 requirements.in -o requirements.txt $(ARGS)
 	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 --universal -c requirements.txt requirements-local.in -o requirements-local.txt $(ARGS)
 	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 --universal -c requirements-local.txt requirements-dev.in -o requirements-dev.txt $(ARGS)
+	.venv/bin/uv pip compile -q --generate-hashes --no-header --python-version 3.11 --universal requirements-clients.in -o requirements-clients.txt $(ARGS)
 
 clean: ## remove what make made; the data folder stays
-	rm -rf .venv build .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients tests/clients/node/node_modules build .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
@@ -69,3 +76,15 @@ clean: ## remove what make made; the data folder stays
 	@echo "Installing the gateway and its tools (once, about a minute)"
 	@$(PIP) requirements-dev.txt
 	@touch $@ .venv/local.done
+
+.venv-clients/done: requirements-clients.txt | .venv/bin/python
+	@echo "Installing other people's clients for Python (once, about a minute)"
+	@test -x .venv-clients/bin/python || $(PY) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-clients.txt
+	@touch $@
+
+tests/clients/node/node_modules/.done: tests/clients/node/package-lock.json | .venv/bin/python
+	@$(PY) tests/clients/run.py --check-node
+	@echo "Installing other people's clients for Node (once, some seconds)"
+	@cd tests/clients/node && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@

@@ -1,63 +1,38 @@
 """May this request go out, and on which hold? Asks the database, and turns its refusals into errors.
 
-Nothing is decided here: the answer comes from one SQL call that other requests share.
+Nothing is decided here: the answer comes from one SQL call that other requests share. It may be the answer of an earlier request:
+that of the same Idempotency-Key, or of the response cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
-import structlog
-
+from answers import Place, StoredAnswer, open_answer
 from batching import Queue
 from bounds import Bound
-from errors import (
-    AccountSuspended,
-    BudgetExceeded,
-    ConcurrencyExceeded,
-    ContextLengthExceeded,
-    DomainNotAllowed,
-    GatewayError,
-    InsufficientCredits,
-    InvalidKey,
-    IpNotAllowed,
-    KeyExhausted,
-    Misconfigured,
-    MissingScope,
-    ModelNotAllowed,
-    PlanLimitExceeded,
-    RateLimited,
-    TrialExpired,
-)
-from money import credits_from_nanos, plain
-from security import Credential
-
-log = structlog.get_logger("admission")
+from errors import BadRequest
+from ids import new_request_id
+from money import plain
+from refusals import refusal_error
+from security import Credential, Vault
 
 Answer = Mapping[str, Any]
 
-IDENTITY: dict[str, type[GatewayError]] = {
-    "IP_NOT_ALLOWED": IpNotAllowed,
-    "DOMAIN_NOT_ALLOWED": DomainNotAllowed,
-    "SCOPE_NOT_ALLOWED": MissingScope,
-    "MODEL_NOT_ALLOWED": ModelNotAllowed,
-    "ACCOUNT_SUSPENDED": AccountSuspended,
-    "REQUEST_LIMIT_EXCEEDED": KeyExhausted,
-    "trial_expired": TrialExpired,
-}
-KEY_TROUBLE = {
-    "INVALID_KEY": "This API key does not exist.",
-    "INACTIVE_KEY": "This API key has been revoked.",
-    "EXPIRED_KEY": "This API key has expired.",
-}
+MAX_END_USER_LENGTH = 256
+MAX_CACHING_KEYS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """An admitted request: its record is pending, and this much is held for it."""
+    """An admitted request: its record is pending, and this much is held for it.
+
+    `byok`: it goes out under the user's own upstream key, `provider_key` (encrypted), and holds and costs nothing. `cache`: where its
+    answer is to be cached, as a settlement item takes it.
+    """
 
     request_id: str
     user_id: int
@@ -67,11 +42,44 @@ class Hold:
     hold_nanos: int
     balance_nanos: int
     limits: Mapping[str, Any]
+    byok: bool = False
+    provider_key: str | None = None
+    cache: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """An answer that was given before. Nothing is held, nothing may be sent, and there is nothing to settle.
+
+    `request_id` is whose charge is told: of a replay the first request's, of a cached answer this one's own, which cost nothing.
+    """
+
+    source: Literal["idempotency", "cache"]
+    request_id: str
+    original_request_id: str
+    user_id: int
+    key_id: int
+    environment: str
+    answer: StoredAnswer
+    tokens: int
+    age_seconds: int
+    cost_nanos: int
+    balance_nanos: int
+    limits: Mapping[str, Any]
+
+    @property
+    def charge(self) -> Mapping[str, int]:
+        """What a settlement's answer says of it: cost_nanos and balance_nanos."""
+        return {"cost_nanos": self.cost_nanos, "balance_nanos": self.balance_nanos}
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What one request asks of admission, besides who is asking."""
+    """What one request asks of admission, besides who is asking.
+
+    `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt. `cache`: of a request that asks for
+    the cache; of one that says nothing, `default_cache` gives the place where its key uses it by default. Neither: it takes no part.
+    """
 
     request_id: str
     client_request_id: str | None
@@ -79,6 +87,15 @@ class Order:
     resource: str
     streamed: bool
     bound: Bound
+    end_user: str | None = None
+    price_basis: Mapping[str, Any] | None = None
+    idempotency: Place | None = None
+    cache: Place | None = None
+    default_cache: Callable[[], Place] | None = None
+
+    def __post_init__(self) -> None:
+        if self.end_user is not None and not (0 < len(self.end_user) <= MAX_END_USER_LENGTH and self.end_user.isprintable()):
+            raise BadRequest(f"An end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param="user")
 
 
 class Admission:
@@ -91,12 +108,19 @@ class Admission:
         mode: str,
         markup: Decimal,
         hold_ttl_seconds: int,
+        vault: Vault,
+        raise_holds: Callable[[Sequence[dict[str, Any]]], Awaitable[list[dict[str, Any]]]],
         abandoned: Callable[[str], None],
         resolve_expired: Callable[[Sequence[Answer]], Awaitable[None]],
     ) -> None:
         self._queue = Queue(send, abandoned=lambda item, answer: _hand_over(abandoned, item, answer))
-        self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False}
+        self._raises = Queue(raise_holds)
+        self._vault = vault
+        self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False, "byok": True}
         self._resolve_expired = resolve_expired
+        # Keys (their first hash) seen to use the cache by default. No more than a hint: of others no place is worked out before
+        # admission, which would cost every request the reading of its body, so their first request here is never a hit.
+        self._caching: set[str] = set()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
@@ -106,31 +130,62 @@ class Admission:
             raise refusal_error(answer, resource)
         return answer
 
-    async def admit(self, credential: Credential, order: Order) -> Hold:
-        """The hold. Raises the refusal, or DatabaseUnavailable; then nothing was held and nothing may be sent.
+    async def admit(self, credential: Credential, order: Order) -> Hold | StoredReply:
+        """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then nothing was held and nothing may
+        be sent.
 
         Where holds of crashed requests stand in the way, they are resolved and the question is asked once more.
         """
-        item = {**self._common, **credential.item(), **_order_item(order)}
-        answer = await self._queue.submit(item, group=credential.hashes[0])
-        if answer.get("expired"):
-            await self._resolve_expired(answer["expired"])
-            answer = await self._queue.submit(item, group=credential.hashes[0])
+        by_default = order.default_cache if order.cache is None else None
+        cache = by_default() if by_default is not None and credential.hashes[0] in self._caching else order.cache
+        item = {**self._common, **credential.item(), **_order_item(order, cache)}
+        answer = await self._ask(item, credential)
+        if answer["outcome"] in ("cached", "replayed"):
+            stored = await open_answer(answer["answer"], self._vault)
+            if stored is not None:
+                return _stored_reply(answer, stored)
+            if answer["outcome"] == "replayed":
+                raise refusal_error({**answer, "outcome": "idempotency_not_kept"}, order.resource)
+            # What cannot be read is not there. This request's own id is on the record of the hit.
+            again = {"request_id": new_request_id(), "idempotency": None, "cache": {**item["cache"], "clear": True}}
+            answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
             raise refusal_error(answer, order.resource, explicit=order.bound.min_output == order.bound.max_output)
-        return Hold(
-            request_id=order.request_id,
-            user_id=answer["user_id"],
-            key_id=answer["key_id"],
-            environment=answer["environment"],
-            granted_output=answer["granted_output"],
-            hold_nanos=answer["hold_nanos"],
-            balance_nanos=answer["balance_nanos"],
-            limits=answer["limits"],
+        if by_default is not None:
+            cache = self._default_cache(credential, answer, cache, by_default)
+        return _hold(answer, cache)
+
+    async def raise_hold(self, hold: Hold, bound: Bound, *, price_basis: Mapping[str, Any] | None = None) -> Hold:
+        """The hold for a running request that goes out again under another bound; it never falls. Raises what `admit` raises for money, and
+        then the hold stands as it was."""
+        item = {"request_id": hold.request_id, **_bound_item(bound), "price_basis": price_basis}
+        answer = await self._raises.submit(item, group=hold.user_id)
+        if answer["outcome"] != "raised":
+            raise refusal_error(answer, "", explicit=bound.min_output == bound.max_output)
+        return replace(
+            hold, granted_output=answer["granted_output"], hold_nanos=answer["hold_nanos"], balance_nanos=answer["balance_nanos"]
         )
 
     async def drain(self) -> None:
         await self._queue.drain()
+        await self._raises.drain()
+
+    def _default_cache(self, credential: Credential, answer: Answer, known: Place | None, place: Callable[[], Place]) -> Place | None:
+        """Where this answer is to be cached, and what the next request of this key should know."""
+        if answer.get("cache_ttl") is None:
+            self._caching.discard(credential.hashes[0])
+            return None
+        if len(self._caching) >= MAX_CACHING_KEYS:
+            self._caching.clear()
+        self._caching.add(credential.hashes[0])
+        return known or place()
+
+    async def _ask(self, item: dict[str, Any], credential: Credential) -> Answer:
+        answer = await self._queue.submit(item, group=credential.hashes[0])
+        if answer.get("expired"):
+            await self._resolve_expired(answer["expired"])
+            answer = await self._queue.submit(item, group=credential.hashes[0])
+        return answer
 
 
 def _hand_over(abandoned: Callable[[str], None], item: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -138,9 +193,53 @@ def _hand_over(abandoned: Callable[[str], None], item: dict[str, Any], answer: d
         abandoned(item["request_id"])
 
 
-def _order_item(order: Order) -> dict[str, Any]:
-    bound = order.bound
+def _hold(answer: Answer, cache: Place | None) -> Hold:
+    ttl = answer.get("cache_ttl")
+    return Hold(
+        request_id=answer["request_id"],
+        user_id=answer["user_id"],
+        key_id=answer["key_id"],
+        environment=answer["environment"],
+        granted_output=answer["granted_output"],
+        hold_nanos=answer["hold_nanos"],
+        balance_nanos=answer["balance_nanos"],
+        limits=answer["limits"],
+        byok=answer.get("byok", False),
+        provider_key=answer.get("provider_key"),
+        cache=None if cache is None or ttl is None else replace(cache, ttl_seconds=ttl, clear=False).item(),
+    )
+
+
+def _stored_reply(answer: Answer, stored: StoredAnswer) -> StoredReply:
+    cached = answer["outcome"] == "cached"
+    return StoredReply(
+        source="cache" if cached else "idempotency",
+        request_id=answer["request_id"] if cached else answer["original_request_id"],
+        original_request_id=answer["original_request_id"],
+        user_id=answer["user_id"],
+        key_id=answer["key_id"],
+        environment=answer["environment"],
+        answer=stored,
+        tokens=0 if cached else stored.tokens,
+        age_seconds=answer["age"],
+        cost_nanos=answer["cost_nanos"],
+        balance_nanos=answer["balance_after_nanos"],
+        limits=answer.get("limits", {}),
+    )
+
+
+def _bound_item(bound: Bound) -> dict[str, Any]:
     return {
+        "fixed_nanos": format(bound.fixed_nanos, "f"),
+        "output_nanos": format(bound.output_nanos, "f"),
+        "min_output": bound.min_output,
+        "max_output": bound.max_output,
+    }
+
+
+def _order_item(order: Order, cache: Place | None) -> dict[str, Any]:
+    bound = order.bound
+    item = {
         "request_id": order.request_id,
         "client_request_id": order.client_request_id,
         "verb": "write",
@@ -150,92 +249,14 @@ def _order_item(order: Order) -> dict[str, Any]:
         "streamed": order.streamed,
         "models": bound.models,
         "prompt_estimate": bound.prompt_estimate,
-        "fixed_nanos": format(bound.fixed_nanos, "f"),
-        "output_nanos": format(bound.output_nanos, "f"),
-        "min_output": bound.min_output,
-        "max_output": bound.max_output,
+        **_bound_item(bound),
     }
-
-
-# What a refusal says to the client.
-
-
-def refusal_error(answer: Answer, resource: str, *, explicit: bool = False) -> GatewayError:
-    """The error that a refusal of the database means. `explicit`: the client had set the output limit itself."""
-    outcome = answer["outcome"]
-    if outcome in KEY_TROUBLE:
-        return InvalidKey(KEY_TROUBLE[outcome])
-    if outcome == "SCOPE_NOT_ALLOWED":
-        return MissingScope(f"This API key's scopes do not allow `{resource}`.", scope=resource)
-    if outcome in IDENTITY:
-        return IDENTITY[outcome]()
-    if outcome in ("rate_limit", "plan_limit", "concurrency"):
-        return _limit_error(answer)
-    if outcome in ("credits", "budget"):
-        return _money_error(answer, explicit=explicit)
-    if outcome == "wrong_mode":
-        return Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
-    log.error("admission_failed", outcome=outcome, sqlstate=answer.get("sqlstate"), reason=answer.get("message"))
-    return GatewayError()
-
-
-def _limit_error(answer: Answer) -> GatewayError:
-    window, unit, limit = answer["window"], answer["unit"], answer["limit"]
-    headers = limit_headers(answer["limits"])
-    if window == "concurrency":
-        kind: type[RateLimited] = ConcurrencyExceeded
-        message = f"{limit} requests are running already, and more are not allowed at a time."
-    else:
-        kind = PlanLimitExceeded if answer["outcome"] == "plan_limit" else RateLimited
-        message = f"The limit of {limit} {unit} per {window.removeprefix('plan ')} is reached."
-        if kind is PlanLimitExceeded:
-            message = message.replace("The limit", "Your plan's limit")
-    if answer["never"] and unit == "tokens" and limit:
-        return ContextLengthExceeded(
-            f"This request is estimated at {answer['need']} tokens, above your limit of {limit} tokens per {window.removeprefix('plan ')}: "
-            "no waiting will let it through. Shorten it or ask for a higher limit.",
-            param="messages",
-            code="token_limit_exceeded",
-        )
-    if answer["never"]:
-        return kind(f"The limit is {limit} {unit or 'requests'}: nothing is allowed.", headers={**headers, "x-should-retry": "false"})
-    return kind(message, retry_after=answer["retry_after"], headers=headers, window=window, unit=unit, limit=limit)
-
-
-def _money_error(answer: Answer, *, explicit: bool) -> GatewayError:
-    needed, available = (credits_from_nanos(answer[name]) for name in ("needed_nanos", "available_nanos"))
-    affordable = answer["affordable_output"]
-    what = "The budget of this API key leaves" if answer["outcome"] == "budget" else "Your account has"
-    message = f"This request may cost up to {plain(needed)} credits. {what} {plain(available)} available"
-    if answer["held_nanos"] and answer["outcome"] == "credits":
-        message += f" ({plain(credits_from_nanos(answer['held_nanos']))} more are held for running requests)"
-    message += "."
-    if explicit and affordable > 0:
-        message += f" With `max_tokens` of at most {affordable} it would be let through."
-    kind = BudgetExceeded if answer["outcome"] == "budget" else InsufficientCredits
-    return kind(
-        message,
-        param="max_tokens" if explicit and affordable > 0 else None,
-        needed=needed,
-        available=available,
-        affordable_max_tokens=affordable,
-    )
-
-
-def limit_headers(limits: Mapping[str, Any]) -> dict[str, str]:
-    """The tightest limits in OpenAI's headers and in those of the IETF draft (draft-ietf-httpapi-ratelimit-headers)."""
-    found: dict[str, str] = {}
-    states, policies = [], []
-    for unit, name in (("requests", "request"), ("tokens", "token")):
-        limit, left, reset = (limits.get(f"{name}_{part}") for part in ("limit", "left", "reset"))
-        if limit is None or left is None:
-            continue
-        found[f"x-ratelimit-limit-{unit}"] = str(limit)
-        found[f"x-ratelimit-remaining-{unit}"] = str(max(0, left))
-        found[f"x-ratelimit-reset-{unit}"] = f"{reset}s"
-        states.append(f'"{unit}";r={max(0, left)};t={reset}')
-        policies.append(f'"{unit}";q={limit}')
-    if states:
-        found["RateLimit"] = ", ".join(states)
-        found["RateLimit-Policy"] = ", ".join(policies)
-    return found
+    if order.end_user is not None:
+        item["end_user"] = order.end_user
+    if order.price_basis is not None:
+        item["price_basis"] = order.price_basis
+    if order.idempotency is not None:
+        item["idempotency"] = order.idempotency.item()
+    if cache is not None:
+        item["cache"] = cache.item()
+    return item

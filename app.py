@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -34,6 +35,7 @@ EXPOSED_HEADERS = [
     "RateLimit",
     "RateLimit-Policy",
     "Retry-After",
+    "Content-Disposition",
 ]
 
 
@@ -69,7 +71,7 @@ def create_app(configuration: Configuration) -> FastAPI:
     proxy.add_proxy_routes(app)
     document_proxy(app)
     add_documentation_page(app)
-    app.add_middleware(
+    cors = partial(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_credentials="*" not in settings.cors_origins,
@@ -77,8 +79,9 @@ def create_app(configuration: Configuration) -> FastAPI:
         allow_headers=["*"],
         expose_headers=EXPOSED_HEADERS,
     )
+    app.add_middleware(cors)
     app.add_middleware(proxy.Shortcut)
-    app.add_middleware(RequestLog, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLog, max_body_bytes=settings.max_body_bytes, cors=cors)
     return app
 
 

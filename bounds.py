@@ -7,34 +7,48 @@ It must never be too low, never raise anything but a GatewayError whatever the b
   most 3 (4). So the size of the body bounds all text in it unread; names, quotes and braces come on top and pay for
   what a chat template adds, and a key given twice only makes it longer. This holds for UTF-8 bodies after
   decompression, and the JSON parser takes no others. What the provider's side adds for tools and schemas is an
-  allowance, and so is an image, instead of its data URL.
-- At most the context length for each input, and exactly that when searches, files or audio add what we do not see (an
-  hour of silence takes few bytes, and many tokens).
-- Prices: the dearest of all models that the body can reach, component by component. `provider.max_price` keeps dearer
-  providers out; what it cannot keep out (priority tiers, native search, presets, routers) is refused.
+  allowance, and so is an image, instead of its data URL. Encrypted reasoning counts as text, as long as what it hides.
+- At most the context length for each input, and exactly that when searches, files, audio or the results of tools add
+  what we do not see (an hour of silence takes few bytes, and many tokens).
+- Prices: the dearest of all models that the body can reach, component by component, cache writes of an hour included.
+  `provider.max_price` keeps dearer providers out; what it cannot keep out (priority tiers, native search, presets,
+  routers) is refused. The router that picks one model is held at the client's own caps, times the most by which the
+  bill of any listed model exceeds what a cap is compared with, and kept off models beyond that.
+- Output: the limit that goes out, in the endpoint's own field (`max_output_tokens` of /responses, `max_tokens` of
+  /messages), in every choice. Reasoning is part of it; a thinking budget that is not is refused. An image may come out
+  whole though the limit ends in its midst: one for each choice comes on top.
+- A tool that the upstream runs calls the model again, each time with up to the whole context, its fee and the whole
+  output limit. The loop ends after the steps that we send, or the client's `max_cost`, and then once more (`turns`).
+- What is not in the body (stored conversations and prompts, items by reference) or runs on after it (background,
+  compaction) is refused, and so is every kind of item, block, part and tool that is not known here.
+- /rerank: search units from the number of documents and the size of the body, each at the fee for a request; where
+  tokens have a price, the query once more for every piece of a document.
+- /images: `n` times the prompt, the fees and the model's longest output, but no less than an image of that size.
+- /audio/speech: a byte is at least a token or a character. /audio/transcriptions: the context length, or a day's
+  seconds, since the list does not say which of them a price is for, at the dearer of prompt and audio.
+  These take no output limit, and by their documentation no price caps either: their prices are those of the list. One
+  that the list does not name is never taken for zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import reduce
 from typing import Any
 
-from bodies import UNBOUNDED_FIELDS, Ask, list_of, read_body, wrong
+from asks import CHAT_LIMITS, Ask, list_of, wrong
+from bodies import UNBOUNDED_FIELDS, read_body
 from catalog import MAX_TOKENS, Model, ModelIndex
-from errors import BadRequest, Forbidden, ModelNotFound, UnboundedCost
-from money import EXACT
-from prices import ZERO, Price, Rates, dearest, max_price, search_nanos
+from errors import BadRequest, UnboundedCost
+from money import EXACT, plain
+from prices import ZERO, Rates, caps_of, dearest, max_price
+from reach import Reached, reach
 
 MAX_MODELS = 16
 MAX_MODEL_LENGTH = 256
-SELF_SEARCHES = 5  # what a model that searches by itself is held for: nothing documents its maximum
 MIN_OUTPUT_TOKENS = 16  # some providers take no smaller limit
-
-# The most that is documented for one image: gpt-4o-mini, 2,833 + 8 tiles of 5,667.
-IMAGE_TOKENS = 48_169
 MEDIUM_ESTIMATE = 1_000  # a usual medium, for rate limits
 
 
@@ -62,44 +76,66 @@ class Bound:
     max_output: int
     prompt_estimate: int  # tokens, for rate limits; not a bound
     patch: Mapping[str, Any]  # body fields to replace, whatever is granted
+    max_price: Mapping[str, str]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
+    own_limit_excludes: bool  # the client's own price caps keep some endpoint out: a refusal for them is its doing
+    listed: Rates  # the dearest of all models, for quotes
+    requests: int  # how often the fee for a request falls due
+    choices: int  # in which output may come; 0: there is none
     limits: tuple[tuple[str, int | None], ...] = ()  # output limit fields to send, with the client's own number
+
+    @property
+    def price_basis(self) -> dict[str, Any]:
+        """What the hold was computed from, for a receipt: decimals as plain text."""
+        fixed, output = plain(self.fixed_nanos), plain(self.output_nanos)
+        return {"fixed_nanos": fixed, "output_nanos": output, "max_price": dict(self.max_price)}
 
     def apply(self, granted_output: int) -> dict[str, Any]:
         """The top-level fields to set in the body, so that the upstream keeps to what was granted."""
         caps = {name: granted_output if own is None else min(own, granted_output) for name, own in self.limits}
         return {**self.patch, **caps}
 
-
-@dataclass(frozen=True, slots=True)
-class _Reached:
-    """A model that the body can reach, and the dearest that it can charge for this body."""
-
-    model: Model
-    rates: Rates
-    prompt_tokens: int
-    search_nanos: Decimal
+    def typical_nanos(self, output_tokens: int) -> Decimal:
+        """Roughly what it costs with so much output, for a quote: listed prices, no cache, no media, no searches, one turn."""
+        prompt = EXACT.multiply(self.listed.prompt, Decimal(self.prompt_estimate))
+        output = EXACT.multiply(self.listed.completion, Decimal(self.choices * output_tokens))
+        return EXACT.add(EXACT.add(prompt, output), EXACT.multiply(self.listed.request, Decimal(self.requests)))
 
 
 def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models: ModelIndex, policy: BoundPolicy) -> Bound:
-    """The bound of a parsed body of `raw_size` bytes, for "chat/completions", "completions" or "embeddings".
+    """The bound of a parsed body of `raw_size` bytes.
 
+    Endpoints: "chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "images",
+    "audio/speech" and "audio/transcriptions". For a form, the body is its text fields and `raw_size` the whole form's.
     Raises BadRequest (a field that we bill or route on is wrong), UnboundedCost, ModelNotFound, or Forbidden (a model
     without a price while free models are off). Each names its `param`.
     """
     names = _model_names(body)
-    ask = read_body(endpoint, body, {suffix for name in names for suffix in name.split(":")[1:]})
-    reached = [_reach(name, ask, raw_size, models, policy) for name in names]
-    rates = reduce(dearest, (each.rates for each in reached))
-    low, high, limits = _output_limits([each.model for each in reached], ask, policy)
-    caps = max_price(rates, ask.own_max_price, images=ask.images > 0)
+    ask = read_body(endpoint, body, raw_size, {suffix for name in names if ":" in name for suffix in name.split(":")[1:]})
+    suffixes, free = policy.any_suffix, policy.free_models
+    reached = [reach(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free) for name in names]
+    if ask.routing is not None and not any(each.model.is_router for each in reached):
+        raise UnboundedCost("The plugin `auto-router` is bounded together with the model `openrouter/auto` only.", param="plugins")
+    rates = reduce(dearest, (each.rates for each in reached)) if len(reached) > 1 else reached[0].rates
+    low, high, limits = _output_limits(reached, ask, policy)
+    caps = max_price(_caps(rates, ask), ask.own_max_price) if ask.takes_provider else {}
+    turn, output = _turn_nanos(reached, rates, ask), EXACT.multiply(rates.output, Decimal(ask.choices))
+    turns, once = _turns(ask, turn, output, high)
+    once = EXACT.add(once, max(each.search_nanos for each in reached) if len(reached) > 1 else reached[0].search_nanos)
+    if any(each.makes_images for each in reached):  # one for each choice, beyond its limit
+        once = EXACT.add(once, EXACT.multiply(output, Decimal(turns * ask.image_tokens)))
     return Bound(
         models=names,
-        fixed_nanos=_fixed_nanos(reached, rates, ask),
-        output_nanos=EXACT.multiply(rates.output, Decimal(ask.choices)),
+        fixed_nanos=EXACT.add(turn if turns == 1 else EXACT.multiply(turn, Decimal(turns)), once),
+        output_nanos=output if turns == 1 else EXACT.multiply(output, Decimal(turns)),
         min_output=low,
         max_output=high,
-        prompt_estimate=_estimate(ask, raw_size),
-        patch={**ask.patch, "provider": {**ask.provider, "max_price": caps}},
+        prompt_estimate=_estimate(ask),
+        patch={**ask.patch, "provider": {**ask.provider, "max_price": caps}} if ask.takes_provider else ask.patch,
+        max_price=caps,
+        own_limit_excludes=bool(ask.own_max_price) and _excludes(reached, ask),
+        listed=rates,
+        requests=ask.requests,
+        choices=ask.choices if ask.has_output else 0,
         limits=limits,
     )
 
@@ -110,13 +146,15 @@ def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models:
 def _model_names(body: Mapping[str, Any]) -> tuple[str, ...]:
     names = [] if body.get("model") is None else [_model_name(body["model"], "model")]
     for param in ("models", "fallbacks"):
+        if param not in body:
+            continue
         entries = list_of(body, param)
         if len(entries) > MAX_MODELS:
             raise wrong(param, f"a list of at most {MAX_MODELS} model ids")
         names += (_model_name(entry.get("model") if isinstance(entry, dict) else entry, param) for entry in entries)
     if not names:
         raise BadRequest("`model` is missing. GET /v1/models lists those that exist.", param="model")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names)) if len(names) > 1 else (names[0],)
 
 
 def _model_name(value: object, param: str) -> str:
@@ -127,100 +165,68 @@ def _model_name(value: object, param: str) -> str:
     return value
 
 
-def _reach(name: str, ask: Ask, raw_size: int, models: ModelIndex, policy: BoundPolicy) -> _Reached:
-    model = models.resolve(name, more_suffixes=policy.any_suffix)
-    if model is None:
-        raise ModelNotFound(f"The model {name!r} does not exist. GET /v1/models lists those that do.", param="model")
-    if model.price is None or model.id.endswith(":batch"):
-        raise UnboundedCost(f"{name!r} has no fixed price here (routers and batch models have none).", param="model")
-    prompt_tokens = _prompt_tokens(model, ask, raw_size)
-    rates = _rates(model, model.price, prompt_tokens, ask)
-    if not policy.free_models and _is_free(model, rates, ask):
-        message = f"{name!r} costs nothing, and free models are switched off on this gateway. Use a priced one."
-        raise Forbidden(message, param="model", code="free_models_disabled")
-    return _Reached(model, rates, prompt_tokens, _search_nanos(model, rates, ask))
+# What it adds up to.
 
 
-def _is_free(model: Model, rates: Rates, ask: Ask) -> bool:
-    """Whether the model itself asks nothing for this body. The fee of a search plugin does not make it a priced one."""
-    fees = (rates.request, rates.image if ask.images else ZERO, rates.web_search if model.searches else ZERO)
-    return not any((rates.input, rates.output, *fees))
-
-
-def _prompt_tokens(model: Model, ask: Ask, raw_size: int) -> int:
-    """The most prompt tokens that this model can count."""
-    context = model.context_length
-    if ask.has_files or ask.has_audio or ask.search_results or model.searches:
-        if context is None:
-            message = f"{model.id!r} has no known context length to bound files, audio and searches."
-            raise UnboundedCost(message, param="model")
-        return context * ask.inputs
-    tokens = max(0, raw_size - ask.media_bytes) + ask.images * IMAGE_TOKENS + ask.allowance
-    return tokens if context is None else min(tokens, context * ask.inputs)
-
-
-def _rates(model: Model, price: Price, prompt_tokens: int, ask: Ask) -> Rates:
-    """The model's rates for this body: `input` and `output` are the dearest of text and of the media it uses."""
-    found, outputs = price.rates_for(prompt_tokens), ask.outputs(model)
-    media_in, media_out = ask.images or ask.has_files or ask.has_audio, outputs - {"text"}
-    if price.unknown_features and (media_in or media_out or ask.search_results):
-        raise UnboundedCost(f"{model.id!r} has prices for media or searches that are not known here.", param="model")
-    if not media_in and not media_out and ask.has_output:
-        return found
-    dear_input = max(found.input, found.image_token) if media_in else found.input
-    if ask.has_audio:
-        dear_input = max(dear_input, _require(found.audio, model, "audio input", "messages"))
-    dear_output = found.output if ask.has_output else ZERO
-    for modality, rate in (("image", found.image_output), ("audio", found.audio_output)):
-        if modality in outputs and (rate is not None or ask.modalities or model.output_modalities):
-            dear_output = max(dear_output, _require(rate, model, f"{modality} output", "modalities"))
-    return replace(found, input=dear_input, output=dear_output)
-
-
-def _require(rate: Decimal | None, model: Model, what: str, param: str) -> Decimal:
-    if rate is None:
-        raise UnboundedCost(f"{model.id!r} names no price for {what}.", param=param)
-    return rate
-
-
-def _search_nanos(model: Model, rates: Rates, ask: Ask) -> Decimal:
-    own = EXACT.multiply(rates.web_search, Decimal(SELF_SEARCHES)) if model.searches else ZERO
-    return EXACT.add(own, search_nanos(rates, ask.search_results)) if ask.search_results else own
-
-
-def _fixed_nanos(reached: list[_Reached], rates: Rates, ask: Ask) -> Decimal:
-    """Everything but the output: prompt, request fee, images, searches."""
+def _turn_nanos(reached: list[Reached], rates: Rates, ask: Ask) -> Decimal:
+    """Everything but the output, the searches and what images come on top: prompt, fees for requests and images."""
     prompt = EXACT.multiply(rates.input, Decimal(max(each.prompt_tokens for each in reached)))
-    fees = EXACT.add(rates.request, max(each.search_nanos for each in reached))
-    return EXACT.add(EXACT.add(prompt, fees), EXACT.multiply(rates.image, Decimal(ask.images)))
+    fees = EXACT.multiply(rates.request, Decimal(ask.requests))
+    if ask.images or ask.made_images:
+        images = ask.images * max(1, ask.made_images) + ask.made_images
+        fees = EXACT.add(fees, EXACT.multiply(rates.image, Decimal(images)))
+    return EXACT.add(prompt, fees)
 
 
-def _estimate(ask: Ask, raw_size: int) -> int:
+def _turns(ask: Ask, turn: Decimal, output: Decimal, high: int) -> tuple[int, Decimal]:
+    """How often the model may be called at full length, and the nano-dollars that may be spent before.
+
+    A loop that is stopped by its cost goes beyond it by the turn that exceeds it, and the last one.
+    """
+    if not ask.tool_steps or ask.tool_cost is None or ask.native_turns:
+        return ask.turns, ZERO
+    whole = EXACT.multiply(EXACT.add(turn, EXACT.multiply(output, Decimal(high))), Decimal(ask.tool_steps))
+    return (2, ask.tool_cost) if ask.tool_cost < whole else (ask.turns, ZERO)
+
+
+def _caps(rates: Rates, ask: Ask) -> dict[str, Decimal]:
+    return caps_of(rates, images=ask.images > 0, audio=ask.has_audio)
+
+
+def _excludes(reached: list[Reached], ask: Ask) -> bool:
+    """Whether the client's own caps lie below the prices of some model. A router has none but those."""
+    own = ask.own_max_price
+    return any(
+        each.model.is_router or any(own.get(name, price) < price for name, price in _caps(each.rates, ask).items()) for each in reached
+    )
+
+
+def _estimate(ask: Ask) -> int:
     media = ask.images + ask.has_files + ask.has_audio + (ask.search_results > 0)
-    return max(1, (raw_size - ask.media_bytes) // 4 + media * MEDIUM_ESTIMATE)
+    return max(1, (ask.raw_size - ask.media_bytes) // 4 + media * MEDIUM_ESTIMATE)
 
 
 # How much may come out.
 
 
-def _output_limits(models: list[Model], ask: Ask, policy: BoundPolicy) -> tuple[int, int, tuple[tuple[str, int | None], ...]]:
+def _output_limits(reached: list[Reached], ask: Ask, policy: BoundPolicy) -> tuple[int, int, tuple[tuple[str, int | None], ...]]:
     """The smallest and largest output to grant, and the limit fields to send.
 
     Models that list no limit among their parameters may write as much as they can, whatever is sent.
     """
     if not ask.has_output:
         return 0, 0, ()
-    capped = [model for model in models if model.limit_fields]
-    free_running = [_require_max_output(model) for model in models if not model.limit_fields]
+    capped = [each.model for each in reached if each.model.limit_fields and ask.limit_names]
+    free_running = [_require_max_output(each) for each in reached if not (each.model.limit_fields and ask.limit_names)]
     high = max((_wanted_output(capped, ask, policy), *free_running)) if capped else max(free_running)
     open_ended = not ask.limits and not free_running
     return min(MIN_OUTPUT_TOKENS, high) if open_ended else high, high, _limit_fields(capped, ask)
 
 
-def _require_max_output(model: Model) -> int:
-    if model.max_output is None:
-        raise UnboundedCost(f"{model.id!r} takes no output limit and has no known maximum.", param="model")
-    return model.max_output
+def _require_max_output(each: Reached) -> int:
+    if each.max_output is None:
+        raise UnboundedCost(f"{each.model.id!r} takes no output limit and has no known maximum.", param="model")
+    return each.max_output
 
 
 def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
@@ -232,6 +238,8 @@ def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
 def _limit_fields(capped: list[Model], ask: Ask) -> tuple[tuple[str, int | None], ...]:
     """The client's limit fields, and as many more as it takes for every model to get one that it lists."""
     fields: dict[str, int | None] = {**ask.limits}
+    if ask.limit_names is not CHAT_LIMITS:  # the endpoint has one of its own, and the upstream translates it
+        return tuple((fields or dict.fromkeys(ask.limit_names if capped else ())).items())
     for model in sorted(capped, key=lambda model: len(model.limit_fields)):
         if model.limit_fields.isdisjoint(fields):
             fields[max(model.limit_fields)] = max(ask.limits.values(), default=None)  # "max_tokens" if it lists both

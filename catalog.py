@@ -16,7 +16,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from errors import GatewayError, UpstreamUnavailable
-from prices import Price, parse_price
+from prices import Markups, Price, markups, parse_price
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +28,26 @@ MAX_TOKENS = 2**31 - 1
 # Source: https://openrouter.ai/docs/guides/routing/model-variants/overview
 ROUTING_SUFFIXES = frozenset(("nitro", "floor", "exacto", "online"))
 
+# Its endpoints are those of the one model that it picks, and `provider.max_price` filters them; other routers ask several.
+# Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
+ROUTER = "openrouter/auto"
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """What a bound needs to know of a model. Lengths are tokens; None is unknown."""
 
     id: str
-    price: Price | None  # None: nothing bounds its cost
+    price: Price | None  # None: nothing bounds its cost, unless it is a router whose prices the client caps
     context_length: int | None  # the longest that any provider is known to offer
     max_output: int | None  # the top provider's, else the context length
     limit_fields: frozenset[str]  # those of LIMIT_FIELDS that the model lists among its supported parameters
     output_modalities: frozenset[str] | None
     searches: bool  # it may search the web without being asked to (search previews, Perplexity)
+
+    @property
+    def is_router(self) -> bool:
+        return self.price is None and self.id == ROUTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +64,28 @@ class CacheStatus:
 class ModelIndex:
     """One model list: as the upstream wrote it, as JSON ready to send, and by id."""
 
-    __slots__ = ("_by_id", "json", "raw")
+    __slots__ = ("_by_id", "_markups", "json", "raw")
 
     def __init__(self, raw: list[dict[str, Any]], models: Iterable[Model]) -> None:
         self.raw = raw
         # Not orjson: it refuses lone surrogates and long integers, and one entry must not take the others along.
-        self.json = json.dumps({"data": raw}, separators=(",", ":")).encode()
+        whole = {"data": raw, "total_count": len(raw), "links": {"next": None}}
+        self.json = json.dumps(whole, separators=(",", ":")).encode()
         self._by_id = {model.id: model for model in models}
+        self._markups: Markups | None = None
+
+    @property
+    def markups(self) -> Markups:
+        """How far the bill of any model can exceed the prices that can be capped: what a router may meet."""
+        if self._markups is None:
+            text = (model for model in self._by_id.values() if "text" in (model.output_modalities or ("text",)))
+            self._markups = markups(model.price for model in text if model.price is not None)
+        return self._markups
+
+    @property
+    def uncapped(self) -> list[str]:
+        """The ids of the models for text that no price cap bounds: they search by themselves, or may put out media too."""
+        return [model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)]
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -107,6 +130,7 @@ class Catalog:
         self._index: ModelIndex | None = None
         self._loaded_at = 0.0
         self._retry_at = 0.0
+        self._forced_at = float("-inf")
         self._refreshing: asyncio.Task[ModelIndex] | None = None
 
     @property
@@ -132,6 +156,14 @@ class Catalog:
             return await asyncio.shield(self._start())
         except (GatewayError, OSError, ValueError, RecursionError) as exc:
             raise UpstreamUnavailable("The model list of the upstream cannot be fetched now. Try again.") from exc
+
+    async def refresh_within(self, seconds: float) -> ModelIndex:
+        """The same where nobody has called this for so long; else the list that is held or under way."""
+        now = self._clock()
+        if self._index is not None and now - self._forced_at < seconds and self._refreshing is None:
+            return self._index
+        self._forced_at = now
+        return await self.refresh()
 
     def status(self) -> CacheStatus:
         """How old the list is and how many models it holds."""
@@ -205,6 +237,10 @@ def parse_model(entry: Mapping[str, Any]) -> Model | None:
         output_modalities=_strings(_object(entry.get("architecture")).get("output_modalities")),
         searches="web_search_options" in parameters and price is not None and price.base.web_search > 0,
     )
+
+
+def _puts_out_text_and_more(model: Model) -> bool:
+    return model.output_modalities is not None and {"text"} < model.output_modalities
 
 
 def _null(_constant: str) -> None:

@@ -6,8 +6,10 @@ DatabaseUnavailable when the database does not answer. Amounts are nano-dollars.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 from supabase_config import AsyncClient, MissingFunction, call, execute
 
@@ -18,11 +20,12 @@ USER_COLUMNS = (
     "registration_date,created_at,updated_at"
 )
 RECORD_COLUMNS = (
-    "request_id,client_request_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
+    "request_id,client_request_id,user_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
     "cached_tokens,reasoning_tokens,hold_nanos,upstream_cost_nanos,cost_nanos,overrun_nanos,status,settlement_source,finish_reason,"
-    "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at"
+    "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at,end_user,byok,cache_hit,balance_after_nanos"
 )
-TRANSACTION_COLUMNS = "id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,reason,created_at"
+TRANSACTION_COLUMNS = "id,user_id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,actor,reason,created_at"
+CLOCKS_APART = datetime.timedelta(days=1)
 
 
 # The database itself.
@@ -50,7 +53,7 @@ async def count_users(client: AsyncClient) -> int:
 
 
 async def admit_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (admission_item): admitted, verified, busy, wrong_mode, failed, or a refusal's code."""
+    """One answer per item (admission_item): admitted, cached, replayed, verified, busy, wrong_mode, failed, or a refusal's code."""
     return list(await call(client, "admit_requests", {"p_items": items}))
 
 
@@ -59,14 +62,31 @@ async def settle_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row
     return list(await call(client, "settle_requests", {"p_items": items}))
 
 
+async def raise_holds(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
+    """One answer per item (raise_item): raised, credits, budget, end_user_budget, unknown, busy or failed."""
+    return list(await call(client, "raise_holds", {"p_items": items}))
+
+
 async def note_generations(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
     """Stores the generation ids of requests that are still running."""
     return list(await call(client, "note_generations", {"p_items": items}))
 
 
 async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[Row]:
-    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment."""
+    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment, byok and provider_key
+    (encrypted, None where the user has none any more)."""
     return list(await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip}))
+
+
+async def delete_expired_answers(client: AsyncClient) -> int:
+    """Deletes stored answers whose time is over, at most a thousand; how many it deleted."""
+    return int(await call(client, "delete_expired_answers", {}))
+
+
+async def get_receipt(client: AsyncClient, user_id: int, request_id: str) -> Row | None:
+    """A user's record with all its columns and `refunded_nanos`; None where they have no such request. `request_id` is a UUID."""
+    found = await call(client, "get_receipt", {"p_user_id": user_id, "p_request_id": request_id})
+    return None if found is None else Row(found)
 
 
 async def audit_ledger(client: AsyncClient) -> list[Row]:
@@ -106,18 +126,53 @@ async def assign_plan(client: AsyncClient, order: Mapping[str, Any]) -> Row:
 # Books.
 
 
-async def list_usage_records(client: AsyncClient, user_id: int, *, before: tuple[str, str] | None, limit: int) -> list[Row]:
+Range = tuple[datetime.datetime | None, datetime.datetime | None]
+
+
+async def list_usage_records(
+    client: AsyncClient, user_id: int, *, within: Range = (None, None), before: tuple[str, str] | None, limit: int
+) -> list[Row]:
     """A user's records, newest first; `before` is the (created_at, request_id) of the last row seen."""
-    query = client.table("usage_records").select(RECORD_COLUMNS).eq("user_id", user_id)
+    query = _within(client.table("usage_records").select(RECORD_COLUMNS).eq("user_id", user_id), within)
     if before is not None:
         moment, request_id = before
+        # The first condition is implied by the second, and is the one that an index is used for.
+        query = query.lte("created_at", moment)
         query = query.or_(f'created_at.lt."{moment}",and(created_at.eq."{moment}",request_id.lt.{request_id})')
     return list(await execute(query.order("created_at", desc=True).order("request_id", desc=True).limit(limit)))
 
 
-async def list_transactions(client: AsyncClient, user_id: int, *, before: int | None, limit: int) -> list[Row]:
-    """A user's credit transactions, newest first; `before` is the id of the last row seen."""
-    query = client.table("credit_transactions").select(TRANSACTION_COLUMNS).eq("user_id", user_id)
+async def list_all_usage_records(client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int) -> list[Row]:
+    """Everybody's records, newest first, in the order of their ids, which are times (UUIDv7)."""
+    query = _within(client.table("usage_records").select(RECORD_COLUMNS), within)
+    start, end = within
+    if start is not None:
+        query = query.gte("request_id", _first_id(start - CLOCKS_APART))
+    if end is not None:
+        query = query.lt("request_id", _first_id(end + CLOCKS_APART))
+    if before is not None:
+        query = query.lt("request_id", before[1])
+    return list(await execute(query.order("request_id", desc=True).limit(limit)))
+
+
+def _within(query: Any, within: Range) -> Any:
+    start, end = within
+    query = query if start is None else query.gte("created_at", start.isoformat())
+    return query if end is None else query.lt("created_at", end.isoformat())
+
+
+def _first_id(moment: datetime.datetime) -> str:
+    """The smallest UUIDv7 of a moment: ids are made by instances, times by the database, and their clocks may differ."""
+    return str(UUID(int=max(0, int(moment.timestamp() * 1000)) << 80))
+
+
+async def list_transactions(
+    client: AsyncClient, user_id: int | None, *, within: Range = (None, None), before: int | None, limit: int
+) -> list[Row]:
+    """Credit transactions, a user's or everybody's, newest first; `before` is the id of the last row seen."""
+    query = _within(client.table("credit_transactions").select(TRANSACTION_COLUMNS), within)
+    if user_id is not None:
+        query = query.eq("user_id", user_id)
     if before is not None:
         query = query.lt("id", before)
     return list(await execute(query.order("id", desc=True).limit(limit)))

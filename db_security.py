@@ -5,7 +5,9 @@ Keys arrive here as HMACs, computed elsewhere: this module never sees one in cle
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from supabase_config import AsyncClient, call, execute
@@ -69,29 +71,42 @@ async def import_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
     return Row(await call(client, "import_keys", {"p": order}))
 
 
+async def note_wrong_secret(client: AsyncClient, attempt: Mapping[str, Any]) -> Row:
+    """Outcome counted, or limited (with retry_after, seconds)."""
+    return Row(await call(client, "note_wrong_secret", {"p": attempt}))
+
+
 # The audit log.
 
 
-async def list_audit_logs(
-    client: AsyncClient,
-    *,
-    user_id: int | None = None,
-    key_id: int | None = None,
-    action: str | None = None,
-    start: str | None = None,
-    end: str | None = None,
-    before: int | None = None,
-    limit: int = 100,
-) -> list[Row]:
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which events are meant."""
+
+    user_id: int | None = None
+    key_id: int | None = None
+    action: str | None = None
+    start: datetime.datetime | None = None
+    end: datetime.datetime | None = None
+
+
+async def list_own_audit(client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int) -> list[Row]:
+    """A user's own log, newest first: of what others did to the account it does not show from where."""
+    asked = {f"p_{name}": value for name, value in asdict(events).items()}
+    times = {name: value.isoformat() for name, value in asked.items() if isinstance(value, datetime.datetime)}
+    return list(await call(client, "list_own_audit", {**asked, **times, "p_before": before, "p_limit": limit}))
+
+
+async def list_audit_logs(client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int) -> list[Row]:
     """Security events and administrators' actions, newest first; `before` is the id of the last row seen."""
     query = client.table("audit_logs").select(AUDIT_COLUMNS)
-    for column, value in (("user_id", user_id), ("key_id", key_id), ("action", action)):
+    for column, value in (("user_id", events.user_id), ("key_id", events.key_id), ("action", events.action)):
         if value is not None:
             query = query.eq(column, value)
-    if start is not None:
-        query = query.gte("created_at", start)
-    if end is not None:
-        query = query.lt("created_at", end)
+    if events.start is not None:
+        query = query.gte("created_at", events.start.isoformat())
+    if events.end is not None:
+        query = query.lt("created_at", events.end.isoformat())
     if before is not None:
         query = query.lt("id", before)
     return list(await execute(query.order("id", desc=True).limit(limit)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from dialects import Said
+from endpoints import Endpoint
 from errors import GatewayError
 from security import Credential
 from usage import Usage
@@ -25,13 +27,14 @@ class Client(Protocol):
 class Proxied:
     """One request as it arrived: where to, from whom, and its raw body."""
 
-    endpoint: str
-    resource: str
+    endpoint: Endpoint
     credential: Credential
     body: bytes
     request_id: str
+    content_type: str = ""
     client_request_id: str | None = None
     scenario: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -48,3 +51,7 @@ class Ending:
     model: str | None = None
     provider: str | None = None
     first_token_ms: int | None = None
+
+    def learn(self, said: Said) -> None:
+        """Takes over what the answer says of itself."""
+        self.usage, self.finish_reason, self.model, self.provider = said.usage, said.finish_reason, said.model, said.provider

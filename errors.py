@@ -3,19 +3,19 @@
     GatewayError
     ├── BadRequest 400 ── UnboundedCost, ContextLengthExceeded
     ├── InvalidKey 401
-    ├── InsufficientCredits 402 ── BudgetExceeded, TrialExpired
+    ├── InsufficientCredits 402 ── BudgetExceeded (EndUserBudgetExceeded), TrialExpired
     ├── Forbidden 403 ── IpNotAllowed, DomainNotAllowed, MissingScope, ModelNotAllowed, AccountSuspended, KeyExhausted,
     │                    RegistrationClosed
-    ├── NotFound 404 ── ModelNotFound
+    ├── NotFound 404 ── ModelNotFound, NotOffered
     ├── MethodNotAllowed 405
-    ├── Conflict 409
+    ├── Conflict 409 ── IdempotencyConflict, IdempotencyRunning, AnswerNotKept
     ├── BodyTooLarge 413
     ├── RateLimited 429 ── PlanLimitExceeded, ConcurrencyExceeded
     ├── UpstreamError 502 ── UpstreamUnavailable 503, UpstreamTimeout 504, UpstreamRefused 4xx
     └── Unavailable 503 ── DatabaseUnavailable, Misconfigured
 
 A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to do, and never hold a
-secret. Refusals are raised as these; bugs stay bugs.
+secret. Refusals are raised as these; bugs stay bugs. Anthropic's clients are told the same in Anthropic's form.
 """
 
 from __future__ import annotations
@@ -23,6 +23,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+# https://docs.anthropic.com/en/api/errors; what is not listed is an invalid request below 500, and an api_error from there on.
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 
 class GatewayError(Exception):
@@ -58,6 +72,16 @@ class GatewayError(Exception):
             "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
             "gateway": {"request_id": request_id, **self.details},
         }
+
+    @property
+    def anthropic_type(self) -> str:
+        """What Anthropic's API calls an error of this status."""
+        return ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        """The same in Anthropic's form, with our `param` and `code` beside its own fields."""
+        error = {"type": self.anthropic_type, "message": self.message, "param": self.param, "code": self.code, **self.details}
+        return {"type": "error", "error": error, "request_id": request_id}
 
     def headers(self) -> dict[str, str]:
         """Retry-After and the SDK's retry hint, where they apply."""
@@ -115,6 +139,12 @@ class BudgetExceeded(InsufficientCredits):
     code = "budget_exceeded"
 
 
+class EndUserBudgetExceeded(BudgetExceeded):
+    """The budget of this end user does not cover this request."""
+
+    code = "end_user_budget_exceeded"
+
+
 class TrialExpired(InsufficientCredits):
     """The trial has ended. Add credits or subscribe to a plan to go on."""
 
@@ -165,6 +195,12 @@ class KeyExhausted(Forbidden):
     code = "key_request_limit_exceeded"
 
 
+class ProviderKeyRefused(Forbidden):
+    """The OpenRouter key that you have stored cannot be used. Store another one, or remove it: /user/provider-key."""
+
+    code = "provider_key_refused"
+
+
 class RegistrationClosed(Forbidden):
     """Registration is closed. Ask the operator for an account."""
 
@@ -185,6 +221,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class NotOffered(NotFound):
+    """This gateway does not offer that."""
+
+    code = "not_offered"
+
+
 class MethodNotAllowed(GatewayError):
     """This path does not take that method."""
 
@@ -200,6 +242,25 @@ class Conflict(GatewayError):
     type = "invalid_request_error"
     code = "conflict"
     should_retry = False
+
+
+class IdempotencyConflict(Conflict):
+    """This Idempotency-Key was used before, with another request body. Use a new key for a new request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotencyRunning(Conflict):
+    """The first request with this Idempotency-Key is still running. Ask again for its answer."""
+
+    code = "idempotency_request_running"
+    should_retry = True
+
+
+class AnswerNotKept(Conflict):
+    """The first request with this Idempotency-Key was charged, but its answer could not be kept. A new key runs, and charges, it anew."""
+
+    code = "idempotency_answer_not_kept"
 
 
 class BodyTooLarge(GatewayError):
@@ -272,6 +333,7 @@ class Unavailable(GatewayError):
 
     status = 503
     code = "unavailable"
+    anthropic_type = "api_error"  # no model is overloaded
 
 
 class DatabaseUnavailable(Unavailable):

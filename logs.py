@@ -30,6 +30,10 @@ def _to_json(event: Any, **_rest: Any) -> str:
     return orjson.dumps(event, default=str).decode()
 
 
+def _render_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> bytes:
+    return orjson.dumps(event, default=str)
+
+
 def configure_logging(level: str, style: str) -> None:
     """Sends our events and those of the libraries to standard output, as JSON lines or for a person's eyes."""
     renderer: Any = (
@@ -42,10 +46,11 @@ def configure_logging(level: str, style: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    lines = style == "json"
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, _scrub_event, renderer],
+        processors=[*shared, structlog.processors.format_exc_info, _scrub_event, _render_line if lines else renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer) if lines else structlog.PrintLoggerFactory(sys.stdout),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stdout)

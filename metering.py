@@ -8,58 +8,40 @@ relies on a generator having started.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-import orjson
-import structlog
-
-from admission import Hold, Order, limit_headers
+from admission import Hold, Order, StoredReply
+from answering import read_answer
+from answers import CHARGE_MARK, Recording
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
+from delivery import Delivery
 from ending import Client, Ending, Proxied
-from errors import BadRequest, GatewayError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from openrouter import Answer, Unreachable, Upstream, error_of, error_status, is_price_change, sanitised_error, stops_on_abort
-from relay import BOM, DONE, KEEP_ALIVE, EventTooLarge, Stream, usage_event, with_field, without_secrets
-from replies import charge_headers, gateway_usage, to_json
+from errors import GatewayError, ProviderKeyRefused, UpstreamError, UpstreamTimeout
+from events import with_field
+from keeping import EVENTS, MISS, Keeping, give_again, keep, read_keeping
+from openrouter import Answer, Unreachable, Upstream, stops_on_abort
+from outgoing import Request, end_user_of, read_request, write_request
+from refusals import limit_headers
+from relay import EventTooLarge, Stream
+from replies import charge_headers, gateway_usage
+from repricing import is_own_limit, reprice
 from settlements import settlement, with_generation
-from usage import Usage, parse_json, read_generation_id, read_text, read_usage
+from upstream_errors import error_of, is_price_change, sanitised_error
+from usage import Usage, read_generation_id, read_text
 
 if TYPE_CHECKING:
     from runtime import Runtime
 
-log = structlog.get_logger("metering")
-
-KEEP_ALIVE_SECONDS = 15.0
 NOTE_GENERATION_SECONDS = 2.0
-MAX_DEPTH = 250
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
-# Fields that would reach across tenants or show the operator's account, in requests and in answers.
-NOT_FORWARDED = ("debug", "trace", "cache")
-MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
-NAMESPACED = ("session_id", "prompt_cache_key")
-
-
-def read_body(raw: bytes) -> dict[str, Any]:
-    """The parsed body. Raises BadRequest; before parsing where that would take more memory and time than any honest body."""
-    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
-        raise BadRequest("The request body has too many parts.", code="invalid_json")
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise BadRequest("The request body must be a JSON object.", code="invalid_json")
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
-        try:
-            orjson.dumps(body)  # which takes less nesting than reading does
-        except orjson.JSONEncodeError as error:
-            raise BadRequest(f"The request body is nested too deeply: {error}.", code="invalid_json") from None
-    return body
+BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octet-stream", re.IGNORECASE)
+ANY_BYTES = "application/octet-stream"
 
 
 @dataclass(slots=True)
@@ -74,31 +56,40 @@ class Exchange:
     settled: dict[str, Any] | None = None
     hold: Hold | None = None
     _upstream: Upstream = field(init=False)
+    _asked: Request = field(init=False)
     _bound: Bound = field(init=False)
-    _plain: bytes | None = None
+    _keeping: Keeping = field(init=False)
+    _end_user: str | None = None
+    _delivery: Delivery = field(init=False)
+    _plain: bytes | None = None  # a whole answer, or the last piece of one in bytes
+    _content_type: str = "application/json"
     _stream: Stream | None = None
-    _stream_started: bool = False
-    _settling: bool = False
-    _last_sent: float = 0.0
     _reader: asyncio.Task[Any] | None = None
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
     async def run(self) -> None:
         """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is settled then, too."""
         self._upstream = self.runtime.upstream(self.request.credential.environment)
-        body = await self._read_and_bound()
-        hold = self.hold = await self.runtime.admission.admit(self.request.credential, self._order(body))
+        self._delivery = Delivery(self.client, self.runtime.settlements.spawn, self.runtime.keep_alive_seconds)
+        await self._read_and_bound()
+        admitted = await self.runtime.admission.admit(self.request.credential, self._order())
+        if isinstance(admitted, StoredReply):
+            await self._give_again(admitted)
+            return
+        hold = self.hold = admitted
+        if self._keeping.idempotency is not None or hold.cache is not None:
+            self._delivery.recording = Recording()
         try:
-            await self._generate(hold, body)
+            await self._generate(hold)
             self.settled = await self._settle(hold)
         except BaseException:
             # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
             self.runtime.settlements.spawn(self._settle(hold), f"settlement of {hold.request_id}")
             raise
         finally:
-            for timer in self._timers:
-                timer.cancel()
-        await self._finish(hold)
+            self._delivery.quiet()
+            self._forget_generation()
+        await self._finish(self.hold or hold)
 
     def client_left(self) -> None:
         """Nobody waits any more: stop the upstream where that stops the bill, else go on to learn the cost."""
@@ -108,54 +99,56 @@ class Exchange:
 
     # Before the upstream.
 
-    async def _read_and_bound(self) -> dict[str, Any]:
+    async def _read_and_bound(self) -> None:
         """The body, bounded. What is wrong with it is said only to those whose key is right, and only they have models fetched."""
-        catalog = self.runtime.catalog(self.request.credential.environment)
+        request, catalog = self.request, self.runtime.catalog(self.request.credential.environment)
         try:
-            body = read_body(self.request.body)
+            self._asked = read_request(request.endpoint, request.body, request.content_type)
+            self._keeping = read_keeping(request, self._asked, self.runtime)
+            self._end_user = end_user_of(request.endpoint, self._asked.fields, request.headers.get("x-end-user"))
             if catalog.is_fresh:
-                self._bound = self._bound_of(body, await catalog.models())
-                return body
+                self._bound = self._bound_with(await catalog.models())
+                return
         except GatewayError:
             await self._verify()
             raise
         await self._verify()
-        self._bound = self._bound_of(body, await catalog.models())
-        return body
+        self._bound = self._bound_with(await catalog.models())
 
-    def _bound_of(self, body: Mapping[str, Any], models: ModelIndex) -> Bound:
+    def _bound_with(self, models: ModelIndex) -> Bound:
         settings = self.runtime.settings
         policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes)
-        return bound_request(self.request.endpoint, body, len(self.request.body), models, policy)
+        return bound_request(self.request.endpoint.name, self._asked.fields, len(self.request.body), models, policy)
 
     async def _verify(self) -> None:
         request = self.request
-        await self.runtime.admission.verify(request.credential, request_id=request.request_id, verb="write", resource=request.resource)
+        resource = request.endpoint.resource
+        await self.runtime.admission.verify(request.credential, request_id=request.request_id, verb="write", resource=resource)
 
-    def _order(self, body: Mapping[str, Any]) -> Order:
+    def _order(self) -> Order:
         request = self.request
         return Order(
             request_id=request.request_id,
             client_request_id=request.client_request_id,
-            endpoint=request.endpoint,
-            resource=request.resource,
-            streamed=body.get("stream") is True,
+            endpoint=request.endpoint.name,
+            resource=request.endpoint.resource,
+            streamed=self._asked.is_streamed,
             bound=self._bound,
+            end_user=self._end_user,
+            price_basis=self._bound.price_basis,
+            idempotency=self._keeping.idempotency,
+            cache=self._keeping.cache,
+            default_cache=self._keeping.default_cache,
         )
 
-    def _outgoing(self, hold: Hold, body: Mapping[str, Any]) -> bytes:
-        """The body as the upstream gets it: capped to what was granted, and with nothing in it that crosses tenants."""
-        sent = {name: value for name, value in body.items() if name not in NOT_FORWARDED}
-        sent.update(self._bound.apply(hold.granted_output))
-        for name in NAMESPACED:
-            if sent.get(name) is not None:
-                sent[name] = self.runtime.pseudonym(hold.user_id, str(sent[name]))
-        sent["user"] = self.runtime.pseudonym(hold.user_id, str(body.get("user") or ""))
-        return orjson.dumps(sent)
+    async def _give_again(self, stored: StoredReply) -> None:
+        self.settled = {**stored.charge, "status": stored.source}
+        if not self.client.gone:
+            await give_again(stored, self.client, self._mode_headers())
 
     # The upstream, and what comes back.
 
-    async def _generate(self, hold: Hold, body: Mapping[str, Any]) -> None:
+    async def _generate(self, hold: Hold) -> None:
         """Forwards the request and relays the answer but for its end; notes in `ending` how it went."""
         deadline = self.runtime.settings.deadline_seconds
         if self.client.gone:
@@ -163,7 +156,7 @@ class Exchange:
             return
         try:
             async with asyncio.timeout(deadline - (time.monotonic() - self.started)):
-                await self._exchange(hold, body)
+                await self._exchange(hold)
         except TimeoutError:
             self.ending.failure = UpstreamTimeout(f"The request took longer than {deadline:g} seconds.")
         except Unreachable as failure:
@@ -180,56 +173,63 @@ class Exchange:
         finally:
             self._reader = None
 
-    async def _exchange(self, hold: Hold, body: Mapping[str, Any]) -> None:
-        scenario = self.request.scenario
-        headers = {"x-sandbox-scenario": scenario} if scenario and scenario.isascii() and self._upstream.suffixes else {}
-        answer = await self._upstream.send("/" + self.request.endpoint, self._outgoing(hold, body), headers)
+    async def _exchange(self, hold: Hold) -> None:
+        """Sends the request; once more where prices have changed and the dearer hold is granted."""
+        try:
+            await self._send(hold)
+        except GatewayError as refusal:
+            if not is_price_change(refusal):
+                raise
+            raised = await reprice(self.runtime, self.request.credential.environment, hold, self._bound, self._bound_with)
+            if raised is None or self.client.gone:
+                raise
+            self.hold, self._bound = raised
+            self.ending.refused, self.ending.generation_id = False, None
+            self._forget_generation()
+            await self._send(self.hold)
+
+    async def _send(self, hold: Hold) -> None:
+        endpoint, scenario = self.request.endpoint, self.request.scenario
+        body, headers = write_request(
+            endpoint, self._asked, self._bound.apply(hold.granted_output), lambda text: self.runtime.pseudonym(hold.user_id, text)
+        )
+        if scenario and scenario.isascii() and self._upstream.suffixes:
+            headers = {**headers, "x-sandbox-scenario": scenario}
+        answer = await self._upstream.send("/" + endpoint.name, body, headers, api_key=self._own_key(hold))
         try:
             self._learn_generation(hold, answer.generation_id)
             if answer.status != 200:
                 await self._read_refusal(answer)
             elif answer.is_stream:
                 await self._relay(hold, answer)
+            elif endpoint.answers_bytes and not answer.is_json:
+                await self._pass_bytes(hold, answer)
             else:
-                self._read_plain(await answer.read())
+                self._plain = read_answer(await answer.read(), endpoint.dialect, self.ending, invented=bool(self._upstream.suffixes))
         finally:
             await answer.aclose()
 
+    def _own_key(self, hold: Hold) -> str | None:
+        """The user's own upstream key, where the request goes out under it: never under the operator's instead."""
+        if not hold.byok:
+            return None
+        key = self.runtime.vault.decrypt(hold.provider_key) if hold.provider_key is not None else None
+        if key is None:
+            self.ending.refused = True
+            raise ProviderKeyRefused("The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key.")
+        return key
+
     async def _read_refusal(self, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
-        failure = error_of(answer.status, answer.headers, await answer.read(), invented=bool(self._upstream.suffixes))
-        if is_price_change(failure):
-            self.runtime.settlements.spawn(self._refresh_prices(), "refresh of the model list")
-        raise failure
-
-    async def _refresh_prices(self) -> None:
-        try:
-            await self.runtime.catalog(self.request.credential.environment).refresh()
-        except UpstreamUnavailable as error:
-            log.warning("prices_not_refreshed", reason=error.message)
-
-    def _read_plain(self, raw: bytes) -> None:
-        raw = raw.removeprefix(BOM)
-        try:
-            data = parse_json(raw)
-        except ValueError:
-            raise UpstreamError("The model provider's answer is not JSON.") from None
-        if not isinstance(data, dict):
-            raise UpstreamError("The model provider's answer is not a JSON object.")
-        ending = self.ending
-        ending.usage = read_usage(data.get("usage"))
-        ending.generation_id = ending.generation_id or read_generation_id(data.get("id"))
-        ending.model, ending.provider = read_text(data.get("model")), read_text(data.get("provider"))
-        choices = data.get("choices")
-        if data.get("error") and not choices:
-            raise error_of(error_status(data) or 502, {}, raw, invented=bool(self._upstream.suffixes))
-        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-            ending.finish_reason = read_text(choices[0].get("finish_reason"))
-        ending.completed = ending.finish_reason != "error" and not data.get("error")
-        self._plain = without_secrets(raw, sanitised_error)
+        raw, invented = await answer.read(), bool(self._upstream.suffixes)
+        own_limit = is_own_limit(self._asked.fields, self._bound)
+        raise error_of(
+            answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=self.hold is not None and self.hold.byok
+        )
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
-        stream = self._stream = Stream(sanitised_error)
+        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect)
+        delivery = self._delivery
         self._reader = asyncio.current_task()
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
@@ -238,25 +238,36 @@ class Exchange:
                     self.ending.first_token_ms = self._elapsed_ms()
                 if self.ending.generation_id is None and stream.body_id is not None:
                     self._learn_generation(hold, read_generation_id(stream.body_id))
-                await self._pass_on(hold, answer, passed)
+                if not delivery.started:
+                    await delivery.start_stream(self._headers(hold))
+                await delivery.send(passed)
                 if stream.done or (self.client.gone and self._may_abort()):
                     break
-        await self._pass_on(hold, answer, stream.end())
+        if not delivery.started:
+            await delivery.start_stream(self._headers(hold))
+        await delivery.send(stream.end())
         self._reader = None
-        self.ending.completed = stream.is_whole and stream.error is None and stream.finish_reason != "error"
+        self.ending.completed = stream.is_whole and not stream.has_failed
         if not stream.is_whole and stream.error is None and not self.client.gone:
             raise UpstreamError("The model provider's answer ended too early.")
 
-    async def _pass_on(self, hold: Hold, answer: Answer, data: bytes) -> None:
-        if self.client.gone:
-            return
-        if not self._stream_started:
-            self._stream_started = True
-            self._keep_alive_in_time()
-            await self.client.start(200, {**self._headers(hold), "content-type": "text/event-stream", "cache-control": "no-cache"})
-        if data:
-            self._last_sent = time.monotonic()
-            await self.client.send(data, more=True)
+    async def _pass_bytes(self, hold: Hold, answer: Answer) -> None:
+        """An answer that is no text goes on as it comes; its last piece waits for the settlement."""
+        content_type = answer.headers.get("content-type", ANY_BYTES)
+        if not BYTES.fullmatch(content_type):
+            raise UpstreamError("The model provider's answer is not audio.")
+        self._content_type = content_type
+        async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if self._plain is None:
+                    self.ending.first_token_ms = self._elapsed_ms()
+                elif not self._delivery.started:
+                    await self._delivery.start({**self._headers(hold), "content-type": content_type})
+                await self._delivery.send(self._plain or b"")
+                self._plain = chunk
+        if self._plain is None:
+            raise UpstreamError("The model provider's answer is empty.")
+        self.ending.completed = True
 
     def _may_abort(self) -> bool:
         return self._stream is not None and stops_on_abort(self._stream.provider)
@@ -268,34 +279,25 @@ class Exchange:
             note = self.runtime.note_generation
             self._timers.append(asyncio.get_running_loop().call_later(NOTE_GENERATION_SECONDS, note, hold.request_id, generation_id))
 
-    def _keep_alive_in_time(self) -> None:
-        """A comment after every 15 s of silence, so that nothing between us and the client takes the stream for dead."""
-
-        def tick() -> None:
-            if self.client.gone or self._settling:
-                return
-            if time.monotonic() - self._last_sent >= KEEP_ALIVE_SECONDS:
-                self._last_sent = time.monotonic()
-                self.runtime.settlements.spawn(self.client.send(KEEP_ALIVE, more=True), "keep-alive")
-            self._timers[:] = [loop.call_later(KEEP_ALIVE_SECONDS, tick), *self._timers[:1]]
-
-        loop = asyncio.get_running_loop()
-        self._timers.append(loop.call_later(KEEP_ALIVE_SECONDS, tick))
+    def _forget_generation(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
 
     # The end.
 
     async def _settle(self, hold: Hold) -> dict[str, Any] | None:
         """Charges what the request cost. None while that is open: the cost is not known yet, or the database does not answer."""
-        self._settling = True
+        self._delivery.quiet()
         ending, stream = self.ending, self._stream
         if stream is not None:
-            ending.usage, ending.model, ending.provider = stream.usage, stream.model, stream.provider
-            ending.finish_reason = stream.finish_reason
-        item = self._settlement(hold)
+            ending.learn(stream)
+        item = {**self._settlement(hold), **await self._kept(hold)}
         said_all = stream is None or stream.is_whole  # in a stream that broke off, usage may be a running count
         if ending.generation_id is None or (item["source"] != "none" and said_all):
             return await self.runtime.settlements.settle(item)
-        place = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        place: dict[str, Any] = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        place |= {"byok": hold.byok, "provider_key": hold.provider_key}
         found = await self.runtime.settlements.look_up_now(place)
         if found is None:
             # Whichever process is there then: what is asked later must be known to all of them.
@@ -326,39 +328,64 @@ class Exchange:
             generation_id=ending.generation_id,
         )
 
+    async def _kept(self, hold: Hold) -> dict[str, Any]:
+        """The answer as it is kept to be given again, where that was asked for and it is whole."""
+        recording, self._delivery.recording = self._delivery.recording, None
+        if recording is None or not self.ending.completed:
+            return {}
+        recording.add(self._last_bytes(hold, CHARGE_MARK))
+        content_type = EVENTS if self._stream is not None else self._content_type
+        kept = await keep(recording, content_type, self.ending.generation_id, self._tokens(), self.runtime.vault)
+        return {**kept, "cache": hold.cache} if kept and hold.cache is not None else kept
+
+    def _last_bytes(self, hold: Hold, charge: bytes) -> bytes:
+        """The end of the answer, which tells the client what was charged."""
+        if self._stream is not None:
+            return self._stream.tail(charge, self.ending.failure, hold.request_id)
+        last = self._plain or b""
+        return with_field(last, "gateway_usage", charge) if self._content_type == "application/json" else last
+
     async def _finish(self, hold: Hold) -> None:
         """The last bytes, which tell the client what was charged."""
+        failure, delivery = self.ending.failure, self._delivery
         if self.client.gone:
             return
-        if self._stream is not None and self._stream_started:
-            await self.client.send(self._tail(hold, self._stream), more=False)
-        elif (failure := self.ending.failure) is not None:
+        if self._stream is not None and delivery.started:
+            await delivery.end(self._last_bytes(hold, self._charge(hold)))
+        elif delivery.started and failure is not None:
+            return  # unended: only a connection that breaks off tells that these bytes are not all
+        elif failure is not None:
             failure.extra_headers |= {**self._headers(hold), **charge_headers(self.settled)}
             raise failure
         elif self._plain is not None:
-            body = with_field(self._plain, "gateway_usage", self._charge(hold))
-            about = {"content-type": "application/json", "content-length": str(len(body))}
-            await self.client.start(200, {**self._headers(hold), **charge_headers(self.settled), **about})
-            await self.client.send(body, more=False)
+            await self._end_plain(hold, self._last_bytes(hold, self._charge(hold)))
 
-    def _tail(self, hold: Hold, stream: Stream) -> bytes:
-        parts = [usage_event(stream.held, stream, self._charge(hold))]
-        if self.ending.failure is not None:
-            parts.append(b"data: " + to_json(self.ending.failure.body(hold.request_id)) + b"\n\n")
-        return b"".join((*parts, DONE))
+    async def _end_plain(self, hold: Hold, last: bytes) -> None:
+        if not self._delivery.started:
+            about = {"content-type": self._content_type, "content-length": str(len(last))}
+            await self._delivery.start({**self._headers(hold), **charge_headers(self.settled), **about})
+        await self._delivery.end(last)
 
     def _charge(self, hold: Hold) -> bytes:
-        return gateway_usage(hold.request_id, self.ending.usage.total_tokens if self.ending.usage else 0, self.settled)
+        return gateway_usage(hold.request_id, self._tokens(), self.settled)
+
+    def _tokens(self) -> int:
+        return self.ending.usage.total_tokens if self.ending.usage else 0
 
     def _headers(self, hold: Hold) -> dict[str, str]:
-        found = limit_headers(hold.limits)
+        found = {**limit_headers(hold.limits), **self._mode_headers()}
         if self.ending.generation_id:
             found["x-generation-id"] = self.ending.generation_id
-        if self._upstream.suffixes:
-            found["x-gateway-mode"] = "sandbox"
+        if hold.cache is not None:
+            found |= MISS
+        if hold.byok:
+            found["x-gateway-byok"] = "true"
         if self._bound.min_output != self._bound.max_output:
             found["x-gateway-max-tokens"] = str(hold.granted_output)
         return found
+
+    def _mode_headers(self) -> dict[str, str]:
+        return {"x-gateway-mode": "sandbox"} if self._upstream.suffixes else {}
 
     def _elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)

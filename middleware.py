@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import BodyTooLarge
 from ids import new_request_id
+from refusals import limit_headers
 from replies import error_reply
 
 log = structlog.get_logger("http")
@@ -22,9 +23,12 @@ PROXIED = ("/v1/", "/api/v1/")
 class RequestLog:
     """Gives each request its id, answers with it, and logs how it went. Plain ASGI: it is on the way of every streamed event."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, cors: Callable[[ASGIApp], ASGIApp]) -> None:
         self._app = app
+        # What is answered here, a browser must be able to read as well.
+        self._cors = cors
         self._max_body_bytes = max_body_bytes
+        self._log = log.bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,13 +44,13 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = _with_limits([*message.get("headers", ()), header], state)
             await send(message)
 
         try:
             await self._serve(scope, receive, send_with_id)
         finally:
-            log.info(
+            self._log.info(
                 "request",
                 request_id=request_id,
                 method=scope["method"],
@@ -61,9 +65,17 @@ class RequestLog:
         limit = self._max_body_bytes if scope["path"].startswith(PROXIED) else min(self._max_body_bytes, MAX_ORDER_BYTES)
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
-            await error_reply(_too_large(limit), scope["state"]["request_id"])(scope, receive, send)
+            reply = error_reply(_too_large(limit), scope["state"]["request_id"], scope["path"])
+            await self._cors(reply)(scope, receive, send)
             return
         await self._app(scope, _bounded(receive, limit), send)
+
+
+def _with_limits(headers: list[tuple[bytes, bytes]], state: MutableMapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Management answers to a user's key say what is left of its limits; proxied ones and refusals say it themselves."""
+    if "limits" in state and not any(name.startswith(b"x-ratelimit-") for name, _ in headers):
+        headers += [(name.lower().encode(), value.encode()) for name, value in limit_headers(state["limits"]).items()]
+    return headers
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:

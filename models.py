@@ -32,6 +32,14 @@ class Environment(StrEnum):
     DEVELOPMENT = "development"
 
 
+class FieldError(ValueError):
+    """What is wrong with one field in the light of the others: the message goes on from its name."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class RequestModel(BaseModel):
     """A request body: unknown fields are refused, so that a misspelt one is not silently without effect."""
 
@@ -54,7 +62,7 @@ class ErrorBody(BaseModel):
 
 def _not_reserved(name: str) -> str:
     if name.lower().startswith("deleted-"):
-        raise ValueError("names that begin with deleted- are reserved")
+        raise ValueError("must not begin with deleted-, which is kept for deleted accounts")
     return name
 
 
@@ -135,6 +143,18 @@ class UsageRecord(BaseModel):
     settled_at: str | None
 
 
+class AdminUsageRecord(UsageRecord):
+    """The same, and whose it was."""
+
+    user_id: int
+
+
+class AdminUsageRecords(BaseModel):
+    status: str
+    records: list[AdminUsageRecord]
+    next_cursor: str | None
+
+
 class UsageRecords(BaseModel):
     status: str
     records: list[UsageRecord]
@@ -154,6 +174,19 @@ class Transaction(BaseModel):
     created_at: str
 
 
+class AdminTransaction(Transaction):
+    """The same, whose it was, and who made it."""
+
+    user_id: int
+    actor: str
+
+
+class AdminTransactions(BaseModel):
+    status: str
+    transactions: list[AdminTransaction]
+    next_cursor: str | None
+
+
 class Transactions(BaseModel):
     status: str
     transactions: list[Transaction]
@@ -168,8 +201,10 @@ class Target(RequestModel):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Target:
-        if (self.user_id is None) == (self.api_key is None):
-            raise ValueError("give either user_id or api_key")
+        if self.user_id is None and self.api_key is None:
+            raise FieldError("user_id", "is missing: give user_id or api_key")
+        if self.user_id is not None and self.api_key is not None:
+            raise FieldError("api_key", "must be left out where user_id is given")
         return self
 
 
@@ -212,7 +247,7 @@ class LimitOrder(Target):
     @model_validator(mode="after")
     def _something_to_set(self) -> LimitOrder:
         if not self.rate_limits.model_fields_set:
-            raise ValueError("rate_limits names no limit to set")
+            raise FieldError("rate_limits", "names no limit to set")
         return self
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
 
-from models import AuthMethod, Credits, Id, KeyName, RequestModel, Target, Username
+from models import AuthMethod, Credits, FieldError, Id, KeyName, RequestModel, Target, Username
 from models_keys import ModelPattern, Moment, Scopes
 
 
@@ -67,21 +67,22 @@ class Profile(BaseModel):
 # Plans.
 
 PlanLimit = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+PlanText = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Factor = Annotated[Decimal, Field(ge=0, le=1000)]
 
 
 class PlanChange(RequestModel):
     """Fields of a plan; null is unlimited, 0 refuses all."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
-    description: Annotated[str, StringConstraints(max_length=1000)] | None = None
+    name: PlanText | None = None
+    description: Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")] | None = None
     price_per_month: Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=9)] | None = None
     daily_request_limit: PlanLimit | None = None
     monthly_request_limit: PlanLimit | None = None
     daily_token_limit: PlanLimit | None = None
     monthly_token_limit: PlanLimit | None = None
     concurrency: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = None
-    features: Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=100)]], Field(max_length=100)] | None = None
+    features: Annotated[list[PlanText], Field(max_length=100)] | None = None
     allowed_models: Annotated[list[ModelPattern], Field(max_length=200)] | None = None
     environment_factors: dict[Literal["staging", "development"], Factor] | None = None
     is_active: bool | None = None
@@ -91,7 +92,7 @@ class PlanOrderNew(PlanChange):
     model_config = ConfigDict(json_schema_extra={"examples": [{"slug": "team", "name": "Team", "daily_request_limit": 10000}]})
 
     slug: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-    name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
+    name: PlanText
 
 
 class Plan(BaseModel):
@@ -139,7 +140,7 @@ class Adjustment(Target):
     @model_validator(mode="after")
     def _not_nothing(self) -> Self:
         if self.credits == 0:
-            raise ValueError("credits must not be 0")
+            raise FieldError("credits", "must not be 0")
         return self
 
 

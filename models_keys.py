@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from models import Credits, Environment, KeyName, RequestModel
+from models import Credits, Environment, FieldError, KeyName, RequestModel
 
+ISO = "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z"
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
 Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
 ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x20*]*\*?$")]
@@ -24,13 +26,26 @@ Domain = Annotated[
 
 def _network(text: str) -> str:
     """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
-    network = ipaddress.ip_network(text)
+    try:
+        network = ipaddress.ip_network(text if "%" not in text else "")  # a zone means something on one host only
+    except ValueError as error:
+        hint = " (bits beyond the prefix are set)" if "host bits" in str(error) else ""
+        raise ValueError(f"must be an address or a network such as 203.0.113.0/24{hint}") from None
     mapped = getattr(network.network_address, "ipv4_mapped", None)
     return str(ipaddress.ip_network((mapped, network.prefixlen - 96))) if mapped and network.prefixlen >= 96 else str(network)
 
 
 NetworkText = Annotated[str, StringConstraints(max_length=64), AfterValidator(_network)]
-Moment = Annotated[AwareDatetime, Field(description="ISO 8601, with a time zone")]
+
+
+def _iso(value: object) -> object:
+    """Texts only, and no bare numbers: pydantic would take them for seconds since 1970."""
+    if not isinstance(value, str) or not re.match(r"\d{4}-", value):
+        raise ValueError(ISO)
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_iso), Field(description="ISO 8601, with a time zone")]
 
 
 class KeyRules(RequestModel):
@@ -50,7 +65,8 @@ class KeyRules(RequestModel):
     @model_validator(mode="after")
     def _budget_has_window(self) -> Self:
         if (self.budget is None) != (self.budget_window is None):
-            raise ValueError("budget and budget_window belong together")
+            missing = "budget" if self.budget is None else "budget_window"
+            raise FieldError(missing, "is missing: budget and budget_window belong together")
         return self
 
 
@@ -86,7 +102,7 @@ class KeyChange(KeyRules):
             if not self.model_fields_set - {"action"}:
                 raise ValueError("names nothing to change")
             if self.environment_tag is not None:
-                raise ValueError("environment_tag of a key never changes; make a new key")
+                raise FieldError("environment_tag", "of a key never changes; make a new key")
         return self
 
 

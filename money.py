@@ -30,6 +30,12 @@ def plain(amount: Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def plain_credits(nanos: int) -> str:
+    """Nano-dollars, not negative, as credits in plain notation: `plain(credits_from_nanos(nanos))`, without the decimals."""
+    whole, rest = divmod(nanos, NANOS_PER_CREDIT)
+    return f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
+
+
 def parse_amount(value: object) -> Decimal | None:
     """A finite, non-negative amount out of parsed JSON (number or numeric string), or None when it is none.
 

@@ -14,26 +14,25 @@ from urllib.parse import quote
 
 import aiohttp
 import httpx2
-import orjson
 import structlog
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream, DefaultAioHttpClient
 from openai._models import FinalRequestOptions
 
 from config import Settings
-from errors import GatewayError, Unavailable, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
-from logs import scrub
+from errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from sandbox import SCENARIOS, SandboxTransport, create_app
+from upstream_errors import TIMEOUT_STATUSES
 from usage import parse_json
 
 log = structlog.get_logger("openrouter")
 
 CONNECT_SECONDS = 10.0
 LOOKUP_SECONDS = 15.0
-TIMEOUT_STATUSES = (408, 504, 524)
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 BROKEN = "The connection to the model provider broke in mid-answer."
 MAX_BUILT = 64
+JSON = "application/json"
 TEST_ANSWER_BYTES = 64 * 1024
 TEST_SECONDS = 60
 
@@ -67,40 +66,10 @@ STOPS_ON_ABORT = frozenset(
     ]
 )
 
-LINK = re.compile(r"https?://\S+|\bopenrouter\.ai/\S+")
-OPERATOR = re.compile(r"\b(?:user|org|key|workspace)_[A-Za-z0-9]{8,}\b|\b[0-9a-f]{32,}\b")
-ERROR_CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
-
 
 def stops_on_abort(provider: str | None) -> bool:
     """Whether closing the connection ends the bill at this provider (given by the name in its answers)."""
     return provider is not None and re.sub(r"[^a-z0-9]", "", provider.lower()) in STOPS_ON_ABORT
-
-
-def sanitised(text: object) -> str:
-    """An upstream message without links, keys and ids of the operator's account, at most 500 characters."""
-    message = text if isinstance(text, str) and text.strip() else "The model provider gave no reason."
-    return scrub(OPERATOR.sub("***", LINK.sub("[link]", message[:4000])))[:500]
-
-
-def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
-    """An `error` object of a stream or body, as clients may see it: message, type, param, code, and the upstream's error_type."""
-    metadata = error.get("metadata")
-    kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
-    code = error.get("code")
-    if error_status({"error": error}) in (401, 402):
-        return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
-    return {
-        "message": sanitised(error.get("message")),
-        "type": "rate_limit_error" if code == 429 else "api_error",
-        "param": None,
-        "code": code if _is_code(code) else "upstream_error",
-        **({"metadata": {"error_type": kind}} if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else {}),
-    }
-
-
-def _is_code(code: object) -> bool:
-    return ERROR_CODE.fullmatch(code) is not None if isinstance(code, str) else type(code) is int and 100 <= code <= 999
 
 
 class Unreachable(UpstreamUnavailable):
@@ -128,15 +97,20 @@ class Answer:
         return 400 <= self.status < 600 and self.status not in TIMEOUT_STATUSES
 
     @property
+    def is_json(self) -> bool:
+        return self.headers.get("content-type", "").lower().startswith(JSON)
+
+    @property
     def is_stream(self) -> bool:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when it breaks off."""
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
-        pieces = self._response.aiter_raw() if encoding in ("", "identity") else self._response.aiter_bytes()
+        stream = self._response.stream
+        plain = encoding in ("", "identity") and isinstance(stream, httpx2.AsyncByteStream)
         try:
-            async for piece in pieces:
+            async for piece in stream if plain else self._response.aiter_bytes():  # type: ignore[union-attr]
                 if piece:
                     yield piece
         except httpx2.TimeoutException as error:
@@ -147,41 +121,59 @@ class Answer:
             raise UpstreamError(BROKEN) from error
 
     async def read(self) -> bytes:
-        """The whole body, decoded. Raises UpstreamError beyond MAX_ANSWER_BYTES of it."""
-        if self._response.is_stream_consumed:
-            return self._response.content  # the SDK reads error answers itself, as far as `_bound_error` lets it
+        """The whole body, decoded; of an error as much as its message needs. Raises UpstreamError beyond MAX_ANSWER_BYTES."""
         body = bytearray()
         async for piece in self.chunks():
             body += piece
+            if self.status >= 400 and len(body) >= MAX_ERROR_BYTES:
+                break
             if len(body) > MAX_ANSWER_BYTES:
                 raise UpstreamError("The model provider's answer is too large.")
-        return bytes(body)
+        return bytes(body[:MAX_ERROR_BYTES] if self.status >= 400 else body)
 
     async def aclose(self) -> None:
         await self._response.aclose()
+
+
+class _Repeated(httpx2.Request):
+    """The first request of its kind with another body; its content-length is the transport's to say."""
+
+    def __init__(self, first: httpx2.Request, body: bytes) -> None:
+        self.method, self.url, self.headers, self.extensions = first.method, first.url, first.headers, first.extensions
+        self.stream = httpx2.ByteStream(body)
+        self.read()
 
 
 class OpenRouterClient(AsyncOpenAI):
     """The SDK's client with a shorter way for requests whose body is bytes, which are sent once and whose answers nobody parses.
 
     Of the requests to one path with the same headers the SDK builds the first, with all that it adds; the others are that one with another
-    body. They go out through the SDK's own HTTP client. (docs/decisions/0006)
+    body. They go out through the SDK's own transport. (docs/decisions/0006)
     """
 
-    _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, list[tuple[bytes, bytes]]]]
+    _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
 
-    async def transmit(self, path: str, body: bytes, headers: Mapping[str, str]) -> httpx2.Response:
-        """POSTs the body and returns whatever is answered, unread. Raises httpx2's errors."""
+    async def transmit(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> httpx2.Response:
+        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors.
+
+        `api_key`: an account's that is not the operator's.
+        """
         known = self.__dict__.setdefault("_built", {})
         key = (path, tuple(headers.items()))
         if key not in known:
             if len(known) >= MAX_BUILT:
                 known.clear()
-            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=body, headers=headers))
-            known[key] = built, [(name, value) for name, value in built.headers.raw if name.lower() != b"content-length"]
-        first, kept = known[key]
-        request = httpx2.Request(first.method, first.url, headers=kept, content=body, extensions=dict(first.extensions))
-        return await self._client.send(request, stream=True, follow_redirects=False)
+            as_json = {**headers, "Content-Type": JSON}  # a form it would build itself, out of fields
+            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json))
+            built.headers.pop("content-length", None)
+            built.headers["Content-Type"] = headers["Content-Type"]
+            known[key] = built, self._client._transport_for_url(built.url)
+        first, transport = known[key]
+        request = _Repeated(first, body)
+        if api_key is not None:
+            request.headers = httpx2.Headers({**request.headers, "Authorization": f"Bearer {api_key}"})
+        answer: httpx2.Response = await transport.handle_async_request(request)
+        return answer
 
 
 class Upstream:
@@ -191,14 +183,14 @@ class Upstream:
         self._client = client
         self.suffixes = suffixes
 
-    async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def send(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> Answer:
         """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no answer at all.
 
-        An answer with an error status is an answer.
+        An answer with an error status is an answer. `api_key`: the user's own account, instead of the operator's.
         """
-        sent = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
+        sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
-            response = await self._client.transmit(path, body, sent)
+            response = await self._client.transmit(path, body, sent, api_key=api_key)
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise _no_answer(error) from error
         return Answer(response.status_code, response.headers, response)
@@ -207,12 +199,15 @@ class Upstream:
         """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
         return await self._get("/models", {"output_modalities": "all"})
 
-    async def find_generation(self, generation_id: str) -> Mapping[str, Any] | None:
-        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable."""
+    async def find_generation(self, generation_id: str, *, api_key: str | None = None) -> Mapping[str, Any] | None:
+        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable.
+
+        `api_key`: the account that it was made under, where that is not the operator's; one that is refused by now knows nothing.
+        """
         try:
-            raw = await self._get("/generation", {"id": generation_id})
+            raw = await self._get("/generation", {"id": generation_id}, api_key)
         except UpstreamRefused as refusal:
-            if refusal.status == 404:
+            if refusal.status == 404 or (api_key is not None and refusal.status in (401, 403)):
                 return None
             raise UpstreamUnavailable() from refusal
         try:
@@ -327,69 +322,3 @@ def open_sandbox(*, for_test_keys: bool) -> Upstream:
     http = httpx2.AsyncClient(transport=SandboxTransport(app), follow_redirects=False)
     client = OpenRouterClient(api_key="sandbox", base_url="http://sandbox.invalid/api/v1", max_retries=0, timeout=300, http_client=http)
     return Upstream(client, suffixes=frozenset(SCENARIOS))
-
-
-# What an upstream's error means to the client.
-
-
-def error_status(body: object) -> int | None:
-    """The status inside an error body (`code`, or `http_status`, as a number or a text of one), None where there is none."""
-    error = body.get("error") if isinstance(body, dict) else None
-    for value in (error.get("code"), error.get("http_status")) if isinstance(error, dict) else ():
-        if isinstance(value, str) and value.isascii() and value.isdigit():
-            value = int(value[:4])
-        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
-            return value
-    return None
-
-
-def error_of(status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody."""
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        body = {}
-    error = body.get("error") if isinstance(body, dict) else None
-    error = error if isinstance(error, dict) else {"message": error}
-    message = sanitised(error.get("message"))
-    if status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower()):
-        if not invented:
-            log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
-        return UpstreamUnavailable("The gateway's account at the model provider cannot serve requests now. The operator has been told.")
-    if not 400 <= status < 600:
-        return UpstreamError(f"The model provider answered with the unexpected status {status}.")
-    if status in TIMEOUT_STATUSES:
-        return UpstreamTimeout(message, code=_code(error, "upstream_timeout"))
-    retry = _retry_after(headers)
-    if status in (503, 529):
-        return UpstreamUnavailable(message, code=_code(error, "upstream_unavailable"), retry_after=retry)
-    if status >= 500:
-        return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
-    if _is_price_change(status, error):
-        return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=1)
-    fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
-    return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))
-
-
-def is_price_change(error: GatewayError) -> bool:
-    """Whether the price snapshot that the request was bounded by is out of date."""
-    return error.code == "price_changed"
-
-
-def _is_price_change(status: int, error: Mapping[str, Any]) -> bool:
-    availability = error.get("availability") or (error.get("metadata") or {} if isinstance(error.get("metadata"), dict) else {}).get(
-        "availability"
-    )
-    excluded = availability.get("excluded_by") if isinstance(availability, dict) else None
-    return status == 404 and isinstance(excluded, list) and "max_price" in excluded
-
-
-def _code(error: Mapping[str, Any], fallback: str) -> str:
-    metadata = error.get("metadata")
-    kind = (metadata.get("error_type") if isinstance(metadata, dict) else None) or error.get("error_type")
-    return kind if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else fallback
-
-
-def _retry_after(headers: Mapping[str, str]) -> int | None:
-    value = headers.get("retry-after", "")
-    return min(max(int(value), 1), 3600) if value.isascii() and value.isdigit() and len(value) < 10 else None

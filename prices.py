@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from decimal import ROUND_CEILING, Decimal
+from dataclasses import dataclass, fields, replace
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 from money import EXACT, parse_amount, plain
@@ -16,6 +16,7 @@ from money import EXACT, parse_amount, plain
 ZERO = Decimal(0)
 _SMALLEST_DOLLARS = Decimal("1e-18")
 _MAX_DOLLARS = Decimal(1_000_000)
+_ROUND_UP = Context(prec=50, rounding=ROUND_CEILING)
 
 # The dearest search engine with a documented price is Exa's deep-reasoning mode, 10 results included. An older page
 # of the same documentation (features/web-search) has four dollars for a thousand results: the dearer of both counts.
@@ -116,24 +117,79 @@ def search_nanos(rates: Rates, results: int) -> Decimal:
     return max(EXACT.add(_SEARCH_NANOS, extra), EXACT.multiply(_OLD_RESULT_NANOS, Decimal(results)), listed)
 
 
-def max_price(rates: Rates, own: Mapping[str, Decimal], *, images: bool) -> dict[str, str]:
-    """`provider.max_price`: these rates, or the client's own limits where they are lower.
+def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
+    """These rates in the units of `provider.max_price`.
 
-    Dollars per million prompt and completion tokens, dollars per request and image; decimal strings, never floats.
-    Source: https://openrouter.ai/docs/guides/routing/provider-selection#max-price
+    Dollars per million prompt and completion tokens, and per request, image and audio unit (which is taken for the unit
+    of the model list, a token). Source: https://openrouter.ai/docs/guides/routing/provider-selection#max-price
     """
-    held = {
+    caps = {
         "prompt": rates.prompt.scaleb(-3, EXACT),
         "completion": rates.completion.scaleb(-3, EXACT),
         "request": rates.request.scaleb(-9, EXACT),
     }
     if images:
-        held["image"] = rates.image.scaleb(-9, EXACT)
-    return {name: plain(price) for name, price in {**own, **_lower(held, own)}.items()}
+        caps["image"] = rates.image.scaleb(-9, EXACT)
+    if audio and rates.audio is not None:
+        caps["audio"] = rates.audio.scaleb(-9, EXACT)
+    return caps
 
 
-def _lower(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[str, Decimal]:
-    return {name: min(price, own.get(name, price)) for name, price in held.items()}
+def max_price(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[str, str]:
+    """`provider.max_price` to send: what is held, or the client's own limits where they are lower; decimal strings, never floats."""
+    if own:
+        held = {**own, **{name: min(price, own.get(name, price)) for name, price in held.items()}}
+    return {name: plain(price) for name, price in held.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Markups:
+    """How far a bill can exceed the prices that `provider.max_price` is compared with, over all models of a list.
+
+    Cache writes, tokens of images, long prompts and reasoning may cost more than the listed `prompt` and `completion`,
+    by these factors; `free_*` are nano-dollars per token where the listed price is zero.
+    """
+
+    input: Decimal = Decimal(1)
+    output: Decimal = Decimal(1)
+    free_input: Decimal = ZERO
+    free_output: Decimal = ZERO
+
+    def rates(self, prompt: Decimal, completion: Decimal, request: Decimal, image: Decimal) -> Rates:
+        """The dearest bill at these caps, in nano-dollars per unit."""
+        dear = max(EXACT.multiply(prompt, self.input), self.free_input)
+        return Rates(
+            prompt=prompt,
+            completion=completion,
+            input=dear,
+            output=max(EXACT.multiply(completion, self.output), self.free_output),
+            request=request,
+            image=image,
+            image_token=dear,
+            web_search=ZERO,
+            audio=None,
+            image_output=None,
+            audio_output=None,
+        )
+
+
+def markups(prices: Iterable[Price]) -> Markups:
+    """The markups over these prices."""
+    found = Markups()
+    for price in prices:
+        dear = price.tiers[-1][1] if price.tiers else price.base
+        found = replace(
+            found,
+            **_markup("input", price.base.prompt, dear.image_token, found.input, found.free_input),
+            **_markup("output", price.base.completion, dear.output, found.output, found.free_output),
+        )
+    return found
+
+
+def _markup(name: str, listed: Decimal, billed: Decimal, factor: Decimal, free: Decimal) -> dict[str, Decimal]:
+    if listed:
+        return {name: max(factor, _ROUND_UP.divide(billed, listed))}
+    return {f"free_{name}": max(free, billed)}
 
 
 def _parse(pricing: Mapping[str, Any]) -> Price:

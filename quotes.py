@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
@@ -10,11 +11,13 @@ import orjson
 
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
+from endpoints import ENDPOINTS
 from errors import BadRequest
-from metering import read_body
 from money import EXACT, credits_from_nanos, plain
+from outgoing import end_user_of, read_request
 
 USUAL_OUTPUT_TOKENS = 256
+BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 REFUSALS = {
     "credits": "insufficient_credits",
     "budget": "budget_exceeded",
@@ -26,26 +29,27 @@ REFUSALS = {
 }
 
 
-def bound_of(endpoint: str, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
-    """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest, ModelNotFound, ..."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A body as the proxy understands it."""
+
+    bound: Bound
+    end_user: str | None
+
+
+def understand(endpoint_name: str, body: Mapping[str, Any], x_end_user: str | None, *, models: ModelIndex, policy: BoundPolicy) -> Asked:
+    """The bound of a body, taken as JSON without superfluous spaces, and whom it is for.
+
+    Raises what the proxy would: BadRequest, UnboundedCost, ModelNotFound, Forbidden.
+    """
+    endpoint = BY_NAME[endpoint_name]
     try:
         raw = orjson.dumps(body)
     except TypeError as error:
         raise BadRequest(f"The request body cannot be read: {error}.", param="body", code="invalid_json") from None
-    return bound_request(endpoint, read_body(raw), len(raw), models, policy)
-
-
-def price_basis(bound: Bound) -> dict[str, Any]:
-    """What the hold is made of, without markup, as a receipt shows it."""
-    known = getattr(bound, "price_basis", None)
-    if isinstance(known, dict):
-        return known
-    provider = bound.patch.get("provider") or {}
-    return {
-        "fixed_nanos": plain(bound.fixed_nanos),
-        "output_nanos": plain(bound.output_nanos),
-        "max_price": dict(provider.get("max_price") or {}),
-    }
+    fields = read_request(endpoint, raw, "application/json").fields
+    end_user = end_user_of(endpoint, fields, x_end_user)
+    return Asked(bound_request(endpoint.name, fields, len(raw), models, policy), end_user)
 
 
 def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def answer(bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_to
     most = found["granted_output"] if granted else bound.max_output
     expected = min(USUAL_OUTPUT_TOKENS if output_tokens is None else output_tokens, most)
     pays = not (found.get("free") or found.get("byok"))
-    estimate = EXACT.multiply(_typical_nanos(bound, expected), markup) if pays else Decimal(0)
+    estimate = EXACT.multiply(bound.typical_nanos(expected), markup) if pays else Decimal(0)
     available = found.get("available_nanos")
     hold = int(found.get("hold_nanos") or 0)
     return {
@@ -83,14 +87,6 @@ def answer(bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_to
         "byok": bool(found.get("byok")),
         "free": bool(found.get("free")),
         "markup": markup,
-        "price_basis": price_basis(bound),
+        "price_basis": bound.price_basis,
         "message": "An estimate of this moment: nothing is held or counted, and rate limits are not looked at.",
     }
-
-
-def _typical_nanos(bound: Bound, output_tokens: int) -> Decimal:
-    """What it costs with so much output, without markup: as the bound knows better, else its upper bound."""
-    known = getattr(bound, "typical_nanos", None)
-    if known is not None:
-        return Decimal(known(output_tokens))
-    return EXACT.add(bound.fixed_nanos, EXACT.multiply(bound.output_nanos, Decimal(output_tokens)))

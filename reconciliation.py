@@ -92,7 +92,7 @@ async def resolve(client: AsyncClient, settlements: Settlements, request_id: str
         raise Conflict("The cost of this request is known, or it is still pending.", param="request_id")
     if record["generation_id"] is None or record["byok"]:
         raise Conflict("The upstream cannot be asked about this request.", param="request_id", code="not_resolvable")
-    found = await settlements.look_up(record["mode"], record["environment"], record["generation_id"], (0.0,))
+    found = await settlements.look_up(record, (0.0,))
     if found is None:
         raise NotFound("The upstream does not know this generation.", param="request_id", code="generation_unknown")
     status = "cancelled" if record["status"] == "expired" else record["status"]

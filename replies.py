@@ -15,8 +15,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound
-from money import credits_from_nanos, plain
+from endpoints import is_anthropic, refusal_of
+from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, NotOffered
+from money import plain, plain_credits
+from sentences import explain
 
 log = structlog.get_logger("errors")
 
@@ -38,7 +40,7 @@ def _encode(value: object) -> Any:
 
 def gateway_usage(request_id: str, tokens: int, settled: Mapping[str, Any] | None) -> bytes:
     """The JSON object that every completion carries; `settled` is the database's answer, None while the charge is open."""
-    cost, balance = (plain(credits_from_nanos(settled[name])) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
+    cost, balance = (plain_credits(settled[name]) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
     pending = "" if settled else ',"settlement":"pending"'
     return f'{{"request_id":"{request_id}","tokens_charged":{tokens},"cost":{cost},"user_balance_after":{balance}{pending}}}'.encode()
 
@@ -48,8 +50,8 @@ def charge_headers(settled: Mapping[str, Any] | None) -> dict[str, str]:
     if settled is None:
         return {"x-gateway-settlement": "pending"}
     return {
-        "x-gateway-cost": plain(credits_from_nanos(settled["cost_nanos"])),
-        "x-gateway-balance": plain(credits_from_nanos(settled["balance_nanos"])),
+        "x-gateway-cost": plain_credits(settled["cost_nanos"]),
+        "x-gateway-balance": plain_credits(settled["balance_nanos"]),
     }
 
 
@@ -67,8 +69,10 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def error_reply(error: GatewayError, request_id: str) -> Reply:
-    return Reply(error.body(request_id), status_code=error.status, headers=error.headers())
+def error_reply(error: GatewayError, request_id: str, path: str = "") -> Reply:
+    """The answer that an error becomes, in the form that clients of this path expect."""
+    body = error.anthropic_body(request_id) if is_anthropic(path) else error.body(request_id)
+    return Reply(body, status_code=error.status, headers=error.headers())
 
 
 def _request_id(request: Request) -> str:
@@ -78,7 +82,7 @@ def _request_id(request: Request) -> str:
 async def on_gateway_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, GatewayError):
         raise error
-    return error_reply(error, _request_id(request))
+    return error_reply(error, _request_id(request), request.url.path)
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
@@ -86,14 +90,12 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(where) or None
     if first["type"] == "json_invalid":
         refusal = BadRequest("The request body is not valid JSON.", code="invalid_json")
     else:
-        what = str(first["msg"]).removeprefix("Value error, ")
-        refusal = BadRequest(f"`{param}`: {what}" if param else f"The request body: {what}", param=param)
-    return error_reply(refusal, _request_id(request))
+        message, param = explain(first)
+        refusal = BadRequest(message, param=param)
+    return error_reply(refusal, _request_id(request), request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -101,22 +103,25 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     if isinstance(error.__cause__, GatewayError):
-        return error_reply(error.__cause__, _request_id(request))
-    if error.status_code == 404:
-        refusal: GatewayError = NotFound(f"There is no {request.method} {request.url.path} here. GET / lists what there is.")
+        return error_reply(error.__cause__, _request_id(request), request.url.path)
+    not_offered = refusal_of(request.url.path)
+    if not_offered is not None:
+        refusal: GatewayError = NotOffered(not_offered)
+    elif error.status_code == 404:
+        refusal = NotFound(f"There is no {request.method} {request.url.path} here. GET / lists what there is.")
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         refusal = MethodNotAllowed(f"{request.url.path} does not take {request.method}.", headers={"allow": allowed})
     else:
         refusal = BadRequest(str(error.detail))
-    return error_reply(refusal, _request_id(request))
+    return error_reply(refusal, _request_id(request), request.url.path)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours: the log gets the traceback, the client the request id to ask about."""
     request_id = _request_id(request)
     log.error("unhandled", request_id=request_id, path=request.url.path, exc_info=error)
-    reply = error_reply(GatewayError(), request_id)
+    reply = error_reply(GatewayError(), request_id, request.url.path)
     reply.headers["x-request-id"] = request_id
     return reply
 

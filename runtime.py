@@ -36,8 +36,11 @@ log = structlog.get_logger("runtime")
 
 RETRY_START_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
+SWEEP_ROUNDS = 30
 SHUTDOWN_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 15.0
 KEEP_SECONDS = 2.0
+COUNT_SECONDS = 10.0
 
 
 class Runtime:
@@ -54,12 +57,17 @@ class Runtime:
         self.vault = Vault(encryption or [secrets.encryption_key] if secrets else encryption)
         self.admin_key = _admin_key(settings, secrets)
         self.exchanges: set[asyncio.Task[Any]] = set()
+        self.keep_alive_seconds = KEEP_ALIVE_SECONDS
+        self._user_count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
         self._endpoint_lists: dict[str, EndpointLists] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))
         self.settlements = Settlements(
-            lambda items: db.settle_requests(client, items), upstream_for=self._upstream_for, journal=_journal(settings)
+            lambda items: db.settle_requests(client, items),
+            upstream_for=self._upstream_for,
+            open_key=self.vault.decrypt,
+            journal=_journal(settings),
         )
         self.deliveries = Deliveries(
             lambda only: db_spending.claim_deliveries(client, limit=BATCH, lease_seconds=LEASE_SECONDS, delivery_id=only),
@@ -71,6 +79,8 @@ class Runtime:
             mode=self.mode,
             markup=settings.price_markup,
             hold_ttl_seconds=settings.hold_ttl_seconds,
+            vault=self.vault,
+            raise_holds=lambda items: db.raise_holds(client, items),
             abandoned=self.settlements.release,
             resolve_expired=self.settlements.resolve_expired,
         )
@@ -115,6 +125,18 @@ class Runtime:
         """The key and its user, checked by the database."""
         return await self.admission.verify(credential, request_id=request_id, verb=verb, resource=resource)
 
+    async def note_wrong_secret(self, attempt: dict[str, Any]) -> dict[str, Any]:
+        """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too many."""
+        return await db_security.note_wrong_secret(self.client, attempt)
+
+    async def count_users(self) -> int:
+        """How many accounts there are, at most ten seconds ago: a health check must not count a large table each time."""
+        async with self._counting:
+            if time.monotonic() - self._counted_at >= COUNT_SECONDS:
+                self._user_count = await db.count_users(self.client)
+                self._counted_at = time.monotonic()
+        return self._user_count
+
     def pseudonym(self, user_id: int, text: str) -> str:
         """A stable name for what belongs to one tenant, which says nothing about it to the upstream."""
         return self.keyring.pseudonym(f"{user_id}\0{text}")
@@ -150,10 +172,13 @@ class Runtime:
         return _journal_folder(self.settings)
 
     async def sweep(self) -> dict[str, int]:
-        """Finishes what crashed instances left behind, and sends what webhooks are waiting for."""
-        swept = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        """Finishes what crashed instances left behind, forgets answers whose time is over, and sends what webhooks wait for."""
+        found = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        for _ in range(SWEEP_ROUNDS):
+            if not await db.delete_expired_answers(self.client):
+                break
         await self.deliveries.deliver_due()
-        return swept
+        return found
 
     async def sum_up(self) -> None:
         """Brings the usage sums up to what is closed, a day at a time."""

@@ -13,6 +13,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 
 from config import Network, decode_secret
-from errors import BadRequest, GatewayError, InvalidKey, MissingScope
+from errors import BadRequest, GatewayError, InvalidKey, MissingScope, RateLimited
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -34,6 +35,8 @@ SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
 NOT_IN_GRACE = ("keys", "account", "budgets", "webhooks")
+WRONG_SECRETS_PER_MINUTE = 10
+ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 
@@ -77,11 +80,16 @@ class Keyring:
 
     def hashes(self, key: str) -> list[str]:
         """Hex HMAC-SHA256 of the whole key, one per secret, the current first."""
-        return [hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for secret in self._secrets]
+        return [hmac.digest(secret, key.encode(), "sha256").hex() for secret in self._secrets]
+
+    def email_hashes(self, email: str) -> list[str]:
+        """What an email address is remembered by without being kept: hex HMACs, one per secret, the current first."""
+        message = b"signup email\0" + email.casefold().encode()
+        return [hmac.new(secret, message, hashlib.sha256).hexdigest() for secret in self._secrets]
 
     def pseudonym(self, text: str) -> str:
         """A name for `text` that nobody without our secret can make or recognise."""
-        return hmac.new(self._secrets[0], b"pseudonym\0" + text.encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(self._secrets[0], b"pseudonym\0" + text.encode(), "sha256").hex()[:32]
 
     def stored(self, key: str, environment: str, name: str) -> dict[str, Any]:
         """What the database keeps of a new key."""
@@ -100,14 +108,24 @@ class Vault:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._fernet = MultiFernet([Fernet(text + "=" * (-len(text) % 4)) for text in texts])
+        # Which key encrypts, without saying anything of it.
+        self.current_id = hashlib.sha256(b"encryption key\0" + texts[0].encode()).hexdigest()
 
     def encrypt(self, text: str) -> str:
-        return self._fernet.encrypt(text.encode()).decode()
+        return self.encrypt_bytes(text.encode())
 
     def decrypt(self, token: str) -> str | None:
         """The text, or None when none of our keys made this token."""
+        found = self.decrypt_bytes(token)
+        return None if found is None else found.decode()
+
+    def encrypt_bytes(self, data: bytes) -> str:
+        return self._fernet.encrypt(data).decode()
+
+    def decrypt_bytes(self, token: str) -> bytes | None:
+        """The bytes, or None when none of our keys made this token."""
         try:
-            return self._fernet.decrypt(token.encode()).decode()
+            return self._fernet.decrypt(token.encode())
         except InvalidToken:
             return None
 
@@ -134,6 +152,7 @@ def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network
     return str(address)
 
 
+@lru_cache(4096)
 def _ip(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address, which some proxies write with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
     text = text or ""
@@ -310,6 +329,8 @@ async def verified(request: Request, verb: str, resource: str) -> Caller:
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
     found = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
+    # Whatever is answered from here on says what is left of the limits (middleware).
+    request.state.limits = found["limits"]
     if found["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
         raise MissingScope("This secret was replaced and is only in its grace period: use the new one for keys and the account.")
     return Caller(
@@ -343,20 +364,41 @@ async def optional_admin(request: Request) -> Admin | None:
 
 
 async def require_admin(request: Request) -> Admin:
-    """Raises InvalidKey without a valid key, MissingScope for a user's."""
+    """Raises InvalidKey without a valid key, MissingScope for a user's, RateLimited after ten wrong keys a minute from one address."""
     runtime: Runtime = await request.app.state.runtime.ready()
     key = presented_key(request.headers)
     address = address_of(request, runtime)
     agent = printable_header(request.headers.get("user-agent"), 512)
     if hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
         return Admin("admin", address, agent, request.state.request_id)
-    if key_environment(key) is None and not runtime.settings.legacy_keys:
-        raise InvalidKey("Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`.")
     try:
         caller = await verified(request, "admin", "*")
     except MissingScope as refusal:
-        raise MissingScope("Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`.") from refusal
+        raise MissingScope(ADMINS_ONLY) from refusal
+    except InvalidKey as refusal:
+        await refuse_guesses(request, runtime, "INVALID_ADMIN_KEY")
+        raise (InvalidKey(ADMINS_ONLY) if key_environment(key) is None else refusal) from refusal
     return Admin(caller.actor, address, agent, caller.request_id)
+
+
+async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> None:
+    """Audits a wrong secret. Raises RateLimited for an address that has presented too many.
+
+    Only ever called for a wrong one: a right one works whatever others have tried, so nobody can lock the operator out.
+    """
+    address = address_of(request, runtime)
+    found = await runtime.note_wrong_secret(
+        {
+            "action": action,
+            "address": address,
+            "address_subject": address_subject(address),
+            "user_agent": printable_header(request.headers.get("user-agent"), 512),
+            "request_id": request.state.request_id,
+            "limit": WRONG_SECRETS_PER_MINUTE,
+        }
+    )
+    if found["outcome"] == "limited":
+        raise RateLimited("Too many wrong keys came from here.", code="too_many_wrong_keys", retry_after=found["retry_after"])
 
 
 AdminOnly = Annotated[Admin, Depends(require_admin)]

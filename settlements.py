@@ -33,7 +33,11 @@ SWEEP_BATCH = 64
 
 
 def settlement(request_id: str, status: str, source: str, usage: Usage, **rest: Any) -> Item:
-    """A settlement item: what the database is told about the end of a request. No known cost is a cost of zero, source `none`."""
+    """A settlement item: what the database is told about the end of a request. No known cost is a cost of zero, source `none`.
+
+    `stored_answer` (sealed) is kept for the request's idempotency key, and, where it completed, at `cache` (a Hold's). Without one the
+    idempotency key is free again if nothing was charged, and else refuses a second run.
+    """
     return {
         "request_id": request_id,
         "status": status,
@@ -96,10 +100,12 @@ class Settlements:
         send: Callable[[Sequence[Item]], Awaitable[list[Answer]]],
         *,
         upstream_for: Callable[[str, str], Upstream | None],
+        open_key: Callable[[str], str | None],
         journal: Journal | None,
     ) -> None:
         self._queue = Queue(send)
         self._upstream_for = upstream_for
+        self._open_key = open_key
         self._journal = journal
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -129,7 +135,7 @@ class Settlements:
         self.spawn(self.settle(settlement(request_id, "cancelled", "usage", nothing)), f"release of {request_id}")
 
     async def _submit(self, item: Item) -> Answer | None:
-        answer = await self._queue.submit(item, group=item["request_id"])
+        answer = await self._queue.submit(item, group=item["request_id"], weight=len(item.get("stored_answer") or ""))
         if answer["outcome"] == "failed":
             log.error("settlement_failed", request_id=item["request_id"], sqlstate=answer["sqlstate"], reason=answer["message"])
             raise GatewayError()
@@ -170,14 +176,24 @@ class Settlements:
 
     # What the upstream knows.
 
-    async def look_up(self, mode: str, environment: str, generation_id: str, delays: Sequence[float]) -> Usage | None:
-        """What the upstream says a generation cost, or None while it does not know it. Raises UpstreamUnavailable."""
-        upstream = self._upstream_for(mode, environment)
+    async def look_up(self, hold: Mapping[str, Any], delays: Sequence[float]) -> Usage | None:
+        """What the upstream says a generation cost, or None while it does not know it. Raises UpstreamUnavailable.
+
+        `hold`: mode, environment, generation_id, and, where the request went out under the user's own key, byok and provider_key
+        (encrypted). Without that key nobody is asked: the operator's would not know of it.
+        """
+        upstream = self._upstream_for(hold["mode"], hold["environment"])
         if upstream is None:
             raise UpstreamUnavailable("There is no upstream that could know this generation.")
+        key = None
+        if hold.get("byok"):
+            key = self._open_key(hold["provider_key"]) if hold.get("provider_key") else None
+            if key is None:
+                log.warning("provider_key_gone", generation_id=hold["generation_id"])
+                return None
         for delay in delays:
             await asyncio.sleep(delay)
-            data = await upstream.find_generation(generation_id)
+            data = await upstream.find_generation(hold["generation_id"], api_key=key)
             if data is not None and (found := read_generation(data)).cost is not None:
                 return found
         return None
@@ -186,7 +202,7 @@ class Settlements:
         """What the upstream says within the few seconds that a client may be made to wait for it."""
         try:
             async with asyncio.timeout(QUICK_LOOKUP_SECONDS):
-                return await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], QUICK_LOOKUPS)
+                return await self.look_up(hold, QUICK_LOOKUPS)
         except (UpstreamUnavailable, TimeoutError):
             return None
 
@@ -197,7 +213,7 @@ class Settlements:
     async def _resolve_patiently(self, hold: Mapping[str, Any], item: Item) -> None:
         for delay in PATIENT_LOOKUPS:
             try:
-                found = await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], (delay,))
+                found = await self.look_up(hold, (delay,))
             except UpstreamUnavailable:
                 continue
             if found is not None:
@@ -214,7 +230,7 @@ class Settlements:
         found = None
         if hold["generation_id"]:
             try:
-                found = await self.look_up(hold["mode"], hold["environment"], hold["generation_id"], (0.0,))
+                found = await self.look_up(hold, (0.0,))
             except UpstreamUnavailable as error:
                 log.warning("expired_hold_kept", request_id=hold["request_id"], reason=error.message)
                 return False

@@ -45,7 +45,7 @@ class Usage:
 def parse_json(raw: bytes) -> Any:
     """JSON in UTF-8 with exact decimals; NaN, infinities and absurdly long integers read as null. Raises ValueError for anything else."""
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_float=_decimal, parse_int=read_integer, parse_constant=lambda _: None)
+        return EXACT_JSON.decode(raw.decode().removeprefix("\ufeff"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -73,6 +73,9 @@ def read_generation_id(value: object) -> str | None:
 def read_integer(text: str) -> int | None:
     """An integer literal; None where it has more digits than anything we know of."""
     return int(text) if len(text) <= MAX_DIGITS else None
+
+
+EXACT_JSON = json.JSONDecoder(parse_float=_decimal, parse_int=read_integer, parse_constant=lambda _: None)
 
 
 def read_usage(value: object) -> Usage | None:

@@ -1,14 +1,15 @@
 """What would OpenRouter answer, at a speed that does not hide the gateway's own? Fixed answers over a raw asyncio protocol.
 
 `python -m benchmarks.mock_upstream PORT` serves GET /api/v1/models (the sandbox's priced models) and POST .../chat/completions,
-plain or streamed (one write for each of the 42 events). A `seed` in the body paces the events; GET /api/v1/generation knows what
-a stream cost that was cut off by the end of the load. It reads no more of HTTP than wrk,
+plain or streamed (42 events, a write for each, without a pause between them). A `seed` in the body paces the events;
+GET /api/v1/generation knows what a stream cost that was cut off by the end of the load. It reads no more of HTTP than wrk,
 nginx and the gateway send: a content-length, keep-alive, no pipelining.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from decimal import Decimal
 from itertools import count
@@ -104,19 +105,25 @@ class MockUpstream(asyncio.Protocol):
 
     def _start_stream(self, pace: float) -> None:
         self._transport.write(HEAD % (b"text/event-stream", next(_numbers), b"transfer-encoding: chunked"))
-        self._write_event(0, pace)
+        if pace:
+            self._write_event(0, pace)
+        else:
+            self._loop.call_soon(self._write_all)
+
+    def _write_all(self) -> None:
+        """Every event as soon as the one before it: each is a write to the socket of its own, which holds all of them."""
+        if self._transport.is_closing():
+            return
+        descriptor = self._transport.get_extra_info("socket").fileno()
+        for chunk in CHUNKS:
+            os.write(descriptor, chunk)
 
     def _write_event(self, position: int, pace: float) -> None:
-        """One event for each turn of the loop, which sends what was written at its end: so each is a segment of its own."""
         if self._transport.is_closing():
             return
         self._transport.write(CHUNKS[position])
-        if position + 1 == len(CHUNKS):
-            return
-        if pace:
+        if position + 1 < len(CHUNKS):
             self._loop.call_later(pace, self._write_event, position + 1, pace)
-        else:
-            self._loop.call_soon(self._write_event, position + 1, pace)
 
 
 def _content_length(head: bytes) -> int:

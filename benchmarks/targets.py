@@ -64,9 +64,17 @@ async def mock_upstream(rig: Rig) -> AsyncIterator[str]:
         yield url
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Something that serves, and the process that started its others, if it has any."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @asynccontextmanager
-async def nginx(rig: Rig, upstream: str) -> AsyncIterator[str]:
-    """nginx as a plain proxy in front of the upstream: its base URL."""
+async def nginx(rig: Rig, upstream: str) -> AsyncIterator[Server]:
+    """nginx as a plain proxy in front of the upstream."""
     port = free_port()
     configuration = rig.folder / "nginx.conf"
     user = "user root;\n" if os.geteuid() == 0 else ""
@@ -74,15 +82,12 @@ async def nginx(rig: Rig, upstream: str) -> AsyncIterator[str]:
     command = (program("nginx") or "nginx", "-e", "stderr", "-c", str(configuration))
     async with rig.running("nginx", *command, cores=rig.cores.gateway) as process:
         await wait_until_healthy(f"http://127.0.0.1:{port}/api/v1/models", process, rig.folder / "nginx.log")
-        yield f"http://127.0.0.1:{port}"
+        yield Server(f"http://127.0.0.1:{port}", process)
 
 
 @dataclass(frozen=True, slots=True)
-class Gateway:
+class Gateway(Server):
     """A gateway that serves."""
-
-    url: str
-    process: subprocess.Popen[bytes]
 
     async def register(self, number: int) -> str:
         """A new user with credits and without limits; returns their key."""

@@ -16,7 +16,8 @@ from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
 from routes.exact import ExactRoute
 from routes.keys import view
-from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.pages import NO_NUL, Cursor, PageSize, PathId, cursor_of, id_of
+from routes.refusals import require_found
 from routes.users import shown_metrics
 from runtime import Runtime
 from security import AdminOnly, Declared
@@ -26,13 +27,17 @@ router = APIRouter(
     route_class=ExactRoute,
     tags=["admin"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
 )
 
 
 def _whom(target: Target, runtime: Runtime) -> dict[str, Any]:
     hashes = [] if target.api_key is None else runtime.keyring.hashes(target.api_key)
     return {"user_id": target.user_id, "hashes": hashes}
+
+
+def _named(target: Target) -> str:
+    return "user_id" if target.api_key is None else "api_key"
 
 
 @router.post("/add_credits", summary="Grant credits", response_model=CreditsGranted)
@@ -52,7 +57,7 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
         raise BadRequest("`credits`: the balance would exceed what can be stored.", param="credits")
     if found["outcome"] == "conflict":
         raise Conflict("This idempotency_key belongs to another order.", param="idempotency_key")
-    _require_found(found["outcome"])
+    require_found(found, _named(order))
     return Reply(
         CreditsGranted(
             status="success",
@@ -70,7 +75,7 @@ async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> R
     limits = order.rate_limits.model_dump(exclude_unset=True)
     subject = "user" if order.api_key is None else "key"
     found = await db.set_rate_limits(runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits})
-    _require_found(found["outcome"])
+    require_found(found, _named(order))
     current = {name: found["limits"][name] for name in RateLimits.model_fields}
     message = f"Limits of this {subject} are set"
     return Reply(LimitsSet(status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)))
@@ -82,7 +87,7 @@ async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> R
     found = await db.assign_plan(runtime.client, {**admin.stamp(), **order.model_dump()})
     if found["outcome"] == "plan_not_found":
         raise NotFound("There is no such plan.", param="plan_id")
-    _require_found(found["outcome"])
+    require_found(found, "user_id")
     return Reply(
         PlanAssigned(
             status="success",
@@ -91,11 +96,6 @@ async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> R
             **order.model_dump(),
         )
     )
-
-
-def _require_found(outcome: str) -> None:
-    if outcome == "not_found":
-        raise NotFound("There is no such user or key.", code="user_not_found")
 
 
 @router.post("/adjust_credits", summary="Correct a balance, up or down")
@@ -112,6 +112,7 @@ async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) 
             "idempotency_key": order.idempotency_key,
         },
     )
+    require_found(found, _named(order))
     _raise_correction_refusal(found)
     return Reply(_corrected(found, "Adjusted"))
 
@@ -140,7 +141,6 @@ async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
 
 def _raise_correction_refusal(found: db.Row) -> None:
     outcome = found["outcome"]
-    _require_found(outcome)
     if outcome == "conflict":
         raise Conflict("This idempotency_key belongs to another order.", param="idempotency_key")
     if outcome == "too_large":
@@ -164,7 +164,7 @@ def _corrected(found: db.Row, done: str) -> dict[str, Any]:
 async def list_users(
     request: Request,
     admin: AdminOnly,
-    search: Annotated[str | None, Query(max_length=254)] = None,
+    search: Annotated[str | None, Query(max_length=254, pattern=NO_NUL)] = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
@@ -190,7 +190,7 @@ async def set_user(request: Request, user_id: PathId, order: UserChange, admin: 
     runtime: Runtime = await request.app.state.runtime.ready()
     changes = order.model_dump(exclude_none=True)
     found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
-    _require_found(found["outcome"])
+    require_found(found, "user_id")
     row = await db.get_user(runtime.client, user_id)
     return Reply({"status": "success", "user": None if row is None else _user(row)})
 

@@ -11,13 +11,13 @@ from errors import InvalidKey, Misconfigured
 from models import ErrorBody, Swept
 from replies import Reply
 from runtime import Runtime
-from security import Declared, presented_key
+from security import Declared, presented_key, refuse_guesses
 
 router = APIRouter(
     prefix="/internal",
     tags=["internal"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 429, 503)},
 )
 
 
@@ -25,17 +25,18 @@ router = APIRouter(
 @router.post("/sweep", include_in_schema=False)
 async def sweep(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    _require_secret(request, runtime)
+    await _require_secret(request, runtime)
     swept = await runtime.sweep()
     await runtime.sum_up()
     return Reply({"status": "success", **swept})
 
 
-def _require_secret(request: Request, runtime: Runtime) -> None:
+async def _require_secret(request: Request, runtime: Runtime) -> None:
     key = presented_key(request.headers).encode()
     secret = runtime.settings.cron_secret
     accepted = [runtime.admin_key] if secret is None else [runtime.admin_key, secret.get_secret_value()]
     if not any(hmac.compare_digest(key, each.encode()) for each in accepted):
+        await refuse_guesses(request, runtime, "INVALID_SWEEP_SECRET")
         if secret is None:
             raise Misconfigured("CRON_SECRET is not set, and this is not ADMIN_API_KEY.")
         raise InvalidKey("The sweep needs CRON_SECRET.")

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 import db_security
+from db_security import AuditFilter
 from errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
 from models import ErrorBody
 from models_keys import (
-    AuditLog,
     AuditLogs,
     KeyChange,
     KeyChanged,
@@ -29,7 +29,9 @@ from models_keys import (
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.exports import EXPORTED, Form, Listing, Rows, check_range, export
+from routes.listings import PAGE_ROWS, id_cursor, own_audit
+from routes.pages import NO_NUL, Cursor, PathId, id_of
 from runtime import Runtime
 from security import DEFAULT_SCOPES, Caller, Declared, masked, may, new_key
 
@@ -95,21 +97,21 @@ async def read_usage(request: Request, caller: Reader) -> Response:
     return Reply({"user_id": caller.user_id, "total_keys": len(keys), "keys": keys, "audit_logging": True})
 
 
-@router.get("/audit-logs", summary="Who did what with your keys", response_model=AuditLogs)
+@router.get("/audit-logs", summary="Who did what with your keys", response_model=AuditLogs, responses=EXPORTED)
 async def list_audit_logs(
     request: Request,
     caller: Annotated[Caller, may("read", "audit")],
     key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
-    action: Annotated[str | None, Query(max_length=64)] = None,
+    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
     start_date: Moment | None = None,
     end_date: Moment | None = None,
-    limit: PageSize = 100,
+    limit: Rows = None,
     cursor: Cursor = None,
+    format: Form = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await audit_page(
-        runtime, user_id=caller.user_id, key_id=key_id, action=action, start=start_date, end=end_date, limit=limit, cursor=cursor
-    )
+    events = AuditFilter(user_id=caller.user_id, key_id=key_id, action=action, start=start_date, end=end_date)
+    return await audit_answer(request, own_audit(runtime, events), events, limit=limit, cursor=cursor, form=format)
 
 
 @router.get("/{key_id}", summary="One key", response_model=KeyView)
@@ -241,7 +243,11 @@ def raise_key_refusal(found: dict[str, Any]) -> None:
     refusals: dict[str, GatewayError] = {
         "not_found": NotFound("There is no such key.", param="key_id"),
         "name_taken": Conflict("You have a key of this name already.", param="key_name"),
-        "too_many": Conflict("You have 50 active keys, the most that are allowed. Revoke one first."),
+        "too_many": Conflict(
+            "You have 500 keys, the most that are allowed. Delete some that you no longer need."
+            if found.get("limit") == 500
+            else "You have 50 active keys, the most that are allowed. Revoke one first."
+        ),
         "not_revealable": BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id"),
         "broader": MissingScope(
             f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.", param=found.get("field")
@@ -251,30 +257,12 @@ def raise_key_refusal(found: dict[str, Any]) -> None:
         raise refusals[found["outcome"]]
 
 
-async def audit_page(
-    runtime: Runtime,
-    *,
-    user_id: int | None,
-    key_id: int | None,
-    action: str | None,
-    start: datetime.datetime | None,
-    end: datetime.datetime | None,
-    limit: int,
-    cursor: str | None,
+async def audit_answer(
+    request: Request, listing: Listing, events: AuditFilter, *, limit: int | None, cursor: str | None, form: str
 ) -> Response:
-    """One page of the audit log. Raises BadRequest for dates in the wrong order."""
-    if start is not None and end is not None and start >= end:
-        raise BadRequest("`end_date` must be after `start_date`.", param="end_date")
-    rows = await db_security.list_audit_logs(
-        runtime.client,
-        user_id=user_id,
-        key_id=key_id,
-        action=action,
-        start=start.isoformat() if start else None,
-        end=end.isoformat() if end else None,
-        before=id_of(cursor),
-        limit=limit,
-    )
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
-    logs = [AuditLog(**row) for row in rows]
-    return Reply(AuditLogs(status="success", total_logs=len(logs), logs=logs, next_cursor=following))
+    """One page of an audit log, or all of it as an export. Raises BadRequest for dates in the wrong order."""
+    check_range(events.start, events.end, ("start_date", "end_date"))
+    if form != "json":
+        return await export(request, listing, form, before=id_of(cursor), most=limit)
+    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
+    return Reply({"status": "success", "total_logs": len(rows), "logs": rows, "next_cursor": id_cursor(rows, limit)})

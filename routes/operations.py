@@ -11,15 +11,18 @@ from fastapi.responses import Response
 
 import db
 import db_security
+from db_security import AuditFilter
 from errors import NotFound
-from models import ErrorBody
+from models import AdminTransactions, AdminUsageRecords, ErrorBody
 from models_accounts import LegacyImport, LegacyKey
 from models_keys import AuditLogs, Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.keys import audit_page, raise_key_refusal, view
-from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
+from routes.keys import audit_answer, raise_key_refusal, view
+from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
+from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
 from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -30,7 +33,7 @@ router = APIRouter(
     tags=["admin"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
 )
 
 
@@ -55,11 +58,11 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     )
 
 
-@router.get("/usage", summary="What everybody has used, by time and group")
+@router.get("/usage", summary="What everybody has used, by time and group", responses=TABULATED)
 async def read_usage(
     request: Request,
     admin: AdminOnly,
-    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    user_id: QueryId = None,
     start: Moment | None = None,
     end: Moment | None = None,
     timezone: Zone = "UTC",
@@ -71,30 +74,74 @@ async def read_usage(
     return await usage_report(runtime, user_id=user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format)
 
 
-@router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs)
+@router.get("/usage/records", summary="Everybody's requests, and what they cost", response_model=AdminUsageRecords, responses=EXPORTED)
+async def list_usage_records(
+    request: Request,
+    admin: AdminOnly,
+    user_id: QueryId = None,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    limit: Rows = None,
+    cursor: Cursor = None,
+    format: Form = "json",
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    check_range(start, end)
+    listing = all_records(runtime, user_id, (start, end))
+    if format != "json":
+        return await export(request, listing, format, before=moment_and_id_of(cursor), most=limit)
+    rows = await listing.fetch(moment_and_id_of(cursor), limit or PAGE_ROWS)
+    return Reply({"status": "success", "records": [listing.show(row) for row in rows], "next_cursor": record_cursor(rows, limit)})
+
+
+@router.get(
+    "/transactions", summary="Everybody's grants, purchases, refunds and expiries", response_model=AdminTransactions, responses=EXPORTED
+)
+async def list_transactions(
+    request: Request,
+    admin: AdminOnly,
+    user_id: QueryId = None,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    limit: Rows = None,
+    cursor: Cursor = None,
+    format: Form = "json",
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    check_range(start, end)
+    listing = all_transactions(runtime, user_id, (start, end))
+    if format != "json":
+        return await export(request, listing, format, before=id_of(cursor), most=limit)
+    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
+    return Reply({"status": "success", "transactions": [listing.show(row) for row in rows], "next_cursor": id_cursor(rows, limit)})
+
+
+@router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs, responses=EXPORTED)
 async def list_audit_logs(
     request: Request,
     admin: AdminOnly,
-    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
-    key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
-    action: Annotated[str | None, Query(max_length=64)] = None,
+    user_id: QueryId = None,
+    key_id: QueryId = None,
+    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
     start_date: Moment | None = None,
     end_date: Moment | None = None,
-    limit: PageSize = 100,
+    limit: Rows = None,
     cursor: Cursor = None,
+    format: Form = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await audit_page(
-        runtime, user_id=user_id, key_id=key_id, action=action, start=start_date, end=end_date, limit=limit, cursor=cursor
-    )
+    events = AuditFilter(user_id=user_id, key_id=key_id, action=action, start=start_date, end=end_date)
+    return await audit_answer(request, audit(runtime, events), events, limit=limit, cursor=cursor, form=format)
 
 
 @router.get("/keys", summary="Find keys by what is shown of them, or by name")
 async def find_keys(
     request: Request,
     admin: AdminOnly,
-    search: Annotated[str | None, Query(min_length=1, max_length=256, description="A masked or whole key, its last 4, or a name")] = None,
-    user_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    search: Annotated[
+        str | None, Query(min_length=1, max_length=256, pattern=NO_NUL, description="A masked or whole key, its last 4, or a name")
+    ] = None,
+    user_id: QueryId = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
@@ -118,7 +165,8 @@ async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]})
     if found["outcome"] == "not_found":
-        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param="user_id")
+        place = next(n for n, key in enumerate(order.keys) if key.user_id == found["user_id"])
+        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id")
     return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
 
 

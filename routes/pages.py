@@ -12,9 +12,12 @@ from fastapi import Path, Query
 
 from errors import BadRequest
 
+# PostgreSQL keeps no NUL in a text.
+NO_NUL = r"^[^\x00]*$"
 PathId = Annotated[int, Path(ge=1, le=2**63 - 1)]
+QueryId = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 PageSize = Annotated[int, Query(ge=1, le=1000, description="Rows a page")]
-Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")]
+Cursor = Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="`next_cursor` of the page before")]
 
 
 def cursor_of(text: str) -> str:

@@ -14,7 +14,7 @@ from models_accounts import Plan, PlanChange, PlanOrderNew
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply
 from routes.exact import ExactRoute
-from routes.pages import PathId
+from routes.pages import NO_NUL, PathId
 from runtime import Runtime
 from security import AdminOnly, Caller, Declared, may
 
@@ -86,7 +86,9 @@ async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
 
 
 @router.get("/user/plan/entitlements", summary="What your plan allows", dependencies=Declared)
-async def read_entitlements(request: Request, caller: PlanReader, feature: Annotated[str | None, Query(max_length=100)] = None) -> Response:
+async def read_entitlements(
+    request: Request, caller: PlanReader, feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     plan, assigned = found["plan"], found["assigned"]

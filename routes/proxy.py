@@ -14,13 +14,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ending import Proxied
+from endpoints import ENDPOINTS, Endpoint
 from errors import GatewayError
 from metering import Exchange
 from replies import error_reply
 from runtime import Runtime
 from security import printable_header, read_credential
-
-PREFIXES = ("/v1", "/api/v1")
 
 
 class ClientConnection:
@@ -49,9 +48,8 @@ class ClientConnection:
 class ProxyEndpoint:
     """One billable endpoint of the upstream."""
 
-    def __init__(self, endpoint: str, resource: str) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.resource = resource
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(send)
@@ -63,7 +61,7 @@ class ProxyEndpoint:
         except GatewayError as refusal:
             scope["state"].setdefault("log", {})["error_code"] = refusal.code
             if not client.gone:
-                await error_reply(refusal, request_id)(scope, receive, send)
+                await error_reply(refusal, request_id, scope["path"])(scope, receive, send)
             # Error, traceback, frames and task hold each other, and with them the body, until the collector comes by.
             refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
 
@@ -76,22 +74,20 @@ class ProxyEndpoint:
         headers = request.headers
         proxied = Proxied(
             endpoint=self.endpoint,
-            resource=self.resource,
             credential=credential,
             body=body,
             request_id=request.state.request_id,
+            content_type=headers.get("content-type", ""),
             client_request_id=printable_header(headers.get("x-request-id"), 256),
             scenario=headers.get("x-sandbox-scenario"),
+            headers=headers,
         )
         return Exchange(runtime, proxied, client)
 
     async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
         running = exchange.runtime.start(exchange)
-        watching = asyncio.create_task(_until_disconnected(receive))
+        watching = asyncio.create_task(_watch(receive, exchange, running))
         try:
-            await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                exchange.client_left()
             await asyncio.shield(running)
         except asyncio.CancelledError:
             exchange.client_left()  # the server gives up on its clients
@@ -113,9 +109,12 @@ async def _read_body(request: Request) -> bytes | None:
             return b"".join(parts)
 
 
-async def _until_disconnected(receive: Receive) -> None:
+async def _watch(receive: Receive, exchange: Exchange, running: asyncio.Task[None]) -> None:
+    """Tells the exchange when its client leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    if not running.done():
+        exchange.client_left()
 
 
 def _log_fields(exchange: Exchange) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _log_fields(exchange: Exchange) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-ENDPOINTS = (ProxyEndpoint("chat/completions", "chat"),)
+ROUTES = {path: ProxyEndpoint(endpoint) for endpoint in ENDPOINTS for path in endpoint.all_paths}
 
 
 class Shortcut:
@@ -138,10 +137,9 @@ class Shortcut:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._endpoints = {f"{prefix}/{endpoint.endpoint}": endpoint for endpoint in ENDPOINTS for prefix in PREFIXES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._endpoints.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        endpoint = ROUTES.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if endpoint is None or any(name == b"origin" for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
         else:
@@ -150,6 +148,5 @@ class Shortcut:
 
 def add_proxy_routes(app: FastAPI) -> None:
     """Puts the endpoints in front of the framework's routes."""
-    for endpoint in ENDPOINTS:
-        for prefix in PREFIXES:
-            app.router.routes.insert(0, Route(f"{prefix}/{endpoint.endpoint}", endpoint, methods=["POST"], include_in_schema=False))
+    for path, endpoint in ROUTES.items():
+        app.router.routes.insert(0, Route(path, endpoint, methods=["POST"], include_in_schema=False))

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db
-from errors import Conflict, GatewayError, Misconfigured, ModelNotFound, RateLimited, RegistrationClosed
+from errors import GatewayError, Misconfigured, ModelNotFound, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
+from routes.refusals import raise_taken
 from runtime import Runtime, Service
 from security import DEFAULT_SCOPES, MaybeAdmin, address_of, address_subject, new_key, printable_header, shown_environment
 
@@ -78,7 +79,8 @@ async def _health(service: Service) -> Health:
     try:
         runtime = await service.ready()
         found["database"] = "unavailable"
-        found["user_count"] = await db.count_users(runtime.client)
+        await db.get_schema_version(runtime.client)
+        found["user_count"] = await runtime.count_users()
         found["database"] = "connected"
         found["openrouter"] = _catalog_health(runtime)
         if found["openrouter"] == "unavailable":
@@ -165,7 +167,7 @@ def _created(model: dict[str, Any]) -> float:
     summary="A new account and its first key",
     tags=["accounts"],
     response_model=Registered,
-    responses={code: {"model": ErrorBody} for code in (400, 403, 409, 429)},
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 409, 429)},
 )
 async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
@@ -179,6 +181,7 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
         {
             "username": order.username,
             "email": order.email,
+            "email_hashes": runtime.keyring.email_hashes(order.email),
             "auth_method": order.auth_method,
             "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
             "mode": runtime.mode,
@@ -191,7 +194,7 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
             "key": {**runtime.keyring.stored(key, environment, order.key_name), "scope_permissions": DEFAULT_SCOPES},
         },
     )
-    _raise_refusal(found["outcome"])
+    _raise_refusal(found)
     return Reply(
         Registered(
             user_id=found["user_id"],
@@ -209,11 +212,10 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
     )
 
 
-def _raise_refusal(outcome: str) -> None:
+def _raise_refusal(found: db.Row) -> None:
+    outcome = found["outcome"]
     if outcome == "wrong_mode":
         raise Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
     if outcome == "address_limit":
         raise RateLimited("Five registrations an hour may be tried from one network address. Try again later.", retry_after=3600)
-    if outcome in ("username_taken", "email_taken"):
-        field = outcome.removesuffix("_taken")
-        raise Conflict(f"This {field} is already registered.", param=field)
+    raise_taken(found, name_field="username")

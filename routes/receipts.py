@@ -28,7 +28,7 @@ from models_spending import (
 from money import credits_from_nanos
 from replies import Reply
 from runtime import Runtime
-from security import Caller, Declared, may, printable_header
+from security import Caller, Declared, may
 
 router = APIRouter(
     tags=["spending"],
@@ -66,23 +66,22 @@ async def quote(
     request: Request,
     order: QuoteOrder,
     caller: Annotated[Caller, may("write", "chat")],
-    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, where `body.user` does not name them")] = None,
+    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, before what the body names them")] = None,
 ) -> Response:
     """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
     runtime: Runtime = await request.app.state.runtime.ready()
     settings = runtime.settings
     models = await runtime.catalog(caller.environment).models()
     policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, runtime.upstream(caller.environment).suffixes)
-    bound = quotes.bound_of(order.endpoint, order.body, models, policy)
-    user = order.body.get("user")
-    asked = {
-        **quotes.question(bound, markup=settings.price_markup),
+    asked = quotes.understand(order.endpoint, order.body, x_end_user, models=models, policy=policy)
+    question = {
+        **quotes.question(asked.bound, markup=settings.price_markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
-        "end_user": printable_header(user if isinstance(user, str) else x_end_user, 256),
+        "end_user": asked.end_user,
     }
-    found = await db_spending.quote_request(runtime.client, asked)
-    return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
+    found = await db_spending.quote_request(runtime.client, question)
+    return Reply(Quote(**quotes.answer(asked.bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
 
 
 def _receipt(row: dict[str, Any]) -> Receipt:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
-from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
 from fastapi import Query
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import AfterValidator
 
 import db
 from errors import BadRequest
-from money import credits_from_nanos, plain
+from money import credits_from_nanos
 from replies import Reply, utc_now
+from routes.exports import csv_answer
 from runtime import Runtime
 
 MAX_ROWS = 10_000
@@ -108,32 +106,3 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
     names = [name for name in COLUMNS[2:] if not name.startswith("latency")]
     return {name: sum(row[name] for row in rows) for name in names}
-
-
-def csv_answer(columns: Iterable[str], rows: Iterable[dict[str, Any]], filename: str) -> StreamingResponse:
-    """Rows as CSV, line by line."""
-    names = list(columns)
-
-    async def lines() -> AsyncIterator[str]:
-        yield _csv_line(names)
-        for row in rows:
-            yield _csv_line([_cell(row.get(name)) for name in names])
-
-    headers = {"content-disposition": f'attachment; filename="{filename}"'}
-    return StreamingResponse(lines(), media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def _cell(value: Any) -> str:
-    """A value as a spreadsheet reads it; text that it would run as a formula is quoted."""
-    if value is None:
-        return ""
-    if hasattr(value, "scaleb"):
-        return plain(value)
-    text = str(value)
-    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") and isinstance(value, str) else text
-
-
-def _csv_line(cells: list[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
-    return buffer.getvalue()

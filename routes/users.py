@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db
 import db_security
-from errors import BadRequest, Conflict, Forbidden, NotFound
-from models import Balance, ErrorBody, Transaction, Transactions, UsageRecord, UsageRecords
+from errors import BadRequest, Forbidden, NotFound
+from models import Balance, ErrorBody, Transactions, UsageRecords
 from models_accounts import AccountDeletion, Profile, ProfileChange
 from models_keys import Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.pages import Cursor, PageSize, cursor_of, id_of, moment_and_id_of
-from routes.reports import Bucket, Format, Group, Zone, csv_answer, usage_report
+from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
+from routes.listings import PAGE_ROWS, id_cursor, record_cursor, records, show_record, show_transaction, transactions
+from routes.pages import Cursor, id_of, moment_and_id_of
+from routes.refusals import raise_taken
+from routes.reports import Bucket, Format, Group, Zone, usage_report
 from runtime import Runtime
 from security import Caller, Declared, may
 
@@ -65,9 +68,7 @@ async def update_profile(request: Request, order: ProfileChange, caller: Annotat
     found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
     if found["outcome"] == "too_large":
         raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
-    if found["outcome"] in ("username_taken", "email_taken"):
-        field = found["outcome"].removesuffix("_taken")
-        raise Conflict(f"This {field} is already registered.", param="name" if field == "username" else field)
+    raise_taken(found, name_field="name")
     return Reply(await _profile(runtime, caller))
 
 
@@ -76,7 +77,8 @@ async def delete_account(request: Request, order: AccountDeletion, caller: Annot
     runtime: Runtime = await request.app.state.runtime.ready()
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
-    await db.delete_account(runtime.client, caller.stamp())
+    user = await _require_user(runtime, caller)
+    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])})
     message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
     return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
 
@@ -132,7 +134,7 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     return Reply({"status": "success", "environment_usage": found})
 
 
-@router.get("/usage", summary="What you have used, by time and group")
+@router.get("/usage", summary="What you have used, by time and group", responses=TABULATED)
 async def read_usage(
     request: Request,
     caller: UsageReader,
@@ -149,27 +151,42 @@ async def read_usage(
     )
 
 
-@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords)
+@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords, responses=EXPORTED)
 async def list_usage_records(
-    request: Request, caller: UsageReader, limit: PageSize = 100, cursor: Cursor = None, format: Annotated[Format, Query()] = "json"
+    request: Request,
+    caller: UsageReader,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    limit: Rows = None,
+    cursor: Cursor = None,
+    format: Form = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    rows = await db.list_usage_records(runtime.client, caller.user_id, before=moment_and_id_of(cursor), limit=limit)
-    following = cursor_of(f"{rows[-1]['created_at']} {rows[-1]['request_id']}") if len(rows) == limit else None
-    records = [_record(row) for row in rows]
-    if format == "csv":
-        return csv_answer(UsageRecord.model_fields, (record.model_dump() for record in records), "records.csv")
-    return Reply(UsageRecords(status="success", records=records, next_cursor=following))
+    check_range(start, end)
+    listing = records(runtime, caller.user_id, (start, end))
+    if format != "json":
+        return await export(request, listing, format, before=moment_and_id_of(cursor), most=limit)
+    rows = await listing.fetch(moment_and_id_of(cursor), limit or PAGE_ROWS)
+    return Reply({"status": "success", "records": [show_record(row) for row in rows], "next_cursor": record_cursor(rows, limit)})
 
 
-@router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions)
+@router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions, responses=EXPORTED)
 async def list_transactions(
-    request: Request, caller: Annotated[Caller, may("read", "transactions")], limit: PageSize = 100, cursor: Cursor = None
+    request: Request,
+    caller: Annotated[Caller, may("read", "transactions")],
+    start: Moment | None = None,
+    end: Moment | None = None,
+    limit: Rows = None,
+    cursor: Cursor = None,
+    format: Form = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    rows = await db.list_transactions(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
-    return Reply(Transactions(status="success", transactions=[_transaction(row) for row in rows], next_cursor=following))
+    check_range(start, end)
+    listing = transactions(runtime, caller.user_id, (start, end))
+    if format != "json":
+        return await export(request, listing, format, before=id_of(cursor), most=limit)
+    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
+    return Reply({"status": "success", "transactions": [show_transaction(row) for row in rows], "next_cursor": id_cursor(rows, limit)})
 
 
 async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
@@ -192,22 +209,3 @@ def shown_metrics(metrics: db.Row) -> dict[str, Any]:
     }
     total = metrics["total_requests"]
     return {**found, "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0}
-
-
-def _record(row: db.Row) -> UsageRecord:
-    upstream = row.pop("upstream_cost_nanos")
-    return UsageRecord(
-        held=credits_from_nanos(row.pop("hold_nanos")),
-        upstream_cost=None if upstream is None else credits_from_nanos(upstream),
-        cost=credits_from_nanos(row.pop("cost_nanos")),
-        overrun=credits_from_nanos(row.pop("overrun_nanos")),
-        **row,
-    )
-
-
-def _transaction(row: db.Row) -> Transaction:
-    return Transaction(
-        amount=credits_from_nanos(row.pop("amount_nanos")),
-        balance_after=credits_from_nanos(row.pop("balance_after_nanos")),
-        **row,
-    )

@@ -8,28 +8,50 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 
 import orjson
 
 from .catalog import list_models, render_endpoints, render_model
-from .delivery import deliver, deliver_whole
-from .dialects import Chat, Dialect, Text
-from .embeddings import MAX_INPUTS, dimensions_of, render_embeddings
-from .failures import Failure, Refusal, refusal
+from .delivery import deliver
+from .dialect import TOO_LATE, Dialect
+from .embeddings import answer_embeddings
+from .failures import Failure, Refusal, anthropic_body, refusal
 from .generation import render
-from .models import BY_ID, Model
-from .planning import Limits, failed_id, plan_completion, plan_embeddings
+from .images import answer_images
+from .listing import Model
+from .messages import answer_message
+from .models import BY_ID
+from .multipart import read_form
+from .planning import Ask, Body, Limits, Plan, failed_id
+from .rerank import answer_rerank
+from .responses import answer_response
 from .scenarios import parse_scenarios
-from .state import Call, State, render_key
-from .tokens import count_inputs
+from .speech import answer_speech
+from .state import Call, State
+from .streaming import answer_chat, answer_text
+from .transcriptions import answer_transcription, read_upload
 from .wire import BodyTooLarge, ClientGone, Connection, Receive, Scope, Send, dumps, plain
 
 SCENARIO_HEADER = "x-sandbox-scenario"
 _PREFIXES = ("/api/v1", "/v1")
-_TOO_LATE = dumps({"error": {"code": 504, "message": "The sandbox ends answers here.", "metadata": {"error_type": "timeout"}}})
+_TOO_LATE = Failure("504, over the time limit", 504, TOO_LATE)
 
 _Handler = Callable[[Connection, Call], Awaitable[None]]
+_Answer = Callable[[Body, Ask], tuple[Plan, Dialect]]
+
+ENDPOINTS: Mapping[str, _Answer] = {
+    "/chat/completions": answer_chat,
+    "/completions": answer_text,
+    "/responses": answer_response,
+    "/messages": answer_message,
+    "/embeddings": answer_embeddings,
+    "/rerank": answer_rerank,
+    "/images": answer_images,
+    "/audio/speech": answer_speech,
+    "/audio/transcriptions": answer_transcription,
+}
 
 
 class Sandbox:
@@ -39,15 +61,14 @@ class Sandbox:
         self.limits = limits
         self.state = State()
         self._handlers: Mapping[tuple[str, str], _Handler] = {
-            ("POST", "/chat/completions"): self._chat,
-            ("POST", "/completions"): self._text,
-            ("POST", "/embeddings"): self._embeddings,
+            **{("POST", path): self._inference(answer) for path, answer in ENDPOINTS.items()},
             ("GET", "/generation"): self._generation,
             ("GET", "/key"): self._key,
             ("GET", "/credits"): self._credits,
             ("GET", "/models"): self._models,
             ("GET", "/embeddings/models"): self._embedding_models,
             ("GET", "/sandbox/bill"): self._bill,
+            ("DELETE", "/sandbox/bill"): self._new_bill,
             ("PUT", "/sandbox/prices"): self._set_prices,
         }
 
@@ -83,39 +104,29 @@ class Sandbox:
 
     async def _refuse(self, connection: Connection, call: Call, failure: Failure) -> None:
         call.status, headers = failure.status, dict(failure.headers)
-        if isinstance(call.body, dict) and (generation_id := failed_id(call.body)):
+        generation_id = failed_id(call.body) if isinstance(call.body, dict) else None
+        if generation_id:
             headers["x-generation-id"] = generation_id
-        await connection.answer(failure.status, dumps(failure.body), headers)
+        await connection.answer(failure.status, dumps(_error_body(connection.path, failure, generation_id)), headers)
 
-    async def _chat(self, connection: Connection, call: Call) -> None:
-        await self._complete(connection, call, Chat())
+    def _inference(self, answer: _Answer) -> _Handler:
+        """The handler of an endpoint that generates: read, plan, deliver."""
 
-    async def _text(self, connection: Connection, call: Call) -> None:
-        await self._complete(connection, call, Text())
+        async def handler(connection: Connection, call: Call) -> None:
+            body, changes = await self._read(connection, call)
+            plan, dialect = answer(body, Ask(changes, self.limits, self.state.market))
+            await deliver(connection, self.state, call, plan, dialect)
 
-    async def _complete(self, connection: Connection, call: Call, dialect: Dialect) -> None:
-        body, changes = await self._read(connection, call)
-        chats = isinstance(dialect, Chat)
-        said = body.get("messages" if chats else "prompt")
-        if not isinstance(said, list if chats else str | list) or not said:
-            raise refusal(400, 'Input required: specify "prompt" or "messages"')
-        await deliver(connection, self.state, call, plan_completion(body, changes, self.limits, self._factor), dialect)
-
-    async def _embeddings(self, connection: Connection, call: Call) -> None:
-        body, changes = await self._read(connection, call)
-        inputs = count_inputs(body.get("input"))
-        if not inputs or len(inputs) > MAX_INPUTS:
-            raise refusal(400, f"input must be a text or 1 to {MAX_INPUTS} of them", error_type="invalid_request")
-        dimensions_of(body)
-        plan = plan_embeddings(body, changes, inputs, self._factor)
-        self.state.begin(call, plan.id)
-        await deliver_whole(connection, self.state, call, plan, dumps(render_embeddings(plan, body)))
+        return handler
 
     async def _read(self, connection: Connection, call: Call) -> tuple[Mapping[str, object], dict[str, object]]:
         """The parsed body and the scenario's changes; the key is checked first."""
         _require_key(connection)
         raw = await connection.read_body()
         call.keep_body(raw)
+        content_type = connection.header("content-type")
+        if call.path == "/audio/transcriptions" and content_type.startswith("multipart/form-data"):
+            return read_upload(read_form(content_type, raw)), parse_scenarios(connection.header(SCENARIO_HEADER))
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
@@ -134,18 +145,18 @@ class Sandbox:
 
     async def _key(self, connection: Connection, call: Call) -> None:
         _require_key(connection)
-        await _ok(connection, call, {"data": render_key(self.state.billed)})
+        await _ok(connection, call, {"data": self.state.bill.render_key(datetime.now(UTC))})
 
     async def _credits(self, connection: Connection, call: Call) -> None:
         _require_key(connection)
-        raise refusal(403, "Only management keys can fetch credits for an account")
+        await _ok(connection, call, {"data": self.state.bill.render_credits()})
 
     async def _models(self, connection: Connection, call: Call) -> None:
-        await _ok(connection, call, {"data": list_models(connection.query, self._factor)})
+        await _ok(connection, call, {"data": list_models(connection.query, self.state.market.factor_of)})
 
     async def _embedding_models(self, connection: Connection, call: Call) -> None:
         query = {**connection.query, "output_modalities": "embeddings"}
-        await _ok(connection, call, {"data": list_models(query, self._factor)})
+        await _ok(connection, call, {"data": list_models(query, self.state.market.factor_of)})
 
     def _find_model_handler(self, method: str, path: str) -> _Handler | None:
         """`/model/{author}/{slug}` and `/models/{author}/{slug}/endpoints`."""
@@ -162,12 +173,16 @@ class Sandbox:
             model = BY_ID.get(model_id)
             if model is None:
                 raise refusal(404, f"Model {model_id} not found", error_type="not_found")
-            await _ok(connection, call, {"data": view(model, self._factor)})
+            await _ok(connection, call, {"data": view(model, self.state.market.factor_of(model_id))})
 
         return handler
 
     async def _bill(self, connection: Connection, call: Call) -> None:
-        await _ok(connection, call, {"billed": plain(self.state.billed)})
+        await _ok(connection, call, self.state.bill.render(len(self.state.in_flight)))
+
+    async def _new_bill(self, connection: Connection, call: Call) -> None:
+        self.state.billed = Decimal(0)
+        await self._bill(connection, call)
 
     async def _calls(self, connection: Connection) -> None:
         """What tests look at; not itself a call."""
@@ -183,12 +198,8 @@ class Sandbox:
             factor = Decimal(-1)
         if not factor.is_finite() or factor < 0:
             raise refusal(400, 'Expected {"factor": "2"}', error_type="invalid_request")
-        self.state.price_factor = factor
+        self.state.market.factor = factor
         await _ok(connection, call, {"factor": plain(factor)})
-
-    @property
-    def _factor(self) -> Decimal:
-        return self.state.price_factor
 
 
 def create_app(*, max_answer_bytes: int | None = None, max_seconds: float | None = None) -> Sandbox:
@@ -203,7 +214,7 @@ async def _ok(connection: Connection, call: Call, body: dict[str, object]) -> No
 
 def _require_key(connection: Connection) -> None:
     scheme, _, key = connection.header("authorization").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    if (scheme.lower() != "bearer" or not key.strip()) and not connection.header("x-api-key"):
         raise refusal(401, "Missing Authentication header")
 
 
@@ -214,12 +225,16 @@ def _strip_prefix(path: str) -> str:
     return path
 
 
+def _error_body(path: str, failure: Failure, generation_id: str | None) -> Mapping[str, object]:
+    return anthropic_body(failure, generation_id) if _strip_prefix(path) == "/messages" else failure.body
+
+
 async def _end_late(connection: Connection) -> None:
-    """End an answer that took longer than the limit; a body already begun is dropped unless it is a stream."""
+    """End an answer that took longer than the limit; a body already begun is dropped unless it is a stream of events."""
     if not connection.started:
-        await connection.answer(504, _TOO_LATE)
-    elif connection.is_stream and not connection.finished:
-        await connection.write(b"data: " + _TOO_LATE + b"\n\n")
+        await connection.answer(504, dumps(_error_body(connection.path, _TOO_LATE, None)))
+    elif connection.farewell and not connection.finished:
+        await connection.write(connection.farewell)
         await connection.finish()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 
-from .models import MODELS, Endpoint, Model
+from .listing import Endpoint, Model
+from .models import MODELS
 from .pricing import ONE
 from .wire import plain
 
@@ -13,13 +14,13 @@ MAX_PAGE = 1000
 _UNPRICED = frozenset({"discount", "min_prompt_tokens", "overrides"})
 
 
-def list_models(query: Mapping[str, str], factor: Decimal) -> list[dict[str, object]]:
-    """The models that the query asks for (text output unless it says otherwise), prices times `factor`."""
+def list_models(query: Mapping[str, str], factor_of: Decimal | Callable[[str], Decimal]) -> list[dict[str, object]]:
+    """The models that the query asks for (text output unless it says otherwise), prices times a factor for all or for each id."""
     wanted = set(query.get("output_modalities", "text").split(","))
     parameters = [name for name in query.get("supported_parameters", "").split(",") if name]
     words = query.get("q", "").lower()
     found = [
-        render_model(model, factor)
+        render_model(model, factor_of if isinstance(factor_of, Decimal) else factor_of(model.id))
         for model in MODELS
         if ("all" in wanted or wanted & set(model.outputs))
         and all(model.supports(name) for name in parameters)
@@ -38,7 +39,7 @@ def render_model(model: Model, factor: Decimal) -> dict[str, object]:
     """One entry of `/models`."""
     return {
         "id": model.id,
-        "canonical_slug": model.id,
+        "canonical_slug": model.slug or model.id,
         "hugging_face_id": None,
         "name": model.name,
         "created": model.created,
@@ -54,9 +55,10 @@ def render_model(model: Model, factor: Decimal) -> dict[str, object]:
         "per_request_limits": None,
         "supported_parameters": list(model.parameters),
         "default_parameters": None,
-        "supported_voices": None,
+        "supported_voices": list(model.voices) or None,
         "expiration_date": None,
         "knowledge_cutoff": None,
+        "links": {"details": f"/api/v1/models/{model.id}/endpoints"},
         **({"reasoning": _reasoning(model)} if model.reasoning else {}),
     }
 

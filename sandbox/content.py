@@ -44,6 +44,8 @@ class Choice:
     pieces: tuple[str, ...]
     finish: str
     tool: ToolCall | None = None
+    stopped_by: str | None = None
+    """The sequence of `stop` that ended the text."""
 
     @property
     def text(self) -> str:
@@ -79,14 +81,15 @@ def compose(brief: Brief, index: int) -> Choice:
     function = _called_function(brief)
     if function is not None:
         return _call(function, brief, index, thoughts, room)
-    pieces, finish = _cut(_pieces(brief, index), room, brief.most_bytes)
-    return Choice(index, thoughts, pieces, finish)
+    whole, stopped_by = _pieces(brief, index)
+    pieces, finish = _cut(whole, room, brief.most_bytes)
+    return Choice(index, thoughts, pieces, finish, stopped_by=stopped_by if finish == "stop" else None)
 
 
-def _pieces(brief: Brief, index: int) -> list[str]:
+def _pieces(brief: Brief, index: int) -> tuple[list[str], str | None]:
     structured = _structured(brief.body)
     if structured is not None:
-        return tokens.split(structured)
+        return tokens.split(structured), None
     text = f"The sandbox read “{_last_words(brief.body)}”."
     first = zlib.crc32(text.encode()) + index
     if wanted := _fitting(brief):
@@ -114,11 +117,11 @@ def _cut(pieces: Sequence[str], room: int, most_bytes: int | None) -> tuple[tupl
     return tuple(kept), "length" if len(kept) < len(pieces) else "stop"
 
 
-def _stop(pieces: list[str], stop: object) -> list[str]:
+def _stop(pieces: list[str], stop: object) -> tuple[list[str], str | None]:
     ends = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
     text = "".join(pieces)
-    places = [text.find(end) for end in ends if isinstance(end, str) and end and end in text]
-    return tokens.split(text[: min(places)]) if places else pieces
+    found = [(text.find(end), end) for end in ends if isinstance(end, str) and end and end in text]
+    return (tokens.split(text[: min(found)[0]]), min(found)[1]) if found else (pieces, None)
 
 
 def _call(function: Mapping[str, object], brief: Brief, index: int, thoughts: tuple[str, ...], room: int) -> Choice:

@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
-from .dialects import Dialect, render_whole
+from .dialect import EVENT_STREAM, STREAM_ERRORS, Dialect, Frame, pad
 from .planning import Plan
 from .state import Call, State
-from .streaming import COMMENT, COMMENT_AS_DATA, ERRORS, Frame, frames
 from .wire import Connection, dumps
 
+COMMENT = b": OPENROUTER PROCESSING\n\n"
+COMMENT_AS_DATA = b"data: : OPENROUTER PROCESSING\n\n"
 COMMENT_INTERVAL = 10.0
 BREATH = 64
 """Events after which a fast stream lets others run, and notices a client that left."""
 ELSEWHERE = "https://elsewhere.invalid/api/v1/chat/completions"
 _HTML = b"<!DOCTYPE html><html><head><title>Just a moment...</title></head><body>Checking your browser.</body></html>"
+_JSON, _TEXT, _PAGE = "application/json", "text/plain; charset=utf-8", "text/html; charset=UTF-8"
 
 
 async def deliver(connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect) -> None:
     """Answer with the plan, streamed or whole; it is billed however that ends."""
     state.begin(call, plan.id)
-    if plan.generation.streamed and not plan.behaviour.body:
+    if (plan.generation.streamed or dialect.only_streams) and not plan.behaviour.body:
         await _deliver_stream(connection, state, call, plan, dialect)
     else:
-        await deliver_whole(connection, state, call, plan, _body(plan, dialect))
+        await _deliver_whole(connection, state, call, plan, dialect)
 
 
-async def deliver_whole(connection: Connection, state: State, call: Call, plan: Plan, body: bytes) -> None:
+async def _deliver_whole(connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect) -> None:
     """Send a whole body; a client that leaves is billed in full."""
     behaviour = plan.behaviour
+    body, media_type = _body(plan, dialect)
     try:
         if behaviour.delay or behaviour.halt or behaviour.piece:
             with connection.watching():
-                await _send_with_faults(connection, call, plan, body)
+                await _send_with_faults(connection, call, plan, body, media_type)
         else:
-            await _send_whole(connection, call, plan, body)
+            await _send_whole(connection, call, plan, body, media_type)
     finally:
         state.end(call, plan.generation)
 
 
-async def _send_with_faults(connection: Connection, call: Call, plan: Plan, body: bytes) -> None:
+async def _send_with_faults(connection: Connection, call: Call, plan: Plan, body: bytes, media_type: str) -> None:
     behaviour = plan.behaviour
     if behaviour.delay:
         await connection.pause(behaviour.delay)
     if behaviour.halt == "start":
         await connection.hang()
     if not (behaviour.halt or behaviour.piece):
-        await _send_whole(connection, call, plan, body)
+        await _send_whole(connection, call, plan, body, media_type)
         return
     call.status = 200
-    await connection.start(200, {"content-type": "application/json", **_headers(plan)}, compressed=behaviour.compressed)
+    await connection.start(200, {"content-type": media_type, **_headers(plan)}, compressed=behaviour.compressed)
     if behaviour.halt:
         await connection.write(body[: len(body) // 2])
         if behaviour.halt == "middle":
@@ -59,27 +63,30 @@ async def _send_with_faults(connection: Connection, call: Call, plan: Plan, body
     await connection.finish()
 
 
-async def _send_whole(connection: Connection, call: Call, plan: Plan, body: bytes) -> None:
-    headers, call.status = _headers(plan), 200
-    if plan.behaviour.body == "html":
-        headers["content-type"] = "text/html; charset=UTF-8"
-    elif plan.behaviour.body == "redirect":
+async def _send_whole(connection: Connection, call: Call, plan: Plan, body: bytes, media_type: str) -> None:
+    headers, call.status = {"content-type": media_type, **_headers(plan)}, 200
+    if plan.behaviour.body == "redirect":
         headers["location"], call.status = ELSEWHERE, 302
     await connection.answer(call.status, body, headers, compressed=plan.behaviour.compressed)
 
 
-def _body(plan: Plan, dialect: Dialect) -> bytes:
+def _body(plan: Plan, dialect: Dialect) -> tuple[bytes, str]:
     form = plan.behaviour.body
-    if form == "html":
-        return _HTML
-    if form == "redirect":
-        return b""
-    whole = render_whole(plan, dialect)
-    if form in ("error", "error-choices"):
-        error = {"error": ERRORS["code"]}
-        return dumps(error if form == "error" else {**whole, **error})
+    if form in ("html", "redirect"):
+        return (_HTML, _PAGE) if form == "html" else (b"", _JSON)
+    if form == "error":
+        return dumps(dialect.render_error(STREAM_ERRORS["code"])), _JSON
+    whole = dialect.render(plan)
+    if isinstance(whole, str):
+        return whole.encode(), _TEXT
+    return _render_json(plan, dialect, whole), _JSON
+
+
+def _render_json(plan: Plan, dialect: Dialect, whole: Mapping[str, object]) -> bytes:
+    if plan.behaviour.body == "error-choices":
+        return dumps({**whole, **dialect.render_error(STREAM_ERRORS["code"])})
     body = dumps(whole)
-    return body[: len(body) * 2 // 3] if form == "invalid" else b" " * plan.behaviour.padding + body
+    return body[: len(body) * 2 // 3] if plan.behaviour.body == "invalid" else b" " * plan.behaviour.padding + body
 
 
 async def _deliver_stream(connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect) -> None:
@@ -102,23 +109,28 @@ async def _stream(connection: Connection, call: Call, plan: Plan, dialect: Diale
     if behaviour.halt == "start":
         await connection.hang()
     call.status = 200
-    headers = {"content-type": "text/event-stream", "cache-control": "no-cache", **_headers(plan)}
+    headers = {"content-type": dialect.stream_type, "cache-control": "no-cache", **_headers(plan)}
+    connection.farewell = dialect.farewell
     await connection.start(200, headers, compressed=behaviour.compressed)
-    comment = (COMMENT_AS_DATA if behaviour.comments_as_data else COMMENT).replace(b"\n", behaviour.line_end)
-    await _write(connection, comment * behaviour.comments[0], behaviour.piece)
+    in_events = dialect.stream_type == EVENT_STREAM
+    comment = (COMMENT_AS_DATA if behaviour.comments_as_data else COMMENT) if in_events else b""
+    comment, wrap = comment.replace(b"\n", behaviour.line_end), in_events and behaviour.line_end != b"\n"
+    if comment:
+        await _write(connection, comment * behaviour.comments[0], behaviour.piece)
     await _wait_for_first_token(connection, behaviour.delay, comment)
-    events = list(frames(plan, dialect)) if behaviour.halt else frames(plan, dialect)
+    frames = pad(dialect.frames(plan), behaviour.padding)
+    events = list(frames) if behaviour.halt else frames
     for place, frame in enumerate(events):
         if isinstance(events, list) and place == min(behaviour.after, len(events) - 1):
             await _halt(connection, behaviour.halt, frame)
             return
-        if place and behaviour.comments[1]:
+        if place and comment and behaviour.comments[1]:
             await _write(connection, comment * behaviour.comments[1], behaviour.piece)
         if behaviour.pace:
             await connection.pause(behaviour.pace)
         elif place % BREATH == BREATH - 1:
             await asyncio.sleep(0)
-        data = frame.data if behaviour.line_end == b"\n" else frame.data.replace(b"\n", behaviour.line_end)
+        data = frame.data.replace(b"\n", behaviour.line_end) if wrap else frame.data
         await _write(connection, data, behaviour.piece)
         progress.tokens = frame.tokens
     await connection.finish()
@@ -128,7 +140,7 @@ async def _wait_for_first_token(connection: Connection, seconds: float, comment:
     while seconds > 0:
         await connection.pause(min(seconds, COMMENT_INTERVAL))
         seconds -= COMMENT_INTERVAL
-        if seconds > 0:
+        if seconds > 0 and comment:
             await connection.write(comment)
 
 

@@ -8,17 +8,41 @@ import math
 import struct
 from collections.abc import Mapping
 
-from .dialects import render_usage
+from .dialect import Whole
 from .failures import refusal
-from .planning import Plan
+from .planning import Ask, Body, Plan, plan_media, too_long
+from .pricing import Tokens
+from .tokens import count_inputs
+from .usage import render_usage
 from .wire import dumps
 
 DIMENSIONS = 1536
 MAX_INPUTS = 2048
 
 
-def dimensions_of(body: Mapping[str, object]) -> int:
-    """The length of the vectors asked for; raises Refusal (400)."""
+def answer_embeddings(body: Body, ask: Ask) -> tuple[Plan, Embeddings]:
+    """Plan an embeddings answer; raises Refusal."""
+    inputs = count_inputs(body.get("input"))
+    if not inputs or len(inputs) > MAX_INPUTS:
+        raise refusal(400, f"input must be a text or 1 to {MAX_INPUTS} of them", error_type="invalid_request")
+    _dimensions(body)
+    plan = plan_media(body, ask, "embeddings", "embeddings", lambda route: Tokens(prompt=sum(inputs)))
+    if max(inputs) > plan.model.context:
+        raise too_long(plan.model, max(inputs), 0)
+    return plan, Embeddings(body)
+
+
+class Embeddings(Whole):
+    """`/embeddings`."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def render(self, plan: Plan) -> Mapping[str, object]:
+        return render_embeddings(plan, self._body)
+
+
+def _dimensions(body: Body) -> int:
     wanted = body.get("dimensions", DIMENSIONS)
     if not isinstance(wanted, int) or not 1 <= wanted <= DIMENSIONS:
         raise refusal(400, f"dimensions must be between 1 and {DIMENSIONS}", error_type="invalid_request")
@@ -27,9 +51,9 @@ def dimensions_of(body: Mapping[str, object]) -> int:
 
 def render_embeddings(plan: Plan, body: Mapping[str, object]) -> dict[str, object]:
     """The body of an embeddings answer."""
-    inputs, dimensions = _inputs(body["input"]), dimensions_of(body)
+    inputs, dimensions = _inputs(body["input"]), _dimensions(body)
     usage = render_usage(plan, plan.tokens)
-    kept = ("prompt_tokens", "total_tokens", "cost", "is_byok", "cost_details")
+    kept = {"prompt_tokens", "total_tokens", "cost", "is_byok", "cost_details"}
     answer: dict[str, object] = {
         "object": "list",
         "id": plan.id,
@@ -41,7 +65,7 @@ def render_embeddings(plan: Plan, body: Mapping[str, object]) -> dict[str, objec
         ],
     }
     if plan.behaviour.usage != "missing":
-        answer["usage"] = {name: usage[name] for name in kept}
+        answer["usage"] = {name: value for name, value in usage.items() if name in kept}
     return answer
 
 

@@ -76,6 +76,35 @@ def max_price_excludes(model: str) -> Failure:
     return unavailable(model, "constraint_filtered", 404, ["max_price"], "No endpoints found that satisfy the requested max_price.")
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    524: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def anthropic_error(error: Mapping[str, object], status: int) -> dict[str, object]:
+    """The `error` object of `/messages`: Anthropic's type and message, and OpenRouter's other fields beside them."""
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    metadata = error.get("metadata")
+    typed = metadata.get("error_type") if isinstance(metadata, Mapping) else None
+    rest = {name: value for name, value in error.items() if name not in ("code", "http_status", "message")}
+    return {"type": kind, "message": error["message"], **({"error_type": typed} if typed else {}), **rest}
+
+
+def anthropic_body(failure: Failure, generation_id: str | None) -> dict[str, object]:
+    """A refusal as `/messages` writes it."""
+    error = anthropic_error(failure.error, failure.status)
+    return {"type": "error", "error": error, "request_id": generation_id, "user_id": USER_ID}
+
+
 _TOO_DEAR = (
     "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, but can only afford 59. To increase, visit "
 )

@@ -1,7 +1,8 @@
 """What did a generation cost? Its id says it, so that any instance can answer, also after the one that made it died.
 
-`gen-<unix seconds>-<payload>`: the payload is base62 of a version byte, the numbers below as LEB128 varints, and a
-CRC-16 that makes a random id unreadable. The cost is written in femto-dollars, exactly.
+`gen-<unix seconds>-<payload>`, or `gen-tts-...` where OpenRouter names the kind. The payload is base62 of a version byte,
+the numbers below as LEB128 varints, and a CRC-16 that makes a random id unreadable. The cost is written in
+femto-dollars, exactly.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from decimal import Decimal
 from .models import MODELS
 from .pricing import Tokens
 
-API_TYPES = ("completions", "embeddings")
+API_TYPES = ("completions", "embeddings", "rerank", "tts", "stt", "image")
 FINISHES = ("stop", "length", "tool_calls", "content_filter", "error")
 FEMTO = 15
 FOREVER = 255
 """As `late_lookups`: never found."""
 
-_VERSION = 1
+_KINDS = frozenset(API_TYPES[2:])
+_VERSION = 2
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _PAIRS = [high + low for high in _DIGITS for low in _DIGITS]
 _MODEL_CODES = {zlib.crc32(model.id.encode()): model for model in MODELS}
-_NUMBERS = 16
+_NUMBERS = 20
 _MAX_DIGITS = 120
 
 
@@ -72,26 +74,38 @@ def encode(generation: Generation, nonce: int) -> str:
         tokens.cache_write,
         tokens.images,
         tokens.searches,
+        tokens.audio_in,
+        tokens.audio_out,
+        tokens.image_out,
+        tokens.units,
         int(generation.cost.scaleb(FEMTO)),
         int(generation.upstream_cost.scaleb(FEMTO)),
         generation.late_lookups,
         nonce,
     )
     payload = bytes((_VERSION,)) + b"".join(map(_varint, numbers))
-    return f"gen-{generation.created}-{_base62(payload + _checksum(generation.created, payload))}"
+    start = f"gen-{_kind(generation)}-" if _kind(generation) else "gen-"
+    return f"{start}{generation.created}-{_base62(payload + _checksum(generation.created, payload))}"
+
+
+def _kind(generation: Generation) -> str:
+    """What the id names between `gen` and the time; nothing for text and embeddings."""
+    return generation.api_type if generation.api_type in _KINDS else ""
 
 
 def decode(generation_id: str) -> Generation | None:
     """The generation behind an id, or None when it is none of ours."""
-    kind, _, rest = generation_id.partition("-")
-    seconds, _, digits = rest.partition("-")
-    if kind != "gen" or not (seconds.isascii() and seconds.isdecimal()) or len(seconds) > 12:
+    start, _, rest = generation_id.partition("-")
+    kind, _, after = rest.partition("-")
+    seconds, _, digits = after.partition("-") if kind in _KINDS else rest.partition("-")
+    if start != "gen" or not (seconds.isascii() and seconds.isdecimal()) or len(seconds) > 12:
         return None
     created, raw = int(seconds), _from_base62(digits)
     payload, checksum = raw[:-2], raw[-2:]
     if len(raw) < 3 or payload[0] != _VERSION or checksum != _checksum(created, payload):
         return None
-    return _read(created, list(_numbers(payload[1:])))
+    generation = _read(created, list(_numbers(payload[1:])))
+    return generation if generation is not None and _kind(generation) == (kind if kind in _KINDS else "") else None
 
 
 def _read(created: int, numbers: list[int]) -> Generation | None:
@@ -144,10 +158,10 @@ def render(generation_id: str, generation: Generation) -> dict[str, object]:
         "native_tokens_completion": tokens.completion,
         "native_tokens_reasoning": tokens.reasoning,
         "native_tokens_cached": tokens.cached,
-        "native_tokens_completion_images": 0,
+        "native_tokens_completion_images": tokens.image_out,
         "num_media_prompt": tokens.images or None,
         "num_media_completion": None,
-        "num_input_audio_prompt": None,
+        "num_input_audio_prompt": 1 if tokens.audio_in else None,
         "num_search_results": tokens.searches or None,
         "num_fetches": None,
         "web_search_engine": "exa" if tokens.searches else None,

@@ -1,4 +1,4 @@
-"""Which models are there? Real-looking entries with real price shapes; the only place with model facts.
+"""Which models are there? Real-looking entries with real price shapes; the only places with model facts are this and `models_media`.
 
 Prices are US dollars per unit as decimal strings, as OpenRouter's `/models` writes them; `discount` is a number.
 """
@@ -6,69 +6,9 @@ Prices are US dollars per unit as decimal strings, as OpenRouter's `/models` wri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
 
-from .pricing import Prices, parse_prices
-
-Pricing: TypeAlias = Mapping[str, object]
-
-SAMPLING = ("temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty")
-CHAT = (
-    "max_tokens",
-    "max_completion_tokens",
-    "response_format",
-    "structured_outputs",
-    "tools",
-    "tool_choice",
-    *SAMPLING,
-)
-THINKING = ("reasoning", "include_reasoning", *CHAT)
-TEXT = ("text",)
-VISION = ("text", "image")
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One provider that serves a model, at its own prices."""
-
-    provider: str
-    tag: str
-    pricing: Pricing
-    prices: Prices
-
-    @classmethod
-    def of(cls, provider: str, pricing: Pricing) -> Endpoint:
-        return cls(provider, provider.lower().replace(" ", "-"), pricing, parse_prices(pricing))
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model; its listed price is that of the first endpoint."""
-
-    id: str
-    name: str
-    context: int
-    max_completion: int | None
-    endpoints: tuple[Endpoint, ...]
-    parameters: tuple[str, ...] = CHAT
-    inputs: tuple[str, ...] = TEXT
-    outputs: tuple[str, ...] = TEXT
-    created: int = 1_750_000_000
-    reasoning: str = ""
-    """`mandatory`, `optional` (off by default) or empty."""
-    style: str = "openai"
-    """Whose native finish reasons and reasoning format it uses."""
-    stands_for: str = ""
-    """The model that a router model sends everything to."""
-
-    def supports(self, parameter: str) -> bool:
-        return parameter in self.parameters
-
-
-def _at(*endpoints: tuple[str, Pricing]) -> tuple[Endpoint, ...]:
-    return tuple(Endpoint.of(provider, pricing) for provider, pricing in endpoints)
-
+from .listing import SAMPLING, THINKING, VISION, Model, at
+from .models_media import MEDIA
 
 _GPT_4O_MINI = {
     "prompt": "0.00000015",
@@ -158,7 +98,7 @@ MODELS: tuple[Model, ...] = (
         "OpenAI: GPT-4o-mini",
         128_000,
         16_384,
-        _at(("OpenAI", _GPT_4O_MINI), ("Azure", _GPT_4O_MINI)),
+        at(("OpenAI", _GPT_4O_MINI), ("Azure", _GPT_4O_MINI)),
         inputs=VISION,
     ),
     Model(
@@ -166,7 +106,7 @@ MODELS: tuple[Model, ...] = (
         "OpenAI: GPT-4o",
         128_000,
         16_384,
-        _at(("OpenAI", _GPT_4O), ("Azure", _GPT_4O)),
+        at(("OpenAI", _GPT_4O), ("Azure", _GPT_4O)),
         inputs=VISION,
     ),
     Model(
@@ -174,7 +114,7 @@ MODELS: tuple[Model, ...] = (
         "OpenAI: o4 Mini",
         200_000,
         100_000,
-        _at(("OpenAI", _O4_MINI)),
+        at(("OpenAI", _O4_MINI)),
         parameters=THINKING,
         inputs=VISION,
         reasoning="mandatory",
@@ -184,7 +124,7 @@ MODELS: tuple[Model, ...] = (
         "Anthropic: Claude Sonnet 4.5",
         1_000_000,
         64_000,
-        _at(("Anthropic", _SONNET), ("Amazon Bedrock", _SONNET)),
+        at(("Anthropic", _SONNET), ("Amazon Bedrock", _SONNET)),
         parameters=THINKING,
         inputs=VISION,
         reasoning="optional",
@@ -195,7 +135,7 @@ MODELS: tuple[Model, ...] = (
         "Anthropic: Claude Haiku 4.5",
         200_000,
         64_000,
-        _at(("Anthropic", _HAIKU), ("Amazon Bedrock", _HAIKU)),
+        at(("Anthropic", _HAIKU), ("Amazon Bedrock", _HAIKU)),
         parameters=THINKING,
         inputs=VISION,
         reasoning="optional",
@@ -206,7 +146,7 @@ MODELS: tuple[Model, ...] = (
         "Google: Gemini 2.5 Pro",
         1_048_576,
         65_536,
-        _at(("Google", _GEMINI_PRO), ("Google AI Studio", _GEMINI_PRO)),
+        at(("Google", _GEMINI_PRO), ("Google AI Studio", _GEMINI_PRO)),
         parameters=THINKING,
         inputs=("text", "image", "file", "audio"),
         reasoning="mandatory",
@@ -217,7 +157,7 @@ MODELS: tuple[Model, ...] = (
         "Google: Gemini 2.5 Flash",
         1_048_576,
         65_535,
-        _at(("Google AI Studio", _GEMINI_FLASH), ("Google", _GEMINI_FLASH)),
+        at(("Google AI Studio", _GEMINI_FLASH), ("Google", _GEMINI_FLASH)),
         parameters=THINKING,
         inputs=("text", "image", "file", "audio"),
         reasoning="optional",
@@ -228,7 +168,7 @@ MODELS: tuple[Model, ...] = (
         "DeepSeek: DeepSeek V3.1",
         163_840,
         32_768,
-        _at(
+        at(
             ("DeepSeek", {"prompt": "0.0000002", "completion": "0.0000008", "input_cache_read": "0.00000002"}),
             ("Novita", {"prompt": "0.00000027", "completion": "0.000001"}),
         ),
@@ -240,7 +180,7 @@ MODELS: tuple[Model, ...] = (
         "DeepSeek: R1",
         163_840,
         32_768,
-        _at(("DeepSeek", {"prompt": "0.0000007", "completion": "0.0000025", "input_cache_read": "0.00000014"})),
+        at(("DeepSeek", {"prompt": "0.0000007", "completion": "0.0000025", "input_cache_read": "0.00000014"})),
         parameters=THINKING,
         reasoning="mandatory",
     ),
@@ -249,7 +189,7 @@ MODELS: tuple[Model, ...] = (
         "Meta: Llama 3.3 70B Instruct",
         131_072,
         16_384,
-        _at(
+        at(
             ("DeepInfra", {"prompt": "0.00000013", "completion": "0.00000039", "request": "0", "image": "0"}),
             ("Groq", {"prompt": "0.00000059", "completion": "0.00000079", "request": "0", "image": "0"}),
         ),
@@ -259,14 +199,14 @@ MODELS: tuple[Model, ...] = (
         "Meta: Llama 3.3 70B Instruct (free)",
         65_536,
         None,
-        _at(("Chutes", _FREE)),
+        at(("Chutes", _FREE)),
     ),
     Model(
         "mistralai/mistral-nemo",
         "Mistral: Mistral Nemo",
         131_072,
         16_384,
-        _at(
+        at(
             ("DeepInfra", {"prompt": "0.00000002", "completion": "0.00000004"}),
         ),
     ),
@@ -275,14 +215,14 @@ MODELS: tuple[Model, ...] = (
         "Qwen: Qwen3 Coder Next",
         262_144,
         65_536,
-        _at(("Parasail", {"prompt": "0.00000012", "completion": "0.00000075", "discount": 0.25})),
+        at(("Parasail", {"prompt": "0.00000012", "completion": "0.00000075", "discount": 0.25})),
     ),
     Model(
         "perplexity/sonar",
         "Perplexity: Sonar",
         127_072,
         8_192,
-        _at(
+        at(
             (
                 "Perplexity",
                 {"prompt": "0.000001", "completion": "0.000001", "request": "0.005", "web_search": "0.005"},
@@ -295,7 +235,7 @@ MODELS: tuple[Model, ...] = (
         "Morph: Morph V3 Fast",
         81_920,
         4_096,
-        _at(("Morph", {"prompt": "0.0000008", "completion": "0.0000012"})),
+        at(("Morph", {"prompt": "0.0000008", "completion": "0.0000012"})),
         parameters=("stop", "temperature"),
     ),
     Model(
@@ -303,26 +243,18 @@ MODELS: tuple[Model, ...] = (
         "Auto Router",
         2_000_000,
         None,
-        _at(("OpenRouter", {"prompt": "-1", "completion": "-1", "discount": 0})),
+        at(("OpenRouter", {"prompt": "-1", "completion": "-1", "discount": 0})),
         parameters=THINKING,
         inputs=VISION,
         stands_for="openai/gpt-4o-mini",
     ),
-    Model(
-        "openai/text-embedding-3-small",
-        "OpenAI: Text Embedding 3 Small",
-        8_192,
-        None,
-        _at(("OpenAI", {"prompt": "0.00000002", "completion": "0"})),
-        parameters=("dimensions", "encoding_format"),
-        outputs=("embeddings",),
-    ),
+    *MEDIA,
     Model(
         "sandbox/fixed-price",
         "Sandbox: a fixed price per request",
         8_192,
         4_096,
-        _at(("Sandbox", {"prompt": "0", "completion": "0", "request": "0.5"})),
+        at(("Sandbox", {"prompt": "0", "completion": "0", "request": "0.5"})),
     ),
 )
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from .content import REASONING_TOKENS, Brief, Choice, compose
 from .failures import FAILURES, Refusal, refusal
-from .generation import Generation, encode
-from .models import BY_ID, STOPS_BILLING_ON_ABORT, Model
+from .generation import FEMTO, Generation, encode
+from .listing import Model
+from .market import Market
+from .models import BY_ID, STOPS_BILLING_ON_ABORT
 from .pricing import ZERO, Tokens
 from .routing import Route, after_fallback, candidates, find_route
 from .scenarios import Behaviour, behave, split_model
@@ -23,6 +25,8 @@ from .tokens import TOKENS_PER_SEARCH, Prompt, count_prompt
 Body = Mapping[str, object]
 
 MAX_CHOICES = 128
+EXACT = Decimal(1).scaleb(-FEMTO)
+"""The smallest amount that is billed: what an id can say exactly."""
 _UNBILLED_BODIES = ("error", "error-choices", "redirect")
 
 
@@ -32,6 +36,15 @@ class Limits:
 
     answer_bytes: int | None = None
     seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request brings besides its body: the scenario's changes, the limits and prices of this instance."""
+
+    changes: Mapping[str, object]
+    limits: Limits
+    market: Market
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,9 @@ class Plan:
 
     def running(self, completion: int) -> Tokens:
         """The tokens after so many of the completion."""
-        return replace(self.tokens, completion=completion, reasoning=min(self.tokens.reasoning, completion))
+        tokens = self.tokens
+        parts = {name: min(getattr(tokens, name), completion) for name in ("reasoning", "audio_out", "image_out")}
+        return replace(tokens, completion=completion, **parts)
 
     def bill(self, tokens: Tokens) -> tuple[Decimal, Decimal]:
         """US dollars that OpenRouter charges, and that the provider charges to the own key."""
@@ -69,43 +84,71 @@ class Plan:
         return self.generation.cancel(tokens, *self.bill(tokens))
 
 
-def plan_completion(body: Body, changes: Mapping[str, object], limits: Limits, factor: Decimal) -> Plan:
+def plan_completion(body: Body, ask: Ask) -> Plan:
     """Plan the answer of the first model that can give one; raises the last one's Refusal."""
+    return _first_plan(body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask), after=after_fallback)
+
+
+def plan_media(body: Body, ask: Ask, output: str, api_type: str, count: Callable[[Route], Tokens], *, streamed: bool = False) -> Plan:
+    """Plan an answer without choices, by a model that puts out `output`; raises Refusal.
+
+    What only text can do (errors in mid-stream, a provider that dies, another model that answers unasked) is left out.
+    """
+
+    def plan(model_id: str, behaviour: Behaviour) -> Plan:
+        behaviour = replace(behaviour, stream_error="", dies=False, fallback=False)
+        route = _require_route(model_id, body, behaviour, ask, output)
+        tokens = count(route)
+        tokens = Tokens() if behaviour.cache == "hit" else tokens
+        generation = _generation(route, behaviour, tokens, finish="stop", streamed=streamed, api_type=api_type)
+        return Plan(encode(generation, secrets.randbits(40)), route, behaviour, (), generation)
+
+    return _first_plan(body, ask, plan, after=lambda ids: ids[1:] or ids)
+
+
+def _first_plan(body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan], after: Callable[[list[str]], list[str]]) -> Plan:
     ids = candidates(body)
-    if changes.get("fallback"):
-        ids = after_fallback(ids)
+    if ask.changes.get("fallback"):
+        ids = after(ids)
     last = refusal(404, "No models given.")
     for model_id in ids:
         base, more = split_model(model_id)
-        behaviour = _limit_padding(behave({**changes, **more}), limits)
+        behaviour = _limit_padding(behave({**ask.changes, **more}), ask.limits)
         if behaviour.fallback and "fallback" in more:
-            base, behaviour = after_fallback([base])[0], replace(behaviour, fallback=False)
+            base, behaviour = after([base])[0], replace(behaviour, fallback=False)
         try:
-            return _plan(base, body, behaviour, limits, factor)
+            return plan(base, behaviour)
         except Refusal as exc:
             last = exc
     raise last
 
 
-def _plan(model_id: str, body: Body, behaviour: Behaviour, limits: Limits, factor: Decimal) -> Plan:
+def _require_route(model_id: str, body: Body, behaviour: Behaviour, ask: Ask, output: str) -> Route:
     if behaviour.failure:
         raise Refusal(FAILURES[behaviour.failure])
-    route = find_route(model_id, body, behaviour, factor)
-    if "text" not in route.model.outputs:
+    route = find_route(model_id, body, behaviour, ask.market)
+    if output not in route.model.outputs:
         raise refusal(400, f"{route.model.id} does not support this endpoint.", error_type="invalid_request")
+    return route
+
+
+def _plan(model_id: str, body: Body, behaviour: Behaviour, ask: Ask) -> Plan:
+    route = _require_route(model_id, body, behaviour, ask, "text")
     prompt = count_prompt(body)
     if prompt.images and "image" not in route.model.inputs:
         raise refusal(404, "No endpoints found that support image input", error_type="not_found")
     searches = _searches(body, route)
     prompt += Prompt(searches * TOKENS_PER_SEARCH)
     most = _most_tokens(body, route.model, prompt.tokens)
-    choices = _choices(body, route.model, behaviour, limits, most)
+    choices = _choices(body, route.model, behaviour, ask.limits, most)
     tokens = _tokens(prompt, choices, behaviour, route, searches)
     generation = _generation(route, behaviour, tokens, finish=choices[0].finish, streamed=body.get("stream") is True)
     return Plan(encode(generation, secrets.randbits(40)), route, behaviour, choices, generation, shows_thoughts(body))
 
 
-def _generation(route: Route, behaviour: Behaviour, tokens: Tokens, *, finish: str, streamed: bool) -> Generation:
+def _generation(
+    route: Route, behaviour: Behaviour, tokens: Tokens, *, finish: str, streamed: bool, api_type: str = "completions"
+) -> Generation:
     cost, upstream_cost = _bill(route, behaviour, tokens)
     return Generation(
         created=int(time.time()),
@@ -115,27 +158,12 @@ def _generation(route: Route, behaviour: Behaviour, tokens: Tokens, *, finish: s
         cost=cost,
         upstream_cost=upstream_cost,
         finish=finish,
+        api_type=api_type,
         streamed=streamed,
         byok=behaviour.byok,
         cached_answer=behaviour.cache == "hit",
         late_lookups=behaviour.late_lookups,
     )
-
-
-def plan_embeddings(body: Body, changes: Mapping[str, object], inputs: list[int], factor: Decimal) -> Plan:
-    """Plan an embeddings answer: no choices, only tokens and their price."""
-    base, more = split_model(candidates(body)[0])
-    behaviour = behave({**changes, **more})
-    if behaviour.failure:
-        raise Refusal(FAILURES[behaviour.failure])
-    route = find_route(base, body, behaviour, factor)
-    if "embeddings" not in route.model.outputs:
-        raise refusal(400, f"{base} does not support this endpoint.", error_type="invalid_request")
-    if max(inputs) > route.model.context:
-        raise _too_long(route.model, max(inputs), 0)
-    tokens = Tokens() if behaviour.cache == "hit" else Tokens(prompt=sum(inputs))
-    generation = replace(_generation(route, behaviour, tokens, finish="stop", streamed=False), api_type="embeddings")
-    return Plan(encode(generation, secrets.randbits(40)), route, behaviour, (), generation)
 
 
 def failed_id(body: Body) -> str | None:
@@ -165,6 +193,7 @@ def _bill(route: Route, behaviour: Behaviour, tokens: Tokens) -> tuple[Decimal, 
     if failed or behaviour.cache == "hit":
         return ZERO, ZERO
     total = route.prices.cost(tokens).total * behaviour.cost_factor
+    total = total if total == (exact := total.quantize(EXACT)) else exact
     return (ZERO, total) if behaviour.byok else (total, ZERO)
 
 
@@ -180,7 +209,7 @@ def _most_tokens(body: Body, model: Model, prompt: int) -> int:
     asked = [_limit(body, name) for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
     wanted = min(asked) if asked and model.supports("max_tokens") else 0
     if prompt >= model.context or prompt + wanted > model.context:
-        raise _too_long(model, prompt, wanted)
+        raise too_long(model, prompt, wanted)
     ceiling = min(model.max_completion or model.context, model.context - prompt)
     return min(wanted or ceiling, ceiling)
 
@@ -192,7 +221,8 @@ def _limit(body: Body, name: str) -> int:
     return value
 
 
-def _too_long(model: Model, prompt: int, wanted: int) -> Refusal:
+def too_long(model: Model, prompt: int, wanted: int) -> Refusal:
+    """More tokens than the model's context holds."""
     return refusal(
         400,
         f"This endpoint's maximum context length is {model.context} tokens. However, you requested about "

@@ -7,8 +7,9 @@ prompt has strictly more tokens than its `min_prompt_tokens`; a discount multipl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
+from typing import Any
 
 ZERO = Decimal(0)
 ONE = Decimal(1)
@@ -17,7 +18,10 @@ MILLION = Decimal(1_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What is billed. `cached` and `cache_write` are parts of `prompt`, `reasoning` is a part of `completion`."""
+    """What is billed.
+
+    `cached`, `cache_write` and `audio_in` are parts of `prompt`; `reasoning`, `audio_out` and `image_out` of `completion`.
+    """
 
     prompt: int = 0
     completion: int = 0
@@ -26,6 +30,11 @@ class Tokens:
     cache_write: int = 0
     images: int = 0
     searches: int = 0
+    audio_in: int = 0
+    audio_out: int = 0
+    image_out: int = 0
+    units: int = 1
+    """How often the fee per request is due: once, or for every search unit of a rerank request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +63,17 @@ class Prices:
     web_search: Decimal = ZERO
     input_cache_read: Decimal | None = None
     input_cache_write: Decimal | None = None
+    audio: Decimal | None = None
+    audio_output: Decimal | None = None
+    image_output: Decimal | None = None
     overrides: tuple[tuple[int, Prices], ...] = ()
 
     def __mul__(self, factor: Decimal) -> Prices:
         if factor == ONE:
             return self
-        read, write = self.input_cache_read, self.input_cache_write
-        return Prices(
-            prompt=self.prompt * factor,
-            completion=self.completion * factor,
-            request=self.request * factor,
-            image=self.image * factor,
-            web_search=self.web_search * factor,
-            input_cache_read=None if read is None else read * factor,
-            input_cache_write=None if write is None else write * factor,
-            overrides=tuple((least, tier * factor) for least, tier in self.overrides),
-        )
+        priced = {name: getattr(self, name) for name in _COMPONENTS}
+        scaled = {name: price * factor for name, price in priced.items() if price is not None}
+        return Prices(**scaled, overrides=tuple((least, tier * factor) for least, tier in self.overrides))
 
     def cost(self, tokens: Tokens) -> Cost:
         """The bill for these tokens, at the tier of their prompt."""
@@ -77,12 +81,13 @@ class Prices:
         for least, prices in self.overrides:
             if tokens.prompt > least:
                 tier = prices
-        read = tier.prompt if tier.input_cache_read is None else tier.input_cache_read
-        write = tier.prompt if tier.input_cache_write is None else tier.input_cache_write
-        fresh = tokens.prompt - tokens.cached - tokens.cache_write
-        fees = tier.request + tokens.images * tier.image + tokens.searches * tier.web_search
-        prompt = fresh * tier.prompt + tokens.cached * read + tokens.cache_write * write + fees
-        return Cost(prompt, tokens.completion * tier.completion)
+        read, write, heard = (_or(price, tier.prompt) for price in (tier.input_cache_read, tier.input_cache_write, tier.audio))
+        fresh = tokens.prompt - tokens.cached - tokens.cache_write - tokens.audio_in
+        fees = tokens.units * tier.request + tokens.images * tier.image + tokens.searches * tier.web_search
+        prompt = fresh * tier.prompt + tokens.cached * read + tokens.cache_write * write + tokens.audio_in * heard + fees
+        spoken, drawn = (_or(price, tier.completion) for price in (tier.audio_output, tier.image_output))
+        written = tokens.completion - tokens.audio_out - tokens.image_out
+        return Cost(prompt, written * tier.completion + tokens.audio_out * spoken + tokens.image_out * drawn)
 
     def exceeds(self, maximum: Mapping[str, Decimal]) -> bool:
         """Whether `provider.max_price` forbids this endpoint (prompt and completion are per million tokens there)."""
@@ -93,6 +98,13 @@ class Prices:
             "image": self.image,
         }
         return any(price > maximum[name] for name, price in asked.items() if name in maximum)
+
+
+_COMPONENTS = tuple(field.name for field in fields(Prices) if field.name != "overrides")
+
+
+def _or(price: Decimal | None, otherwise: Decimal) -> Decimal:
+    return otherwise if price is None else price
 
 
 def parse_prices(pricing: Mapping[str, object]) -> Prices:
@@ -107,13 +119,5 @@ def parse_prices(pricing: Mapping[str, object]) -> Prices:
 
 
 def _base_prices(pricing: Mapping[str, object]) -> Prices:
-    known = {name: Decimal(str(value)) for name, value in pricing.items() if isinstance(value, str)}
-    return Prices(
-        prompt=known["prompt"],
-        completion=known["completion"],
-        request=known.get("request", ZERO),
-        image=known.get("image", ZERO),
-        web_search=known.get("web_search", ZERO),
-        input_cache_read=known.get("input_cache_read"),
-        input_cache_write=known.get("input_cache_write"),
-    )
+    prices: dict[str, Any] = {name: Decimal(str(value)) for name, value in pricing.items() if name in _COMPONENTS}
+    return Prices(**prices)

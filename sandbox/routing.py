@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from .failures import Refusal, max_price_excludes, refusal, unavailable
-from .models import BY_ID, CHEAPEST, THINKING, Endpoint, Model
+from .listing import THINKING, Endpoint, Model
+from .market import Market
+from .models import BY_ID, CHEAPEST
 from .pricing import Prices
 from .scenarios import Behaviour, split_model
 
@@ -40,7 +42,7 @@ def after_fallback(ids: list[str]) -> list[str]:
     return [CHEAPEST.id if first != CHEAPEST.id else "openai/gpt-4o-mini"]
 
 
-def find_route(model_id: str, body: Mapping[str, object], behaviour: Behaviour, factor: Decimal) -> Route:
+def find_route(model_id: str, body: Mapping[str, object], behaviour: Behaviour, market: Market) -> Route:
     """The route for this model id; raises Refusal when nothing can serve it."""
     model, variant = _find_model(model_id)
     _require_capabilities(model, body)
@@ -50,8 +52,11 @@ def find_route(model_id: str, body: Mapping[str, object], behaviour: Behaviour, 
     if behaviour.dearer or variant == "floor" or wishes.get("sort") == "price":
         endpoints.sort(key=lambda endpoint: endpoint.prices.completion, reverse=behaviour.dearer)
     maximum = _max_price(wishes)
+    if behaviour.rise_factor:
+        market.rise(model.id, behaviour.rise_factor)
+    factor = behaviour.price_factor * market.factor_of(model.id)
     for endpoint in endpoints:
-        prices = endpoint.prices * (behaviour.price_factor * factor)
+        prices = endpoint.prices * factor
         if not prices.exceeds(maximum):
             return Route(model, endpoint, prices, online=variant == "online")
     raise Refusal(max_price_excludes(model.id))

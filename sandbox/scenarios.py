@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
 from types import MappingProxyType
 
 from .failures import FAILURES, refusal
@@ -23,12 +24,14 @@ class Behaviour:
     """with-finish | empty-choices | null-finish | every-event | twice | missing"""
     done: bool = True
     cost: str = "plain"
-    """How usage.cost is written: plain | null | zero | negative | nan | string"""
+    """How usage.cost is written: plain | missing | null | zero | negative | nan | string"""
     byok: bool = False
     cost_factor: Decimal = Decimal(1)
     """Multiplies the bill, whatever `provider.max_price` said."""
     price_factor: Decimal = Decimal(1)
     """Multiplies the prices before `provider.max_price` is looked at."""
+    rise_factor: Decimal = Decimal(0)
+    """Makes the model dearer from now on, in the catalog too; 0 leaves it."""
     cache: str = ""
     """read | write | hit"""
     comments: tuple[int, int] = (1, 0)
@@ -108,6 +111,7 @@ _TABLE: dict[str, Scenario] = {
     "error-in-200-choices": Scenario("The same, with choices beside the error", {"body": "error-choices"}),
     "provider-died": Scenario("Partial content with finish_reason `error`, status 200", {"dies": True}),
     "cost-null": Scenario("usage.cost is null; /generation knows it", {"cost": "null"}),
+    "cost-missing": Scenario("usage without cost, as the schema of /messages has it; /generation knows it", {"cost": "missing"}),
     "cost-zero": Scenario("usage.cost is 0, and nothing is billed", {"cost": "zero", "cost_factor": Decimal(0)}),
     "cost-negative": Scenario("usage.cost is negative; /generation knows the true cost", {"cost": "negative"}),
     "cost-nan": Scenario("usage.cost is NaN; /generation knows the true cost", {"cost": "nan"}),
@@ -120,6 +124,10 @@ _TABLE: dict[str, Scenario] = {
     "price-change": Scenario(
         "This request's prices are `factor` (2) times the listed ones, before max_price is checked",
         {"price_factor": Decimal(2)},
+    ),
+    "price-rise": Scenario(
+        "The model's prices rise to `factor` (2) times, in the catalog too, for 5 minutes: refused for max_price until /models is read",
+        {"rise_factor": Decimal(2)},
     ),
     "fallback": Scenario("Another model answers: the second of `models`, else the cheapest", {"fallback": True}),
     "dearer-provider": Scenario("The dearest endpoint of the model answers", {"dearer": True}),
@@ -153,11 +161,18 @@ def parse_scenarios(text: str) -> dict[str, object]:
         name, *parameters = (piece.strip() for piece in part.split(";"))
         scenario = _TABLE.get(name)
         if scenario is None:
-            raise refusal(400, f"Unknown sandbox scenario {name!r}. Known: {', '.join(SCENARIOS)}")
+            raise refusal(400, _unknown(name))
         changes |= scenario.changes
         for parameter in parameters:
             changes |= _parse_parameter(scenario, parameter)
     return changes
+
+
+def _unknown(name: str) -> str:
+    """Short enough to pass through any middleman: what was meant, not all there is."""
+    close = get_close_matches(name, SCENARIOS, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"Unknown sandbox scenario {name[:40]!r}.{hint} docs/sandbox.md lists them all."
 
 
 def split_model(model: str) -> tuple[str, dict[str, object]]:
@@ -186,7 +201,8 @@ def _parse_parameter(scenario: Scenario, text: str) -> dict[str, object]:
         number = Decimal(-1)
     target = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
     if not target or not 0 <= number <= MAX_PARAMETER:
-        raise refusal(400, f"Not a parameter of this sandbox scenario: {text!r}")
+        known = ", ".join([*_PARAMETERS, *(["factor"] if _factor_of(scenario) else [])])
+        raise refusal(400, f"Not a parameter of this sandbox scenario: {text[:40]!r}. Known: {known}, each a number up to {MAX_PARAMETER}.")
     if target.endswith("factor"):
         return {target: number}
     if target in ("pace", "delay"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TypeVar
 
 import orjson
 
+from .bill import Bill, Charge
 from .generation import FOREVER, Generation, decode
+from .market import Market
 from .wire import Connection
 
 MAX_GENERATIONS = 10_000
@@ -69,14 +72,22 @@ class State:
     """The memory of one instance."""
 
     def __init__(self) -> None:
-        self.price_factor = Decimal(1)
-        """Multiplies every listed and charged price, from now on."""
+        self.market = Market()
+        self.bill = Bill()
         self.generations: OrderedDict[str, Generation] = OrderedDict()
         self.in_flight: set[str] = set()
-        self.billed = Decimal(0)
         self.counts: Counter[str] = Counter()
         self.calls: deque[Call] = deque(maxlen=MAX_CALLS)
         self._lookups: OrderedDict[str, int] = OrderedDict()
+
+    @property
+    def billed(self) -> Decimal:
+        """US dollars billed so far; setting it starts a new bill at that amount."""
+        return self.bill.total
+
+    @billed.setter
+    def billed(self, amount: Decimal) -> None:
+        self.bill = Bill(amount)
 
     def open_call(self, connection: Connection, path: str) -> Call:
         """Note a request on arrival."""
@@ -96,7 +107,8 @@ class State:
             raise ValueError("this call has no generation")
         self.in_flight.discard(call.generation_id)
         _keep(self.generations, call.generation_id, generation)
-        self.billed += generation.cost
+        charge = Charge(call.generation_id, generation.cost, call.path, _status(generation))
+        self.bill.add(charge, generation.upstream_cost, datetime.now(UTC))
         call.cost, call.cancelled = generation.cost, generation.cancelled
 
     def find(self, generation_id: str) -> Generation | None:
@@ -111,7 +123,8 @@ class State:
         return generation if FOREVER > generation.late_lookups < lookups else None
 
     def reset(self) -> None:
-        """Forget calls and counts; generations and the bill stay."""
+        """Forget calls and counts, and take back risen prices; generations and the bill stay."""
+        self.market.calm()
         self.counts.clear()
         self.calls.clear()
 
@@ -119,24 +132,10 @@ class State:
         return {"counts": dict(self.counts), "billed": self.billed, "calls": [call.render() for call in self.calls]}
 
 
-def render_key(billed: Decimal) -> dict[str, object]:
-    """`data` of `/key`: a key without a limit that has used what was billed."""
-    windows = {f"usage{window}": billed for window in ("", "_daily", "_weekly", "_monthly")}
-    return {
-        "label": "sk-or-v1-san...box",
-        "limit": None,
-        "limit_remaining": None,
-        "limit_reset": None,
-        "include_byok_in_limit": False,
-        **windows,
-        **{f"byok_{name}": 0 for name in windows},
-        "is_free_tier": False,
-        "is_management_key": False,
-        "is_provisioning_key": False,
-        "expires_at": None,
-        "creator_user_id": None,
-        "rate_limit": {"requests": -1, "interval": "10s", "note": "This field is deprecated."},
-    }
+def _status(generation: Generation) -> str:
+    if generation.cancelled:
+        return "cancelled"
+    return "failed" if generation.finish == "error" else "completed"
 
 
 def _keep(store: OrderedDict[str, _Value], key: str, value: _Value) -> None:

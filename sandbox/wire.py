@@ -59,7 +59,8 @@ class Connection:
         self.raw_headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         self.started = False
         self.finished = False
-        self.is_stream = False
+        self.farewell = b""
+        """What ends a stream that has taken too long; without it the connection is dropped."""
         self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
         self._send = send
@@ -118,7 +119,6 @@ class Connection:
 
     async def start(self, status: int, headers: dict[str, str], *, compressed: bool = False) -> None:
         """Send status and headers. `compressed` gzips what is written afterwards, asked for or not."""
-        self.is_stream = headers.get("content-type", "").startswith("text/event-stream")
         if compressed:
             headers = {**headers, "content-encoding": "gzip"}
             self._gzip = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import os
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,6 +35,7 @@ from sandbox import Sandbox
 from sandbox import create_app as create_sandbox
 from supabase_config import MIGRATIONS
 
+ROOT = Path(__file__).parent.parent
 ADMIN_KEY = "admin-key-for-tests"
 SECRET = base64.urlsafe_b64encode(b"s" * 32).decode()
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
@@ -78,7 +82,7 @@ class Database:
         assert await self.rows("select * from public.audit_ledger()") == []
 
 
-def _start(folder: Path, binaries: Path | None) -> Iterator[EmbeddedPostgres]:
+def started_postgres(folder: Path, binaries: Path | None) -> Iterator[EmbeddedPostgres]:
     async def begin() -> EmbeddedPostgres:
         server = await EmbeddedPostgres.start(folder, binaries=binaries, settings=FAST)
         owner = await asyncpg.connect(**server.connect_kwargs("postgres"))
@@ -108,7 +112,7 @@ alter default privileges in schema public grant all on sequences to anon, authen
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """The embedded PostgreSQL of the wheel, version 18."""
-    yield from _start(tmp_path_factory.mktemp("pg18"), None)
+    yield from started_postgres(tmp_path_factory.mktemp("pg18"), None)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +120,7 @@ def postgres_15(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPo
     """PostgreSQL 15, the oldest that the SQL is written for."""
     if not DEBIAN_15.is_dir():
         pytest.skip("PostgreSQL 15 is not installed (Debian: apt-get install postgresql-15)")
-    yield from _start(tmp_path_factory.mktemp("pg15"), DEBIAN_15)
+    yield from started_postgres(tmp_path_factory.mktemp("pg15"), DEBIAN_15)
 
 
 @asynccontextmanager
@@ -354,6 +358,47 @@ OPERATOR_KEY = "sk-or-v1-operator-secret"
 def live(url: str) -> dict[str, Any]:
     """The settings of live mode with this upstream."""
     return {"gateway_mode": "live", "openrouter_api_key": OPERATOR_KEY, "openrouter_base_url": url}
+
+
+@asynccontextmanager
+async def running_workers(database: Database, upstream_url: str, folder: Path) -> AsyncIterator[tuple[Gateway, int]]:
+    """`uvicorn app:app --workers 2` in live mode, as an operator would start it, and its process id."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DATABASE_URL": database.url,
+        "ADMIN_API_KEY": ADMIN_KEY,
+        "KEY_HASH_SECRETS": SECRET,
+        "ENCRYPTION_KEYS": SECRET,
+        "OPENROUTER_API_KEY": OPERATOR_KEY,
+        "OPENROUTER_BASE_URL": upstream_url,
+        "GATEWAY_DATA_DIR": str(folder),
+        "LOG_LEVEL": "error",
+    }
+    options = ("--no-proxy-headers", "--workers", "2", "--port", str(port), "--log-level", "error")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "uvicorn", "app:app", *options),
+        cwd=ROOT,
+        env=environment,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    limits = httpx.Limits(max_connections=250, max_keepalive_connections=0)  # each request is a connection, to whichever worker takes it
+    async with AsyncExitStack() as stack, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
+        try:
+            await eventually(lambda: is_ready(http), lambda ready: ready, seconds=30)
+            yield Gateway(f"http://127.0.0.1:{port}", None, database, http, stack), process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+async def is_ready(http: httpx.AsyncClient) -> bool:
+    try:
+        return (await http.get("/health/ready")).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @dataclass

@@ -79,11 +79,19 @@ async def test_every_route_but_the_public_ones_wants_a_key(live_gateway: Gateway
     routes = routes_of(live_gateway.app)
     assert len(routes) > 20 and set(routes) >= PUBLIC
     for method, path in set(routes) - PUBLIC:
+        if path.endswith("/messages"):
+            continue  # whose errors have Anthropic's form: test_endpoints.py
         url = path.replace("{", "").replace("}", "")
         error = error_of(await live_gateway.http.request(method, url, json={}), 401)
         assert error["code"] == "invalid_api_key", (method, path)
+        await forget_guesses(live_gateway)
         wrong = await live_gateway.http.request(method, url, json={}, headers={"x-api-key": new_key("live")})
         error_of(wrong, 503 if path.startswith("/internal") else 401)  # the sweep's own secret is not set here
+
+
+async def forget_guesses(gateway: Gateway) -> None:
+    """As if this address had presented no wrong secret yet."""
+    await gateway.database.value("delete from public.rate_limit_usage where subject = 'address'")
 
 
 async def test_a_user_s_key_opens_no_admin_route(live_gateway: Gateway) -> None:

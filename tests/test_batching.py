@@ -320,3 +320,16 @@ async def test_drain_waits_until_all_is_answered() -> None:
     await queue.drain()
     await asyncio.sleep(0)
     assert all(task.done() for task in [first, *tasks])
+
+
+async def test_a_batch_carries_only_so_many_bytes_and_what_is_too_heavy_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "BATCH_WEIGHT", 10)
+    server = Server()
+    queue = Queue(server)
+    first = await flying(queue, server)
+    weights = [4, 5, 3, 0, 99, 1, 0]
+    tasks = [asyncio.create_task(queue.submit(item(n), group=n, weight=weight)) for n, weight in enumerate(weights)]
+    await asyncio.sleep(0)
+    server.gate.set()
+    await asyncio.gather(first, *tasks)
+    assert server.sent() == [["first"], ["0", "1", "3", "5", "6"], ["2"], ["4"]]

@@ -290,7 +290,8 @@ def test_entries_are_kept_as_the_upstream_wrote_them() -> None:
 
 def test_the_ready_made_answer_holds_the_same_entries() -> None:
     entries = [entry("z/z", odd=[None, 1.5, {"é": "\ud800", "big": 2**80}]), entry("a/a")]
-    assert json.loads(read_models(answer(*entries)).json) == {"data": entries}
+    whole = json.loads(read_models(answer(*entries)).json)
+    assert whole == {"data": entries, "total_count": len(entries), "links": {"next": None}}  # OpenRouter's own SDK insists on all three
 
 
 def test_numbers_that_are_no_json_become_null() -> None:
@@ -344,6 +345,22 @@ def test_only_the_output_limits_of_the_parameters_are_kept() -> None:
 def test_a_model_that_takes_search_options_at_a_price_searches_by_itself() -> None:
     model = parse_model(entry(pricing={**PRICING, "web_search": "0.01"}, supported_parameters=["web_search_options"]))
     assert model is not None and model.searches
+
+
+@pytest.mark.parametrize(
+    ("model_id", "price", "is_router"),
+    [("openrouter/auto", "-1", True), ("openrouter/auto", "0.1", False), ("openrouter/fusion", "-1", False)],
+)
+def test_the_auto_router_is_a_model_without_a_price(model_id: str, price: str, is_router: bool) -> None:
+    model = parse_model(entry(model_id, pricing={"prompt": price, "completion": price}))
+    assert model is not None and model.is_router is is_router
+
+
+def test_markups_count_models_of_text_only() -> None:
+    dear = {**PRICING, "image_token": "0.1"}
+    picture = entry("a/picture", pricing=dear, architecture={"output_modalities": ["image"]})
+    talker = entry("a/talker", pricing={**PRICING, "input_cache_write": "0.000002"}, architecture={"output_modalities": ["text"]})
+    assert read_models(answer(picture, talker)).markups.input == 2
 
 
 INDEX = read_models(answer(entry("a/b"), entry("a/b:free"), entry("c/d:nitro")))

@@ -6,6 +6,8 @@ import re
 
 from rig import Gateway
 
+from endpoints import ENDPOINTS
+
 PUBLIC = {
     ("get", "/"),
     ("get", "/health"),
@@ -50,6 +52,24 @@ async def test_every_order_has_an_example_or_fields_that_explain_themselves(gate
     chat = schema["paths"]["/v1/chat/completions"]["post"]
     assert chat["requestBody"]["content"]["application/json"]["example"]["model"]
     assert {"401", "402", "429", "502"} <= chat["responses"].keys()
+
+
+async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_every_status(gateway: Gateway) -> None:
+    paths = (await gateway.http.get("/openapi.json")).json()["paths"]
+    served = {path for endpoint in ENDPOINTS for path in endpoint.all_paths if path.startswith("/v1/")}
+    identifiers = set()
+    for path in served:
+        operation = paths[path]["post"]
+        content = operation["requestBody"]["content"]["application/json"]
+        assert set(content["schema"]["required"]) <= content["example"].keys(), path
+        assert operation["responses"].keys() == {"200", "400", "401", "402", "403", "404", "413", "429", "502", "503", "504"}
+        answer = operation["responses"]["200"]["content"]
+        assert "audio/*" in answer or answer["application/json"]["example"]["gateway_usage"]["request_id"]
+        identifiers.add(operation["operationId"])
+    assert len(identifiers) == len(served) == 10
+    assert "multipart/form-data" in paths["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
+    error = paths["/v1/messages"]["post"]["responses"]["429"]["content"]["application/json"]["schema"]
+    assert error["properties"]["type"] == {"const": "error"}
 
 
 async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:

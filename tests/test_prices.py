@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prices import Price, dearest, max_price, parse_price, search_nanos
+from prices import ZERO, Price, caps_of, dearest, markups, max_price, parse_price, search_nanos
 
 BASE = {"prompt": "0.0000025", "completion": "0.00001"}
 
@@ -173,17 +173,52 @@ def test_a_listed_search_price_counts_for_every_result() -> None:
 
 
 def test_price_caps_are_in_the_units_of_the_upstream() -> None:
-    caps = max_price(price_of(request="0.5", image="0.001").base, {}, images=True)
-    assert caps == {"prompt": "2.5", "completion": "10", "request": "0.5", "image": "0.001"}
+    caps = max_price(caps_of(price_of(request="0.5", image="0.001", audio="0.00003").base, images=True, audio=True), {})
+    assert caps == {"prompt": "2.5", "completion": "10", "request": "0.5", "image": "0.001", "audio": "0.00003"}
+
+
+def test_price_caps_name_media_only_where_they_are_used() -> None:
+    caps = caps_of(price_of(image="0.001", audio="0.00003").base, images=False, audio=False)
+    assert caps.keys() == {"prompt", "completion", "request"}
+
+
+def test_an_audio_price_that_is_not_named_is_no_cap() -> None:
+    assert "audio" not in caps_of(price_of().base, images=False, audio=True)
 
 
 def test_price_caps_keep_what_the_client_set_lower() -> None:
-    caps = max_price(price_of().base, {"prompt": Decimal(1), "completion": Decimal(99)}, images=False)
+    held = caps_of(price_of().base, images=False, audio=False)
+    caps = max_price(held, {"prompt": Decimal(1), "completion": Decimal(99)})
     assert caps == {"prompt": "1", "completion": "10", "request": "0"}
 
 
 def test_price_caps_of_other_components_pass() -> None:
-    assert max_price(price_of().base, {"audio": Decimal(7)}, images=False)["audio"] == "7"
+    assert max_price(caps_of(price_of().base, images=False, audio=False), {"audio": Decimal(7)})["audio"] == "7"
+
+
+def test_markups_are_the_largest_over_all_models() -> None:
+    tiered = price_of(overrides=[{"min_prompt_tokens": 9, "prompt": "0.000005", "completion": "0.00003"}])
+    found = markups([price_of(), tiered, price_of(input_cache_write_1h="0.00001", internal_reasoning="0.00002")])
+    assert (found.input, found.output) == (Decimal(4), Decimal(3))
+
+
+def test_a_markup_never_lowers_a_price() -> None:
+    rates = markups([]).rates(prompt=Decimal(5), completion=Decimal(7), request=ZERO, image=ZERO)
+    assert (rates.input, rates.output, rates.image_token) == (Decimal(5), Decimal(7), Decimal(5))
+
+
+def test_what_costs_nothing_by_its_listed_price_is_marked_up_by_what_it_bills() -> None:
+    found = markups([price_of(prompt="0", input_cache_write="0.000004", completion="0", internal_reasoning="0.000001")])
+    rates = found.rates(prompt=ZERO, completion=ZERO, request=ZERO, image=ZERO)
+    assert (rates.input, rates.output) == (Decimal(4_000), Decimal(1_000))
+
+
+@given(prompt=amounts, billed=amounts, cap=st.integers(0, 10**6))
+def test_a_price_below_a_cap_is_never_billed_above_its_markup(prompt: str, billed: str, cap: int) -> None:
+    price = price_of(prompt=prompt, input_cache_write=billed)
+    limit = max(price.base.prompt, Decimal(cap))
+    rates = markups([price]).rates(prompt=limit, completion=ZERO, request=ZERO, image=ZERO)
+    assert rates.input >= price.base.input
 
 
 @given(prompt=amounts, completion=amounts, write=amounts, tier=amounts, threshold=st.integers(0, 10**6))

@@ -5,25 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from rig import ADMIN_KEY, OPERATOR_KEY, SECRET, Database, Gateway, Upstream, User, eventually
-
-ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+from rig import Database, Gateway, Upstream, User, eventually, is_ready, running_workers
 
 
 def workers_of(pid: int) -> list[int]:
@@ -34,48 +24,8 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.fixture
 async def supervisor(database: Database, upstream: Upstream, tmp_path: Path) -> AsyncIterator[tuple[Gateway, int]]:
-    """`uvicorn app:app --workers 2` in live mode, as an operator would start it, and its process id."""
-    port = free_port()
-    environment = {
-        "PATH": os.environ["PATH"],
-        "DATABASE_URL": database.url,
-        "ADMIN_API_KEY": ADMIN_KEY,
-        "KEY_HASH_SECRETS": SECRET,
-        "ENCRYPTION_KEYS": SECRET,
-        "OPENROUTER_API_KEY": OPERATOR_KEY,
-        "OPENROUTER_BASE_URL": upstream.url,
-        "GATEWAY_DATA_DIR": str(tmp_path),
-        "LOG_LEVEL": "error",
-    }
-    command = (
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "app:app",
-        "--no-proxy-headers",
-        "--workers",
-        "2",
-        "--port",
-        str(port),
-        "--log-level",
-        "error",
-    )
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=environment, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-    )
-    limits = httpx.Limits(max_connections=250, max_keepalive_connections=0)  # each request is a connection, to whichever worker takes it
-    async with AsyncExitStack() as stack, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
-        await eventually(lambda: is_ready(http), lambda ready: ready, seconds=30)
-        yield Gateway(f"http://127.0.0.1:{port}", None, database, http, stack), process.pid
-        process.send_signal(signal.SIGTERM)
-        await process.wait()
-
-
-async def is_ready(http: httpx.AsyncClient) -> bool:
-    try:
-        return (await http.get("/health/ready")).status_code == 200
-    except httpx.HTTPError:
-        return False
+    async with running_workers(database, upstream.url, tmp_path) as found:
+        yield found
 
 
 async def test_two_hundred_at_once_spend_ten_credits_to_the_last_and_not_one_more(
@@ -173,3 +123,26 @@ async def test_a_revoked_key_is_dead_on_every_worker_with_the_next_request(super
         await owner.execute("update public.api_keys_new set is_active = false where user_id = $1", user.id)
     assert {answer.status_code for answer in await asyncio.gather(*(user.chat() for _ in range(20)))} == {401}
     assert upstream.inferences == 20
+
+
+async def test_two_workers_enforce_one_limit_exactly(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+    gateway, _ = supervisor
+    user = await gateway.register(credits=1)
+    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 17}})
+    answers = await asyncio.gather(*(user.chat() for _ in range(60)))
+    assert Counter(answer.status_code for answer in answers) == {200: 17, 429: 43}
+    assert upstream.inferences == 17
+    assert all(0 < int(answer.headers["retry-after"]) <= 70 for answer in answers if answer.status_code == 429)
+
+
+async def test_a_key_that_is_deleted_through_one_worker_is_dead_on_both(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+    gateway, _ = supervisor
+    user = await gateway.register(credits=1)
+    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})).json()
+    second = User(gateway, user.id, made["api_key"])
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(10)))} == {200}
+    order = {"confirmation": "DELETE_KEY"}
+    gone = await gateway.http.request("DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=order)
+    assert gone.status_code == 200
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(20)))} == {401}
+    assert upstream.inferences == 10

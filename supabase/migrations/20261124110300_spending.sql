@@ -512,8 +512,8 @@ create function public.live_costs(p_start timestamptz) returns jsonb language sq
         select t.requests, t.upstream_cost_nanos, t.cost_nanos, t.overrun_nanos
         from public.usage_totals t, bounds b
         where t.slot >= b.whole_from and t.slot < b.summed_until and t.environment <> 'test'
-        union all -- what stands in those sums and is not the operator's bill
-        select -1, -coalesce(r.upstream_cost_nanos, 0), -r.cost_nanos, -r.overrun_nanos
+        union all -- what stands in those sums and is not the operator's bill (of its upstream cost they know nothing)
+        select -1, 0, -r.cost_nanos, -r.overrun_nanos
         from public.usage_records r, bounds b
         where r.byok and r.created_at >= b.whole_from and r.created_at < b.summed_until and r.status <> 'pending' and r.environment <> 'test'
         union all -- the rest of a quarter of an hour in which the database went live, and what is not summed up yet

@@ -86,3 +86,14 @@ async def test_a_killed_server_leaves_ids_that_any_instance_can_price(process: P
         query = {"id": response.headers["x-generation-id"]}
         data = (await other.get("/generation", params=query, headers=KEY)).json()["data"]
     assert data["tokens_completion"] == 9 and data["total_cost"] > 0
+
+
+async def test_a_process_of_its_own_has_a_bill_of_its_own(process: Process) -> None:
+    assert process.stdout is not None
+    base_url = (await process.stdout.readline()).decode().strip().removeprefix("OPENROUTER_BASE_URL=")
+    async with httpx2.AsyncClient(base_url=base_url.removesuffix("/api/v1")) as http:
+        body = {"model": "sandbox/fixed-price", "input": "x"}
+        answer = await http.post("/api/v1/responses", json=body, headers=KEY)
+        bill = (await http.get("/sandbox/bill")).json()
+    generation = {"id": answer.headers["x-generation-id"], "cost": "0.5", "endpoint": "/responses", "status": "completed"}
+    assert bill == {"total": "0.5", "count": 1, "in_flight": 0, "generations": [generation]}

@@ -11,7 +11,9 @@ import httpx2
 import pytest
 
 from sandbox import SCENARIOS, SandboxTransport, create_app
+from sandbox.app import ENDPOINTS
 from sandbox.failures import FAILURES, KEY_HASH
+from sandbox.models import MODELS
 
 if TYPE_CHECKING:
     from conftest import Client
@@ -21,7 +23,7 @@ KEY = {"Authorization": "Bearer sk-or-v1-test"}
 BODY = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "x"}]}
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings"])
+@pytest.mark.parametrize("path", [path for path in ENDPOINTS if path != "/messages"])
 async def test_inference_without_a_key_is_a_401(client: Client, path: str) -> None:
     response = await client.http.post(path, json=BODY)
     assert response.status_code == 401
@@ -156,7 +158,8 @@ async def test_calls_show_bodies_and_bills_but_no_secret(client: Client) -> None
 async def test_the_bill_is_the_sum_of_all_costs(client: Client) -> None:
     for model in ("sandbox/fixed-price", "sandbox/fixed-price"):
         await client.ask(model=model)
-    assert (await client.http.get("/sandbox/bill")).json() == {"billed": "1"}
+    bill = (await client.http.get("/sandbox/bill")).json()
+    assert (bill["total"], bill["count"], bill["in_flight"]) == ("1", 2, 0)
 
 
 async def test_answers_stay_within_the_byte_limit() -> None:
@@ -193,7 +196,8 @@ async def test_the_key_shows_what_was_used(client: Client) -> None:
     await client.ask(model="sandbox/fixed-price")
     data = (await client.http.get("/key", headers=KEY)).json()["data"]
     assert (data["usage"], data["limit"]) == (0.5, None)
-    assert (await client.http.get("/credits", headers=KEY)).status_code == 403
+    credits = (await client.http.get("/credits", headers=KEY)).json()["data"]
+    assert credits == {"total_credits": 1_000_000, "total_usage": 0.5}
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
@@ -216,3 +220,28 @@ def test_the_documentation_lists_every_scenario_as_the_code_does() -> None:
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \| `(.+)` \|$", DOC.read_text(), re.MULTILINE)
     assert {name: text.replace("\\|", "|") for name, text, _ in rows} == dict(SCENARIOS)
     assert all(name in line for name, _, line in rows)
+
+
+async def test_every_documented_line_about_an_endpoint_works(client: Client) -> None:
+    text = DOC.read_text()
+    posts = re.findall(r"^\| `POST (/\S+)` \|.*`post (/\S+) '(\{.*?\})'(?: .*)?` \|$", text, re.MULTILINE)
+    assert {path for path, _, _ in posts} == set(ENDPOINTS)
+    for path, asked, body in posts:
+        assert path == asked
+        assert (await client.http.post(path, content=body, headers=KEY)).status_code == 200, path
+    gets = re.findall(r"^\| `GET /.*`get '?(/.*?)'?` \|$", text, re.MULTILINE)
+    assert len(gets) == 5
+    for line in gets:
+        wanted = 404 if line.startswith("/generation") else 200
+        assert (await client.http.get(line, headers=KEY)).status_code == wanted, line
+
+
+def test_the_documentation_lists_every_model_with_its_limits() -> None:
+    rows = re.findall(r"^\| `([a-z0-9.:/-]+)` \| ([\d,]+) \| ([\d,]*) \| (.+?) \| .+ \|$", DOC.read_text(), re.MULTILINE)
+    told = {name: (number(context), number(most), providers.split(", ")) for name, context, most, providers in rows}
+    known = {model.id: (model.context, model.max_completion, [item.provider for item in model.endpoints]) for model in MODELS}
+    assert told == known
+
+
+def number(text: str) -> int | None:
+    return int(text.replace(",", "")) if text else None

@@ -171,6 +171,7 @@ class Client:
         """The books balance, and every counter says what the journal says."""
         assert await self.rows("select * from public.audit_ledger()") == []
         assert await self.rows(DRIFTED) == []
+        assert await self.rows(DRIFTED_END_USERS) == []
 
 
 # Slots and held budgets that are not what the journal's pending records add up to.
@@ -182,6 +183,13 @@ select u.* from public.rate_limit_usage u, lateral (
 ) as p where u.subject <> 'address' and (
     u.slots <> p.slots or (u.subject = 'key' and u.budget_held_nanos <> p.held)
     or (u.subject = 'user' and (u.test_slots <> p.test_slots or u.pending_since > p.oldest)))
+"""
+
+DRIFTED_END_USERS = """
+select u.*, p.held from public.end_user_usage u, lateral (
+    select coalesce(sum(r.hold_nanos), 0) as held from public.usage_records r
+    where r.status = 'pending' and r.user_id = u.user_id and r.end_user = u.end_user and r.has_end_user_budget
+) as p where u.budget_held_nanos <> p.held
 """
 
 
@@ -235,6 +243,7 @@ def request(account: Account, **changes: Any) -> Json:
         "max_output": 100,
         "markup": "1",
         "ttl_seconds": 600,
+        "byok": True,
         **changes,
     }
 

@@ -70,12 +70,14 @@ async def test_every_table_has_row_level_security_and_no_policy(client: Client) 
 
 # Called by other functions of ours only, whose empty search_path they inherit (docs/decisions/0005).
 INNER = {
-    "admission_users", "admit_checked", "admit_one", "advance_ring", "advance_usage", "affordable_output", "budget_start",
-    "check_all_limits", "check_limits", "check_plan", "check_plan_counter", "check_window", "correct_ring", "count_in_ring",
-    "counted_tokens", "current_plan", "domain_allowed", "expire_play_rest", "find_key", "is_sound_record", "is_sound_user",
-    "limits_json", "models_allowed", "move_legacy_key", "record_admission", "recount_user", "refusal", "refuse_for_limits",
-    "refuse_identity", "refuse_until", "release_counters", "repeat_admission", "retry_after_seconds", "ring_frees_at",
-    "scope_allows", "settle_one", "settlement_answer", "settlement_users", "write_settlement",
+    "admission_users", "admit_checked", "admit_one", "advance_ring", "advance_usage", "affordable_output", "budget_level",
+    "budget_start", "cached_json", "check_all_limits", "check_idempotency", "check_limits", "check_plan", "check_plan_counter",
+    "check_window", "claim_idempotency", "correct_ring", "count_in_ring", "counted_tokens", "current_plan", "domain_allowed",
+    "end_user_budget", "end_user_left", "expire_play_rest", "find_cached", "find_key", "finish_idempotency", "hold_for_end_user",
+    "hold_json", "is_sound_record", "is_sound_user", "keep_in_cache", "limits_json", "models_allowed", "move_legacy_key",
+    "note_budget_level", "raise_one", "record_admission", "recount_user", "refusal", "refuse_for_limits", "refuse_for_money",
+    "refuse_identity", "refuse_until", "release_counters", "release_end_user", "repeat_admission", "retry_after_seconds",
+    "ring_frees_at", "scope_allows", "settle_one", "settlement_answer", "settlement_users", "verified_limits",
 }  # fmt: skip
 
 

@@ -225,11 +225,22 @@ async def test_a_settled_record_is_frozen_even_for_the_owner(client: Client, cha
         await client.value(f"update public.usage_records set {change} where request_id = $1::text::uuid", request_id)
 
 
-@pytest.mark.parametrize("column", ["user_id", "key_id", "hold_nanos", "markup", "created_at", "mode", "environment", "request_id"])
+@pytest.mark.parametrize("column", ["user_id", "key_id", "markup", "created_at", "mode", "environment", "request_id"])
 async def test_what_was_admitted_never_changes(client: Client, column: str) -> None:
     _, request_id = await admitted(client)
     with pytest.raises(asyncpg.RestrictViolationError):
         await client.value(f"update public.usage_records set {column} = {column} where request_id = $1::text::uuid", request_id)
+
+
+async def test_a_hold_only_grows_and_only_while_its_request_runs(client: Client) -> None:
+    account, request_id = await admitted(client)
+    raised = "update public.usage_records set hold_nanos = hold_nanos + $2 where request_id = $1::text::uuid"
+    with pytest.raises(asyncpg.RestrictViolationError):
+        await client.value(raised, request_id, -1)
+    await client.settle_one(request_id)
+    with pytest.raises(asyncpg.RestrictViolationError):
+        await client.value(raised, request_id, 1)
+    assert (await client.user(account))["held_nanos"] == 0
 
 
 # Holds whose request was lost.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from decimal import Decimal
+from collections.abc import Iterator
 from typing import Protocol
 
 from .content import Choice, ToolCall
+from .dialect import PROVIDER_DIED
 from .planning import Plan
-from .pricing import Tokens
-from .wire import Raw, dumps, plain
+from .usage import render_usage
+from .wire import dumps
 
 FRAGMENT_TOKENS = 3
 _NATIVE = {
@@ -17,15 +17,10 @@ _NATIVE = {
     "google": {"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP"},
 }
 _REASONING_FORMATS = {"anthropic": "anthropic-claude-v1", "google": "google-gemini-v1"}
-PROVIDER_DIED: Mapping[str, object] = {
-    "code": 502,
-    "message": "Upstream error: the provider closed the connection.",
-    "metadata": {"error_type": "provider_unavailable"},
-}
 
 
-class Dialect(Protocol):
-    """What one endpoint's answers look like."""
+class Wording(Protocol):
+    """How the choices of one endpoint look."""
 
     whole: str
     chunk: str
@@ -129,66 +124,21 @@ class Text:
         }
 
 
-def render_whole(plan: Plan, dialect: Dialect) -> dict[str, object]:
+def render_whole(plan: Plan, wording: Wording) -> dict[str, object]:
     """The body of an answer that is not streamed."""
     body: dict[str, object] = {
         "id": plan.id,
         "provider": plan.route.endpoint.provider,
         "model": plan.model.id,
-        "object": dialect.whole,
+        "object": wording.whole,
         "created": plan.generation.created,
         "system_fingerprint": None,
         "service_tier": None,
-        "choices": [dialect.choice(plan, choice) for choice in plan.choices],
+        "choices": [wording.choice(plan, choice) for choice in plan.choices],
     }
     if plan.behaviour.usage != "missing":
         body["usage"] = render_usage(plan, plan.tokens)
     return body
-
-
-def render_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
-    """The `usage` object for these tokens; its cost is written as the scenario says."""
-    cost, upstream_cost = plan.bill(tokens)
-    inner = upstream_cost if plan.behaviour.byok else cost
-    parts = plan.route.prices.cost(tokens) * plan.behaviour.cost_factor
-    if plan.behaviour.cache == "hit":
-        parts *= Decimal(0)
-    usage: dict[str, object] = {
-        "prompt_tokens": tokens.prompt,
-        "completion_tokens": tokens.completion,
-        "total_tokens": tokens.prompt + tokens.completion,
-        "cost": _written_cost(plan.behaviour.cost, cost),
-        "is_byok": plan.behaviour.byok,
-        "prompt_tokens_details": {
-            "cached_tokens": tokens.cached,
-            "cache_write_tokens": tokens.cache_write,
-            "audio_tokens": 0,
-            "video_tokens": 0,
-        },
-        "cost_details": {
-            "upstream_inference_cost": inner,
-            "upstream_inference_prompt_cost": parts.prompt,
-            "upstream_inference_completions_cost": parts.completion,
-        },
-        "completion_tokens_details": {"reasoning_tokens": tokens.reasoning, "image_tokens": 0, "audio_tokens": 0},
-    }
-    if tokens.searches:
-        usage["server_tool_use_details"] = {
-            "tool_calls_executed": tokens.searches,
-            "tool_calls_requested": tokens.searches,
-            "web_search_requests": tokens.searches,
-        }
-    return usage
-
-
-def _written_cost(form: str, cost: Decimal) -> object:
-    if form == "null":
-        return None
-    if form == "nan":
-        return Raw(b"NaN")
-    if form == "string":
-        return plain(cost)
-    return -cost if form == "negative" else cost
 
 
 def _delta(choice: Choice, fields: dict[str, object]) -> bytes:

@@ -1,0 +1,336 @@
+"""How do the upstream's APIs say the same things? Where an answer, a stream and an error keep usage, cost, and their end.
+
+`Chat` speaks for chat and text completions, and for everything that answers with one JSON object and its `usage`. It knows nothing of
+accounts or databases.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import orjson
+
+from errors import ANTHROPIC_TYPES, GatewayError
+from events import DONE, with_charge, with_field
+from usage import Usage, read_integer, read_text, read_usage
+
+Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+FINISHED = re.compile(rb'"finish_reason"(?!:null)')
+
+# What clients do not get to see: the operator's account, and numbers that are no JSON.
+HIDDEN = ("user_id", "openrouter_metadata", "debug")
+MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
+
+# Those of Anthropic's error types that speak of the request, and not of the operator's account.
+SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentication_error", "billing_error"}
+
+
+@dataclass(slots=True, kw_only=True)
+class Said:
+    """What an answer has said of itself so far."""
+
+    usage: Usage | None = None
+    error: dict[str, Any] | None = None
+    body_id: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    finish_reason: str | None = None
+    ended: bool = False  # the event that ends a stream in this dialect has come
+    counts: dict[str, Any] = field(default_factory=dict)  # a usage object that comes in parts
+
+
+class Place(Enum):
+    """What happens to an event of a stream."""
+
+    GOES = "goes"  # it goes on, after the held one
+    BESIDE = "beside"  # it goes on, and leaves the held one held
+    HOLD = "hold"  # it waits for the settlement, or for the next event
+    LAST = "last"  # it follows the held one when that goes out, or waits in its place
+
+
+class Dialect:
+    """One of the upstream's APIs. This is chat completions'; the others say what differs."""
+
+    # Chunks that begin so and hold nothing remarkable pass unparsed, whole runs of events at once.
+    # Keys stand in quotes, so that no text that a model writes is taken for one.
+    starts: bytes | tuple[bytes, ...] = b"data:"
+    remarkable: tuple[bytes, ...] = (b'"usage"', b'"error"', b'"user_id"', b"[DONE]", b"\r")
+    marks: tuple[bytes, ...] = MARKS  # without one of these there is nothing to hide
+    is_anthropic = False
+
+    def plain_until(self, chunk: bytes) -> int:
+        """Where the first thing stands that we would have to look at; the chunk's length where there is none."""
+        end = self._marked(chunk)
+        if chunk.count(b'"finish_reason"', 0, end) != chunk.count(b'"finish_reason":null', 0, end):
+            finished = FINISHED.search(chunk, 0, end)
+            end = finished.start() if finished else end
+        return end
+
+    def _marked(self, chunk: bytes) -> int:
+        end = len(chunk)
+        for mark in self.remarkable:  # each by itself: a search for all of them at once takes ten times as long
+            found = chunk.find(mark, 0, end)
+            end = end if found < 0 else found
+        return end
+
+    def is_plain(self, event: bytes) -> bool:
+        """Nothing in this event that we would have to look at."""
+        return (
+            b'"usage"' not in event
+            and b'"error"' not in event
+            and b'"user_id"' not in event
+            and event.count(b'"finish_reason"') == event.count(b'"finish_reason":null')
+        )
+
+    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+        """Notes what one event, or a whole answer, says of itself."""
+        _note_origin(data, said)
+        choices = data.get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            said.finish_reason = read_text(choices[0].get("finish_reason")) or said.finish_reason
+        if error := data.get("error"):
+            said.error = sanitise(_as_object(error))
+        found = read_usage(data.get("usage"))
+        said.usage = found or said.usage
+        return Place.GOES if found is None else Place.HOLD
+
+    def is_whole(self, said: Said) -> bool:
+        """Whether the answer in a stream has come to its end, whatever may follow."""
+        return said.finish_reason is not None
+
+    def has_failed(self, said: Said) -> bool:
+        """Whether the answer says itself that it failed."""
+        return said.error is not None or said.finish_reason == "error"
+
+    def is_error(self, data: Mapping[str, Any]) -> bool:
+        """Whether a whole body is nothing but an error."""
+        return bool(data.get("error")) and not data.get("choices")
+
+    def error_of(self, error: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An `error` object with its status as a `code`, as the other dialects have it."""
+        return error
+
+    def parts(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The objects of an answer that may name the operator or hold an `error`."""
+        yield data
+        choices = data.get("choices")
+        yield from (part for part in (choices if isinstance(choices, list) else ()) if isinstance(part, dict))
+
+    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
+        """An upstream's error as clients may see it."""
+        return sanitise(error)
+
+    def without_secrets(self, raw: bytes, sanitise: Sanitise) -> bytes:
+        """A JSON object as clients may see it: the same bytes, unless it holds an error, the operator's identity or NaN."""
+        if not any(mark in raw for mark in self.marks):
+            return raw
+        constants: list[str] = []
+        data = json.loads(raw, parse_constant=constants.append, parse_int=read_integer)
+        changed = [*constants, *(name for part in self.parts(data) for name in self._clean(part, sanitise))]
+        return json.dumps(data, separators=(",", ":")).encode() if changed else raw
+
+    def _clean(self, part: dict[str, Any], sanitise: Sanitise) -> list[str]:
+        changed = [name for name in HIDDEN if name in part]
+        for name in changed:
+            del part[name]
+        if part.get("error"):
+            part["error"] = self.show_error(_as_object(part["error"]), sanitise)
+            changed.append("error")
+        return changed
+
+    def tail(
+        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+    ) -> bytes:
+        """The last bytes of a stream: its accounting, with `gateway_usage`, and our error where there is one."""
+        parts = [usage_event(held, said, gateway_usage)]
+        if failure is not None:
+            parts.append(b"data: " + orjson.dumps(failure.body(request_id), default=str) + b"\n\n")
+        return b"".join((*parts, DONE))
+
+
+class Responses(Dialect):
+    """OpenAI's Responses: named events, the answer within `response`, which the event that ends the stream holds whole."""
+
+    starts = (b"event:", b"data:")
+    remarkable = (*Dialect.remarkable, b'"response"', b"response.completed", b"response.incomplete", b"response.failed", b"response.error")
+    marks = (*MARKS, b"response.error")
+    ends = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
+    errors = frozenset(("error", "response.error"))
+
+    def plain_until(self, chunk: bytes) -> int:
+        return self._marked(chunk)
+
+    def is_plain(self, event: bytes) -> bool:
+        return not any(mark in event for mark in self.remarkable if mark != b"\r")
+
+    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+        answer, kind = _envelope(data, "response"), read_text(data.get("type"))
+        _note_origin(answer, said)
+        said.usage = read_usage(answer.get("usage")) or said.usage
+        if error := answer.get("error") or data.get("error"):
+            said.error = sanitise(_as_object(error))
+        elif kind in self.errors:
+            said.error = sanitise(data)
+        said.ended = said.ended or kind in self.ends
+        if said.ended or answer is data:
+            said.finish_reason = read_text(answer.get("status")) or (kind.removeprefix("response.") if kind in self.ends else None)
+        return Place.HOLD if kind in self.ends or kind in self.errors else Place.GOES
+
+    def is_whole(self, said: Said) -> bool:
+        return said.ended
+
+    def has_failed(self, said: Said) -> bool:
+        return said.error is not None or said.finish_reason in ("failed", "cancelled")
+
+    def is_error(self, data: Mapping[str, Any]) -> bool:
+        return bool(data.get("error")) and data.get("status") is None
+
+    def parts(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield data
+        if isinstance(data.get("response"), dict):
+            yield data["response"]
+
+    def _clean(self, part: dict[str, Any], sanitise: Sanitise) -> list[str]:
+        changed = super()._clean(part, sanitise)
+        if read_text(part.get("type")) in self.errors and "message" in part:
+            shown = sanitise(part)
+            part |= {"message": shown["message"], "code": str(shown["code"])}
+            changed.append("message")
+        return changed
+
+    def tail(
+        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+    ) -> bytes:
+        parts = [] if held is None else [with_charge(held, gateway_usage)]
+        if failure is not None:
+            body = failure.body(request_id)
+            about = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param, **body}
+            data = orjson.dumps(about, default=str)
+            parts.append(_event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
+        elif not parts:
+            parts.append(_event(b"gateway.usage", with_field(b'{"type":"gateway.usage"}', "gateway_usage", gateway_usage)))
+        return b"".join((*parts, last))
+
+
+class Messages(Dialect):
+    """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then `message_stop`."""
+
+    starts = (b"event:", b"data:")
+    remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
+    is_anthropic = True
+
+    def plain_until(self, chunk: bytes) -> int:
+        return self._marked(chunk)
+
+    def is_plain(self, event: bytes) -> bool:
+        return not any(mark in event for mark in self.remarkable if mark != b"\r")
+
+    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+        answer, kind = _envelope(data, "message"), read_text(data.get("type"))
+        _note_origin(answer, said)
+        for usage in (answer.get("usage"), data.get("usage")):
+            if isinstance(usage, dict):
+                said.counts |= {name: value for name, value in usage.items() if value is not None}
+                said.usage = read_message_usage(said.counts)
+        delta = data.get("delta") if kind == "message_delta" else None
+        reason = (delta if isinstance(delta, dict) else answer).get("stop_reason")
+        said.finish_reason = read_text(reason) or said.finish_reason
+        if error := data.get("error"):
+            said.error = self.show_error(_as_object(error), sanitise)
+        said.ended = said.ended or kind == "message_stop"
+        return self._place(data, kind)
+
+    def _place(self, data: Mapping[str, Any], kind: str | None) -> Place:
+        if kind == "message_stop":
+            return Place.LAST
+        if kind == "ping":
+            return Place.BESIDE
+        return Place.HOLD if data.get("error") or (kind == "message_delta" and data.get("usage")) else Place.GOES
+
+    def is_whole(self, said: Said) -> bool:
+        return said.ended or said.finish_reason is not None
+
+    def has_failed(self, said: Said) -> bool:
+        return said.error is not None
+
+    def is_error(self, data: Mapping[str, Any]) -> bool:
+        return data.get("type") == "error" or (bool(data.get("error")) and data.get("content") is None)
+
+    def error_of(self, error: Mapping[str, Any]) -> Mapping[str, Any]:
+        statuses = {kind: status for status, kind in ANTHROPIC_TYPES.items()}
+        status = statuses.get(str(error.get("type")))
+        return error if status is None or error.get("code") is not None else {**error, "code": status}
+
+    def parts(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield data
+        if isinstance(data.get("message"), dict):
+            yield data["message"]
+
+    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
+        shown = sanitise(self.error_of(error))
+        kind, code = error.get("type"), shown["code"]
+        if not isinstance(kind, str) or kind not in SHOWN_TYPES:
+            kind = ANTHROPIC_TYPES.get(code, "api_error") if isinstance(code, int) else "api_error"
+        return {"type": kind, "message": shown["message"], "code": code}
+
+    def tail(
+        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+    ) -> bytes:
+        parts = [] if held is None else [with_charge(held, gateway_usage)]
+        if failure is not None:
+            data = orjson.dumps(failure.anthropic_body(request_id), default=str)
+            parts.append(_event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
+        elif not parts:  # a ping, which every client takes
+            parts.append(_event(b"ping", with_field(b'{"type":"ping"}', "gateway_usage", gateway_usage)))
+        return b"".join((*parts, last))
+
+
+def read_message_usage(value: Mapping[str, Any]) -> Usage | None:
+    """Anthropic's usage, in which `input_tokens` leaves out what was written to and read from the cache."""
+    cached = value.get("cache_read_input_tokens")
+    inputs = [value.get(name) or 0 for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
+    plain = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in inputs)
+    return read_usage({**value, "prompt_tokens": sum(inputs) if plain else None, "prompt_tokens_details": {"cached_tokens": cached}})
+
+
+def usage_event(held: bytes | None, said: Said, gateway_usage: bytes) -> bytes:
+    """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own with empty choices."""
+    if held is not None:
+        return with_charge(held, gateway_usage)
+    own = {
+        "id": said.body_id or "gen-unknown",
+        "object": "chat.completion.chunk",
+        "created": 0,
+        "model": said.model or "",
+        "choices": [],
+    }
+    return b"data: " + with_field(orjson.dumps(own), "gateway_usage", gateway_usage) + b"\n\n"
+
+
+def _event(name: bytes, data: bytes) -> bytes:
+    return b"event: " + name + b"\ndata: " + data + b"\n\n"
+
+
+def _note_origin(answer: Mapping[str, Any], said: Said) -> None:
+    said.body_id = said.body_id or read_text(answer.get("id"))
+    said.model = read_text(answer.get("model")) or said.model
+    said.provider = read_text(answer.get("provider")) or said.provider
+
+
+def _envelope(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The answer within an event, or the event itself where it is the answer."""
+    inner = data.get(name)
+    return inner if isinstance(inner, dict) else data
+
+
+def _as_object(error: object) -> Mapping[str, Any]:
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+CHAT, RESPONSES, MESSAGES = Dialect(), Responses(), Messages()

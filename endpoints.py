@@ -1,0 +1,131 @@
+"""Which endpoints of the upstream are served, and which are not? Every one that is goes through the same gate.
+
+What exists at OpenAI or OpenRouter and is not offered here is refused by its name, so that nobody takes it for a typing error of theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dialects import CHAT, MESSAGES, RESPONSES, Dialect
+
+PREFIXES = ("/v1", "/api/v1")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One billable endpoint. `name` is its path here and upstream, what records call it, and what decides how its cost is bounded."""
+
+    name: str
+    resource: str  # what a key's scopes call it
+    dialect: Dialect = CHAT
+    paths: tuple[str, ...] = ()  # more paths of ours that lead to it
+    may_stream: bool = False
+    takes_forms: bool = False
+    answers_bytes: bool = False
+
+    @property
+    def all_paths(self) -> tuple[str, ...]:
+        """Every path under which it is served."""
+        return tuple(f"{prefix}/{path}" for path in (self.name, *self.paths) for prefix in PREFIXES)
+
+
+ENDPOINTS = (
+    Endpoint("chat/completions", "chat", may_stream=True),
+    Endpoint("completions", "completions", may_stream=True),
+    Endpoint("embeddings", "embeddings"),
+    Endpoint("responses", "responses", RESPONSES, may_stream=True),
+    Endpoint("messages", "messages", MESSAGES, may_stream=True),
+    Endpoint("rerank", "rerank"),
+    Endpoint("images", "images", paths=("images/generations",)),
+    Endpoint("audio/speech", "audio", answers_bytes=True),
+    Endpoint("audio/transcriptions", "audio", takes_forms=True),
+)
+
+NO_STORE = "The gateway keeps no conversations, files or jobs: what a request needs goes into the request."
+NOT_UPSTREAM = "OpenRouter has no such endpoint."
+OPERATORS = "That belongs to the operator's account at the model provider."
+# A name that ends with a slash: what lies below it.
+NOT_OFFERED = {
+    **dict.fromkeys(
+        (
+            "moderations",
+            "images/edits",
+            "images/variations",
+            "audio/translations",
+            "audio/voices",
+            "audio/voice_consents",
+            "realtime",
+            "fine_tuning",
+            "fine-tunes",
+            "evals",
+            "engines",
+            "edits",
+            "answers",
+            "classifications",
+            "search",
+            "complete",
+        ),
+        NOT_UPSTREAM,
+    ),
+    **dict.fromkeys(
+        (
+            "files",
+            "uploads",
+            "assistants",
+            "threads",
+            "batches",
+            "vector_stores",
+            "containers",
+            "conversations",
+            "skills",
+            "chatkit",
+            "videos",
+            "chat/completions/",
+            "responses/",
+            "messages/",
+        ),
+        NO_STORE,
+    ),
+    **dict.fromkeys(
+        (
+            "keys",
+            "activity",
+            "analytics",
+            "generation/content",
+            "byok",
+            "guardrails",
+            "workspaces",
+            "presets",
+            "observability",
+            "organization",
+            "organizations",
+            "auth",
+            "datasets",
+            "private",
+        ),
+        OPERATORS,
+    ),
+}
+
+
+def refusal_of(path: str) -> str | None:
+    """Why a path of OpenAI's, Anthropic's or OpenRouter's API is not served here; None for any other."""
+    prefix = next((prefix for prefix in PREFIXES if path.startswith(f"{prefix}/")), None)
+    asked = path[len(prefix) + 1 :] if prefix is not None else ""
+    found = next((name for name in NOT_OFFERED if _covers(name, asked)), None)
+    if found is None:
+        return None
+    what = f"Nothing below `{found[:-1]}` is" if found.endswith("/") else f"`{found}` is not"
+    return f"{what} offered here. {NOT_OFFERED[found]}"
+
+
+def _covers(name: str, asked: str) -> bool:
+    if name.endswith("/"):
+        return asked.startswith(name) and asked != name
+    return asked == name or asked.startswith(f"{name}/")
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether those who ask for this path expect Anthropic's form of errors."""
+    return any(path == f"{prefix}/messages" or path.startswith(f"{prefix}/messages/") for prefix in PREFIXES)

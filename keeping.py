@@ -1,0 +1,119 @@
+"""Is this answer one that was given before, or one to be given again? Reads what a request says of it, and sends what was kept.
+
+`Idempotency-Key` asks for one run, however often it is sent; the cache headers for an answer that somebody of this account has had.
+OpenRouter's own cache headers are taken for ours: its cache is the operator's account's, and would be shared by all tenants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from admission import StoredReply
+from answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
+from ending import Client, Proxied
+from errors import BadRequest
+from outgoing import Request
+from refusals import limit_headers
+from replies import charge_headers, gateway_usage
+from security import Vault
+
+if TYPE_CHECKING:
+    from runtime import Runtime
+
+MAX_CACHE_SECONDS = 86_400
+DEFAULT_CACHE_SECONDS = 300
+CACHE, CACHE_TTL, CACHE_CLEAR = ((f"x-gateway-{name}", f"x-openrouter-{name}") for name in ("cache", "cache-ttl", "cache-clear"))
+HIT, MISS = ({"x-gateway-cache": said, "x-openrouter-cache-status": said} for said in ("HIT", "MISS"))
+EVENTS = "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Where this request's answer may be found, and is to be kept. `default_cache`: where its key uses the cache by default."""
+
+    idempotency: Place | None = None
+    cache: Place | None = None
+    default_cache: Callable[[], Place] | None = None
+
+
+def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
+    """What the request's headers ask for. Raises BadRequest."""
+    headers, environment = request.headers, request.credential.environment
+    key = headers.get("idempotency-key")
+    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, request.body)
+    wanted = _switch(headers, CACHE)
+    if wanted is False:
+        return Keeping(idempotency)
+    place = partial(_cache_place, request, asked, runtime)
+    if wanted is None:
+        return Keeping(idempotency, default_cache=place)
+    return Keeping(idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False))
+
+
+def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:
+    variant = hashlib.sha256(asked.file.content).hexdigest() if asked.file is not None else ""
+    name, environment = request.endpoint.name, request.credential.environment
+    scenario = request.scenario or ""  # of the sandbox: it decides the answer, too
+    return cache_place(
+        runtime.mode,
+        environment,
+        name,
+        asked.fields,
+        runtime.vault,
+        variant=f"{variant}\0{scenario}",
+        ttl_seconds=ttl_seconds,
+        clear=clear,
+    )
+
+
+def _named(headers: Mapping[str, str], names: tuple[str, str]) -> tuple[str, str] | None:
+    return next(((name, value.strip().lower()) for name in names if (value := headers.get(name)) is not None), None)
+
+
+def _switch(headers: Mapping[str, str], names: tuple[str, str]) -> bool | None:
+    found = _named(headers, names)
+    if found is None:
+        return None
+    name, value = found
+    if value not in ("true", "false"):
+        raise BadRequest(f"`{name}` is `true` or `false`.", param=name)
+    return value == "true"
+
+
+def _ttl(headers: Mapping[str, str]) -> int:
+    found = _named(headers, CACHE_TTL)
+    if found is None:
+        return DEFAULT_CACHE_SECONDS
+    name, value = found
+    seconds = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
+    if not 1 <= seconds <= MAX_CACHE_SECONDS:
+        raise BadRequest(f"`{name}` is a number of seconds from 1 to {MAX_CACHE_SECONDS}.", param=name)
+    return seconds
+
+
+async def give_again(stored: StoredReply, client: Client, more_headers: Mapping[str, str]) -> None:
+    """Sends an answer that was kept, with what it was charged then (a cached one: nothing)."""
+    answer = stored.answer
+    body = answer.body(gateway_usage(stored.request_id, stored.tokens, stored.charge))
+    headers = {**limit_headers(stored.limits), **more_headers, **answer.headers}
+    if stored.source == "cache":
+        headers |= {**HIT, "age": str(stored.age_seconds)}
+    else:
+        headers |= {"idempotent-replayed": "true"}
+    if not answer.headers.get("content-type", "").startswith(EVENTS):
+        headers |= {**charge_headers(stored.charge), "content-length": str(len(body))}
+    await client.start(answer.status, headers)
+    await client.send(body, more=False)
+
+
+async def keep(recording: Recording, content_type: str, generation_id: str | None, tokens: int, vault: Vault) -> dict[str, Any]:
+    """The answer as a settlement item carries it to be kept; empty where it is too large."""
+    pieces = recording.pieces()
+    if pieces is None:
+        return {}
+    headers = {"content-type": content_type, **({"x-generation-id": generation_id} if generation_id else {})}
+    return {"stored_answer": await StoredAnswer(200, headers, tokens, pieces).seal(vault)}

@@ -1,0 +1,22 @@
+"""What do refusals of the database mean to who asked? The errors that several areas' orders share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from errors import Conflict, NotFound
+
+
+def raise_taken(found: Mapping[str, Any], *, name_field: str) -> None:
+    """Raises Conflict for a name or an address that another account has. `name_field`: what the order calls the user's name."""
+    fields = {"username_taken": ("username", name_field), "email_taken": ("email", "email")}
+    if found["outcome"] in fields:
+        what, field = fields[found["outcome"]]
+        raise Conflict(f"This {what} is already registered.", param=field)
+
+
+def require_found(found: Mapping[str, Any], field: str) -> None:
+    """Raises NotFound for an order whose user or key does not exist; `field` named it."""
+    if found["outcome"] == "not_found":
+        raise NotFound("There is no such user or key.", code="user_not_found", param=field)

@@ -1,0 +1,94 @@
+"""What has the simulated operator been charged, exactly, and for what?"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from .pricing import ZERO
+from .wire import plain
+
+MAX_CHARGES = 10_000
+CREDITS_BOUGHT = Decimal(1_000_000)
+_WINDOWS = ("_daily", "_weekly", "_monthly")
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One generation, as `/generation` tells it."""
+
+    id: str
+    cost: Decimal
+    endpoint: str
+    status: str
+    """completed | failed | cancelled"""
+
+    def render(self) -> dict[str, object]:
+        return {"id": self.id, "cost": plain(self.cost), "endpoint": self.endpoint, "status": self.status}
+
+
+class Bill:
+    """The sum of all charges, in total and by UTC day, and the last of them one by one."""
+
+    def __init__(self, total: Decimal = ZERO) -> None:
+        self.total = total
+        self.charges: deque[Charge] = deque(maxlen=MAX_CHARGES)
+        self.count = 0
+        self._days: dict[datetime, tuple[Decimal, Decimal]] = {}
+        self._own_keys = ZERO
+
+    def add(self, charge: Charge, own_key: Decimal, now: datetime) -> None:
+        """Charge; `own_key` is what the provider took from the own key besides (BYOK)."""
+        self.total += charge.cost
+        self._own_keys += own_key
+        self.charges.append(charge)
+        self.count += 1
+        day = _midnight(now)
+        billed, own = self._days.get(day, (ZERO, ZERO))
+        self._days[day] = (billed + charge.cost, own + own_key)
+
+    def render(self, in_flight: int) -> dict[str, object]:
+        """What `/sandbox/bill` answers; amounts are decimal strings."""
+        return {
+            "total": plain(self.total),
+            "count": self.count,
+            "in_flight": in_flight,
+            "generations": [charge.render() for charge in self.charges],
+        }
+
+    def render_key(self, now: datetime) -> dict[str, object]:
+        """`data` of `/key`: a key without a limit that has used what was billed. Days are UTC, weeks begin on Monday."""
+        today = _midnight(now)
+        starts = (today, today - timedelta(days=today.weekday()), today.replace(day=1))
+        used = dict(zip(_WINDOWS, (self._since(start) for start in starts), strict=True))
+        return {
+            "label": "sk-or-v1-san...box",
+            "limit": None,
+            "limit_remaining": None,
+            "limit_reset": None,
+            "include_byok_in_limit": False,
+            "usage": self.total,
+            **{f"usage{window}": billed for window, (billed, _) in used.items()},
+            "byok_usage": self._own_keys,
+            **{f"byok_usage{window}": own for window, (_, own) in used.items()},
+            "is_free_tier": False,
+            "is_management_key": False,
+            "is_provisioning_key": False,
+            "expires_at": None,
+            "creator_user_id": None,
+            "rate_limit": {"requests": -1, "interval": "10s", "note": "This field is deprecated and safe to ignore."},
+        }
+
+    def render_credits(self) -> dict[str, object]:
+        """`data` of `/credits`."""
+        return {"total_credits": CREDITS_BOUGHT, "total_usage": self.total}
+
+    def _since(self, start: datetime) -> tuple[Decimal, Decimal]:
+        days = [amounts for day, amounts in self._days.items() if day >= start]
+        return sum((billed for billed, _ in days), ZERO), sum((own for _, own in days), ZERO)
+
+
+def _midnight(now: datetime) -> datetime:
+    return now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
