@@ -17,7 +17,8 @@ from documentation import DESCRIPTION, add_documentation_page, document_proxy
 from logs import configure_logging
 from middleware import RequestLog
 from replies import HANDLERS
-from routes import admin, internal, keys, operations, plans, proxy, public, users
+from routes import proxy, public
+from routes.areas import ROUTERS
 from runtime import Service
 from serving import serve
 from welcome import print_welcome
@@ -65,8 +66,8 @@ def create_app(configuration: Configuration) -> FastAPI:
         strict_content_type=False,  # `curl -d` says it sends a form
     )
     app.state.runtime = Service(configuration)
-    for area in (public, users, keys, plans, admin, operations, internal):
-        app.include_router(area.router)
+    for router in ROUTERS:
+        app.include_router(router)
     proxy.add_proxy_routes(app)
     document_proxy(app)
     add_documentation_page(app)

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import httpx2
@@ -215,6 +216,32 @@ class Upstream:
             raise UpstreamUnavailable() from error
         data = answer.get("data") if isinstance(answer, dict) else None
         return data if isinstance(data, dict) else None
+
+    async def find_endpoints(self, model_id: str) -> bytes | None:
+        """The body of GET /models/{id}/endpoints, None for a model that the upstream does not know. Raises UpstreamUnavailable."""
+        try:
+            return await self._get(f"/models/{quote(model_id, safe='/:')}/endpoints", {})
+        except UpstreamRefused as refusal:
+            if refusal.status == 404:
+                return None
+            raise UpstreamUnavailable() from refusal
+
+    async def read_account(self, *, api_key: str | None = None) -> Mapping[str, Any] | None:
+        """The `data` of GET /key, of the operator's key or of `api_key`; None for a key that is refused. Raises UpstreamUnavailable."""
+        try:
+            raw = await self._get("/key", {}, api_key)
+        except UpstreamRefused as refusal:
+            if refusal.status in (401, 403):
+                return None
+            raise UpstreamUnavailable() from refusal
+        try:
+            answer = parse_json(raw)
+        except ValueError as error:
+            raise UpstreamUnavailable() from error
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(data, dict):
+            raise UpstreamUnavailable()
+        return data
 
     async def _get(self, path: str, query: Mapping[str, str], api_key: str | None = None) -> bytes:
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key is not None else {})}

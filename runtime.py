@@ -10,16 +10,19 @@ import asyncio
 import gc
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import structlog
 
 import db
 import db_security
+import db_spending
 from admission import Admission, Answer
 from batching import Queue
 from catalog import Catalog
 from config import Configuration, Settings
+from endpoint_lists import EndpointLists
 from errors import DatabaseUnavailable, GatewayError, Misconfigured
 from first_start import Secrets, keep_secrets
 from metering import Exchange
@@ -27,6 +30,7 @@ from openrouter import Upstream, open_live, open_sandbox
 from security import Credential, Keyring, Vault
 from settlements import Journal, Settlements
 from supabase_config import SCHEMA_VERSION, AsyncClient, open_database
+from webhooks import BATCH, LEASE_SECONDS, Deliveries
 
 log = structlog.get_logger("runtime")
 
@@ -57,12 +61,18 @@ class Runtime:
         self._user_count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
+        self._endpoint_lists: dict[str, EndpointLists] = {}
         self._notes = Queue(lambda items: db.note_generations(client, items))
         self.settlements = Settlements(
             lambda items: db.settle_requests(client, items),
             upstream_for=self._upstream_for,
             open_key=self.vault.decrypt,
             journal=_journal(settings),
+        )
+        self.deliveries = Deliveries(
+            lambda only: db_spending.claim_deliveries(client, limit=BATCH, lease_seconds=LEASE_SECONDS, delivery_id=only),
+            lambda order: db_spending.finish_delivery(client, order),
+            decrypt=self.vault.decrypt,
         )
         self.admission = Admission(
             lambda items: db.admit_requests(client, items),
@@ -91,6 +101,14 @@ class Runtime:
             upstream = self._open(kind)
             self._catalogs[kind] = Catalog(upstream.fetch_models, ttl_seconds=self.settings.model_cache_ttl_seconds)
         return self._catalogs[kind]
+
+    def endpoint_lists(self, environment: str | None) -> EndpointLists:
+        """The providers of that upstream's models."""
+        kind = self._kind(self.mode, environment)
+        if kind not in self._endpoint_lists:
+            fetch, ttl = self._open(kind).find_endpoints, self.settings.model_cache_ttl_seconds
+            self._endpoint_lists[kind] = EndpointLists(fetch, ttl_seconds=ttl)
+        return self._endpoint_lists[kind]
 
     def _open(self, kind: str) -> Upstream:
         if kind not in self._upstreams:
@@ -148,9 +166,15 @@ class Runtime:
         except DatabaseUnavailable as error:
             log.warning("generation_not_noted", request_id=item["request_id"], reason=error.message)
 
+    @property
+    def journal_folder(self) -> Path:
+        """Where this instance keeps settlements that the database has not taken yet."""
+        return _journal_folder(self.settings)
+
     async def sweep(self) -> dict[str, int]:
-        """Finishes what crashed instances left behind, and forgets answers whose time is over."""
+        """Finishes what crashed instances left behind, sends what webhooks are waiting for, and forgets answers whose time is over."""
         found = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        await self.deliveries.deliver_due()
         for _ in range(SWEEP_ROUNDS):
             if not await db.delete_expired_answers(self.client):
                 break
@@ -160,6 +184,7 @@ class Runtime:
         """Brings the usage sums up to what is closed, a day at a time."""
         while await db.sum_up_usage(self.client):
             pass
+        await db_spending.note_open_items(self.client)
 
     async def aclose(self) -> None:
         """Lets running requests end for a while, settles the others, and closes the upstreams."""
@@ -173,6 +198,8 @@ class Runtime:
         await self.settlements.drain(SHUTDOWN_SECONDS)
         for catalog in self._catalogs.values():
             await catalog.aclose()
+        for lists in self._endpoint_lists.values():
+            await lists.aclose()
         for upstream in self._upstreams.values():
             await upstream.aclose()
 
@@ -186,7 +213,11 @@ def _admin_key(settings: Settings, secrets: Secrets | None) -> str:
 
 
 def _journal(settings: Settings) -> Journal | None:
-    return None if settings.vercel else Journal(settings.gateway_data_dir / "settlements")
+    return None if settings.vercel else Journal(_journal_folder(settings))
+
+
+def _journal_folder(settings: Settings) -> Path:
+    return settings.gateway_data_dir / "settlements"
 
 
 async def _check_database(runtime: Runtime) -> None:

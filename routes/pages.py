@@ -46,6 +46,16 @@ def moment_and_id_of(cursor: str | None) -> tuple[str, str] | None:
         raise _foreign() from None
 
 
+def request_id_of(cursor: str | None) -> str | None:
+    """The request id that a cursor stands for. Raises BadRequest for what is no cursor of ours."""
+    if cursor is None:
+        return None
+    try:
+        return str(UUID(_text_of(cursor)))
+    except ValueError:
+        raise _foreign() from None
+
+
 def id_of(cursor: str | None) -> int | None:
     """The row id that a cursor stands for. Raises BadRequest for what is no cursor of ours."""
     if cursor is None:

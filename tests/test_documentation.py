@@ -17,6 +17,8 @@ PUBLIC = {
     ("get", "/models/providers"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model_id}"),
+    ("get", "/v1/models/count"),
+    ("get", "/v1/models/{author}/{slug}/endpoints"),
     ("get", "/plans"),
     ("get", "/plans/{plan_id}"),
     ("post", "/auth/register"),

@@ -1,0 +1,140 @@
+"""What did a request hold, cost and leave behind, and what would one? Receipts out of the journal, and quotes before anything is sent."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Path, Request
+from fastapi.responses import Response
+
+import db_spending
+import quotes
+from bounds import BoundPolicy
+from endpoints import endpoint_of
+from errors import NotFound
+from models import ErrorBody
+from models_spending import (
+    Quote,
+    QuoteOrder,
+    Receipt,
+    ReceiptCharge,
+    ReceiptEnding,
+    ReceiptHold,
+    ReceiptRefund,
+    ReceiptTimings,
+    ReceiptTokens,
+)
+from money import credits_from_nanos
+from outgoing import end_user_of
+from replies import Reply
+from runtime import Runtime
+from security import Caller, Declared, may, printable_header
+
+router = APIRouter(
+    tags=["spending"],
+    dependencies=Declared,
+    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 503)},
+)
+
+MESSAGES = {
+    "pending": "This request is not settled: its hold stands until its cost is known.",
+    "none": "Nobody could say what this request cost: nothing was charged.",
+    "byok": "Sent with your own upstream key: the provider bills you, the gateway charged nothing.",
+    "cache": "Answered from the response cache: nothing was charged.",
+    "test": "A test key's request: nothing was charged.",
+    "settled": "Settled.",
+}
+
+
+@router.get("/v1/receipts/{request_id}", summary="All that is known of one request, to the nano-dollar", response_model=Receipt)
+@router.get("/api/v1/receipts/{request_id}", include_in_schema=False)
+async def read_receipt(
+    request: Request,
+    request_id: Annotated[UUID, Path(description="`x-request-id` of the answer")],
+    caller: Annotated[Caller, may("read", "usage")],
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    row = await db_spending.read_receipt(runtime.client, caller.user_id, str(request_id))
+    if row is None:
+        raise NotFound("You have no request with this id.", param="request_id")
+    return Reply(_receipt(row))
+
+
+@router.post("/v1/quote", summary="What a request would hold and roughly cost", response_model=Quote)
+@router.post("/api/v1/quote", include_in_schema=False)
+async def quote(
+    request: Request,
+    order: QuoteOrder,
+    caller: Annotated[Caller, may("write", "chat")],
+    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, where `body.user` does not name them")] = None,
+) -> Response:
+    """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    settings = runtime.settings
+    models = await runtime.catalog(caller.environment).models()
+    policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, runtime.upstream(caller.environment).suffixes)
+    endpoint = endpoint_of(order.endpoint)
+    bound = quotes.bound_of(endpoint, order.body, models, policy)
+    asked = {
+        **quotes.question(bound, markup=settings.price_markup),
+        "user_id": caller.user_id,
+        "key_id": caller.key_id,
+        "end_user": printable_header(end_user_of(endpoint, order.body, x_end_user), 256),
+    }
+    found = await db_spending.quote_request(runtime.client, asked)
+    return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
+
+
+def _receipt(row: dict[str, Any]) -> Receipt:
+    settled = row["status"] != "pending"
+    shown = {name: row[name] for name in Receipt.model_fields if name in row}
+    refunds = [_refund(refund) for refund in row["refunds"]]
+    return Receipt(
+        **{**shown, "refunds": refunds},
+        message=MESSAGES[_kind(row)],
+        hold=ReceiptHold(
+            amount=credits_from_nanos(row["hold_nanos"]),
+            granted_output_tokens=row["output_granted"],
+            price_basis=row["price_basis"],
+            expires_at=row["expires_at"],
+        ),
+        tokens=ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields}) if settled else None,
+        charge=_charge(row, refunds) if settled else None,
+        timings=ReceiptTimings(**{name: row[name] for name in ReceiptTimings.model_fields}),
+        ending=ReceiptEnding(**{name: row[name] for name in ReceiptEnding.model_fields}) if settled else None,
+    )
+
+
+def _kind(row: dict[str, Any]) -> str:
+    if row["status"] == "pending" or row["settlement_source"] == "none":
+        return "pending" if row["status"] == "pending" else "none"
+    if row["environment"] == "test":
+        return "test"
+    return "byok" if row["byok"] else "cache" if row["cache_hit"] else "settled"
+
+
+def _charge(row: dict[str, Any], refunds: list[ReceiptRefund]) -> ReceiptCharge:
+    upstream, after = row["upstream_cost_nanos"], row["balance_after_nanos"]
+    known = None if upstream is None else credits_from_nanos(upstream)
+    charged = credits_from_nanos(row["cost_nanos"])
+    overrun = credits_from_nanos(row["overrun_nanos"])
+    pays = not row["byok"] and known is not None
+    return ReceiptCharge(
+        upstream_cost=known,
+        markup=Decimal(row["markup"]),
+        charged=charged,
+        markup_amount=charged + overrun - known if pays and known is not None else None,
+        overrun=overrun,
+        refunded=sum((refund.amount for refund in refunds), credits_from_nanos(0)),
+        balance_after=None if after is None else credits_from_nanos(after),
+    )
+
+
+def _refund(row: dict[str, Any]) -> ReceiptRefund:
+    return ReceiptRefund(
+        amount=credits_from_nanos(row.pop("amount_nanos")),
+        balance_after=credits_from_nanos(row.pop("balance_after_nanos")),
+        **row,
+    )
