@@ -42,6 +42,14 @@ ENDPOINTS = (
     Endpoint("audio/transcriptions", "audio", takes_forms=True),
 )
 
+
+def endpoint_of(path: str) -> Endpoint:
+    """The endpoint that is served at this path (without its prefix). Raises KeyError."""
+    return BY_PATH[path]
+
+
+BY_PATH = {path: endpoint for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)}
+
 NO_STORE = "The gateway keeps no conversations, files or jobs: what a request needs goes into the request."
 NOT_UPSTREAM = "OpenRouter has no such endpoint."
 OPERATORS = "That belongs to the operator's account at the model provider."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
@@ -11,13 +10,12 @@ import orjson
 
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
-from endpoints import ENDPOINTS
+from endpoints import Endpoint
 from errors import BadRequest
 from money import EXACT, credits_from_nanos, plain
-from outgoing import end_user_of, read_request
+from outgoing import read_request
 
 USUAL_OUTPUT_TOKENS = 256
-BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 REFUSALS = {
     "credits": "insufficient_credits",
     "budget": "budget_exceeded",
@@ -29,27 +27,14 @@ REFUSALS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A body as the proxy understands it."""
-
-    bound: Bound
-    end_user: str | None
-
-
-def understand(endpoint_name: str, body: Mapping[str, Any], x_end_user: str | None, *, models: ModelIndex, policy: BoundPolicy) -> Asked:
-    """The bound of a body, taken as JSON without superfluous spaces, and whom it is for.
-
-    Raises what the proxy would: BadRequest, UnboundedCost, ModelNotFound, Forbidden.
-    """
-    endpoint = BY_NAME[endpoint_name]
+def bound_of(endpoint: Endpoint, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
+    """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest, ModelNotFound, ..."""
     try:
         raw = orjson.dumps(body)
     except TypeError as error:
         raise BadRequest(f"The request body cannot be read: {error}.", param="body", code="invalid_json") from None
-    fields = read_request(endpoint, raw, "application/json").fields
-    end_user = end_user_of(endpoint, fields, x_end_user)
-    return Asked(bound_request(endpoint.name, fields, len(raw), models, policy), end_user)
+    asked = read_request(endpoint, raw, "application/json")
+    return bound_request(endpoint.name, asked.fields, len(raw), models, policy)
 
 
 def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:

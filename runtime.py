@@ -172,12 +172,12 @@ class Runtime:
         return _journal_folder(self.settings)
 
     async def sweep(self) -> dict[str, int]:
-        """Finishes what crashed instances left behind, forgets answers whose time is over, and sends what webhooks wait for."""
+        """Finishes what crashed instances left behind, sends what webhooks are waiting for, and forgets answers whose time is over."""
         found = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        await self.deliveries.deliver_due()
         for _ in range(SWEEP_ROUNDS):
             if not await db.delete_expired_answers(self.client):
                 break
-        await self.deliveries.deliver_due()
         return found
 
     async def sum_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Who is calling, and may they? Key format, HMAC, Fernet, the client's address and domain, and the dependencies of the routes.
+"""Who is calling, and may they? Key format, HMAC, Fernet, and the dependencies of the routes.
 
 A raw key never leaves this module: what goes on to the database is an HMAC of it.
 """
@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 
-from config import Network, decode_secret
+from addresses import address_subject, client_address, client_domain
+from config import decode_secret
 from errors import BadRequest, GatewayError, InvalidKey, MissingScope, RateLimited
 
 if TYPE_CHECKING:
@@ -34,9 +32,9 @@ ENVIRONMENTS = {prefix: environment for environment, prefix in PREFIXES.items()}
 SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
-NOT_IN_GRACE = ("keys", "account", "budgets", "webhooks")
 WRONG_SECRETS_PER_MINUTE = 10
 ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
+NOT_IN_GRACE = ("keys", "account", "budgets", "webhooks")
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 
@@ -128,60 +126,6 @@ class Vault:
             return self._fernet.decrypt(token.encode())
         except InvalidToken:
             return None
-
-
-# Where a request comes from.
-
-
-def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network], *, on_vercel: bool) -> str:
-    """The client's address: the peer's, or what trusted proxies say of it.
-
-    X-Forwarded-For is read from right to left for as long as the address that said so is a trusted proxy. On Vercel the platform
-    overwrites `x-vercel-forwarded-for` itself, and its own peers mean nothing.
-    """
-    if on_vercel:
-        peer = headers.get("x-vercel-forwarded-for", "").split(",")[0].strip() or peer
-    address = _ip(peer) or ipaddress.IPv4Address(0)
-    hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
-    networks = tuple(trusted)
-    while hops and any(address in network for network in networks):
-        hop = _ip(hops.pop())
-        if hop is None:
-            break
-        address = hop
-    return str(address)
-
-
-@lru_cache(4096)
-def _ip(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address, which some proxies write with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
-    text = text or ""
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def address_subject(address: str) -> str:
-    """What registration is limited by: an IPv4 address, or the /64 that one IPv6 host usually owns whole."""
-    found = ipaddress.ip_address(address)
-    return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address
-
-
-def client_domain(headers: Headers) -> str | None:
-    """The host of Origin, else of Referer, in lower case; None where neither names one."""
-    for name in ("origin", "referer"):
-        if value := headers.get(name):
-            try:
-                return urlsplit(value).hostname
-            except ValueError:
-                return None
-    return None
 
 
 # What a request presents.

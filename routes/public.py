@@ -8,13 +8,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db
+from addresses import address_subject
 from errors import GatewayError, Misconfigured, ModelNotFound, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
 from routes.refusals import raise_taken
 from runtime import Runtime, Service
-from security import DEFAULT_SCOPES, MaybeAdmin, address_of, address_subject, new_key, printable_header, shown_environment
+from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_header, shown_environment
 
 router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
 

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 import db_spending
 import quotes
 from bounds import BoundPolicy
+from endpoints import endpoint_of
 from errors import NotFound
 from models import ErrorBody
 from models_spending import (
@@ -26,9 +27,10 @@ from models_spending import (
     ReceiptTokens,
 )
 from money import credits_from_nanos
+from outgoing import end_user_of
 from replies import Reply
 from runtime import Runtime
-from security import Caller, Declared, may
+from security import Caller, Declared, may, printable_header
 
 router = APIRouter(
     tags=["spending"],
@@ -73,15 +75,16 @@ async def quote(
     settings = runtime.settings
     models = await runtime.catalog(caller.environment).models()
     policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, runtime.upstream(caller.environment).suffixes)
-    asked = quotes.understand(order.endpoint, order.body, x_end_user, models=models, policy=policy)
-    question = {
-        **quotes.question(asked.bound, markup=settings.price_markup),
+    endpoint = endpoint_of(order.endpoint)
+    bound = quotes.bound_of(endpoint, order.body, models, policy)
+    asked = {
+        **quotes.question(bound, markup=settings.price_markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
-        "end_user": asked.end_user,
+        "end_user": printable_header(end_user_of(endpoint, order.body, x_end_user), 256),
     }
-    found = await db_spending.quote_request(runtime.client, question)
-    return Reply(Quote(**quotes.answer(asked.bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
+    found = await db_spending.quote_request(runtime.client, asked)
+    return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
 
 
 def _receipt(row: dict[str, Any]) -> Receipt:
