@@ -4347,6 +4347,17 @@ alter table public.webhook_deliveries alter column event_id drop not null;
 create index webhook_deliveries_webhook_idx on public.webhook_deliveries (webhook_id, id desc);
 create index webhook_deliveries_event_idx on public.webhook_deliveries (event_id);
 
+create or replace function public.forget_account() returns trigger language plpgsql set search_path = '' as $$
+begin
+    delete from public.provider_keys where user_id = new.id;
+    delete from public.webhooks where user_id = new.id;
+    delete from public.budget_events where user_id = new.id;
+    delete from public.end_user_budgets where user_id = new.id;
+    delete from public.end_user_usage where user_id = new.id;
+    delete from public.stored_answers where user_id = new.id;
+    return null;
+end $$;
+
 -- What stays open in the books: requests that were settled without a known cost, and those that cost more than was held. Noted off the
 -- hot path, when their part of the journal is closed; what is not closed is looked at as it stands.
 create table public.open_items (
