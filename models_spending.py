@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from models import Credits, RequestModel
 
 Window = Literal["day", "week", "month", "lifetime"]
-QuotedEndpoint = Literal["chat/completions", "completions", "embeddings"]
+# All that take JSON.
+QuotedEndpoint = Literal["chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "images", "audio/speech"]
 
 
 def _example(**fields: Any) -> ConfigDict:

@@ -68,7 +68,7 @@ async def quote(
     request: Request,
     order: QuoteOrder,
     caller: Annotated[Caller, may("write", "chat")],
-    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, where `body.user` does not name them")] = None,
+    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, before what the body names them")] = None,
 ) -> Response:
     """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
     runtime: Runtime = await request.app.state.runtime.ready()

@@ -1,6 +1,6 @@
 """Who else pays, and who may spend how much? A user's own upstream key, and the budgets of the user's customers.
 
-A request names its end user by OpenAI's `user` field or by the header `x-end-user`.
+A request names its end user by the header `x-end-user`, else by OpenAI's `user` field (Anthropic's `metadata.user_id`).
 """
 
 from __future__ import annotations

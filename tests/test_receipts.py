@@ -177,6 +177,10 @@ async def test_a_receipt_adds_up_and_lists_its_refunds(start_gateway: Any) -> No
     assert charge["refunded"] == 2 * NANO
     (refund,) = receipt["refunds"]
     assert (refund["amount"], refund["reason"]) == (2 * NANO, "sorry")
+    assert charge["balance_after"] == Decimal("10") - charge["charged"]
+    basis = {name: Decimal(text) for name, text in receipt["hold"]["price_basis"].items() if isinstance(text, str)}
+    held = (basis["fixed_nanos"] + basis["output_nanos"] * 30) * Decimal("1.25")
+    assert 0 <= receipt["hold"]["amount"] / NANO - held < 1
     assert receipt["timings"]["latency_ms"] >= 0
     assert receipt["timings"]["settled_at"] >= receipt["timings"]["created_at"]
     assert receipt["tokens"]["prompt"] > 0
@@ -248,6 +252,26 @@ async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
     user = await gateway.register(environment="test")
     found = (await quote(user, {"body": BODY})).json()
     assert (found["free"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (True, True, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("completions", {"model": "openai/gpt-4o-mini", "prompt": "Hello", "max_tokens": 20}),
+        ("responses", {"model": "openai/gpt-4o-mini", "input": "Hello", "max_output_tokens": 20}),
+        ("messages", {"model": "openai/gpt-4o-mini", "messages": BODY["messages"], "max_tokens": 20, "metadata": {"user_id": "x"}}),
+    ],
+)
+async def test_every_endpoint_that_takes_json_can_be_quoted(gateway: Gateway, endpoint: str, body: dict[str, Any]) -> None:
+    user = await gateway.register()
+    found = (await quote(user, {"endpoint": endpoint, "body": body})).json()
+    assert (found["affordable"], found["max_output_tokens"]) == (True, 20)
+    content = json.dumps(body, separators=(",", ":")).encode()
+    headers = {**user.headers, "content-type": "application/json"}
+    sent = await gateway.http.post(f"/v1/{endpoint}", headers=headers, content=content)
+    assert sent.status_code == 200, sent.text
+    receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
+    assert receipt["hold"]["amount"] == Decimal(str(found["would_hold"]))
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,24 @@ async def test_a_key_that_cannot_be_checked_now_is_kept_and_that_is_said(start_g
     assert (kept.status_code, kept.json()["checked"]) == (200, False)
 
 
+async def test_what_goes_out_with_an_own_key_is_shown_as_such(live_gateway: Gateway, upstream: Upstream) -> None:
+    user = await live_gateway.register(credits=1)
+    await ask(user, "PUT", "/user/provider-key", {"key": KEY})
+    sent = await user.chat()
+    assert sent.status_code == 200, sent.text
+    assert (b"authorization", f"Bearer {KEY}".encode()) in upstream.sandbox.state.calls[-1].raw_headers
+    receipt = (await ask(user, "GET", f"/v1/receipts/{sent.headers['x-request-id']}")).json()
+    assert (receipt["byok"], receipt["charge"]["charged"], receipt["charge"]["markup_amount"]) == (True, 0, None)
+    assert receipt["charge"]["upstream_cost"] > 0
+    assert receipt["charge"]["balance_after"] == 1
+    assert "own upstream key" in receipt["message"]
+    data = (await ask(user, "GET", "/v1/key")).json()["data"]
+    assert (data["usage"], data["byok_usage"], data["byok_usage_daily"]) == (0, *[receipt["charge"]["upstream_cost"]] * 2)
+    generation = (await ask(user, "GET", f"/v1/generation?id={sent.headers['x-generation-id']}")).json()["data"]
+    assert (generation["is_byok"], generation["total_cost"]) == (True, 0)
+    assert generation["upstream_inference_cost"] == receipt["charge"]["upstream_cost"]
+
+
 async def test_with_an_own_key_a_quote_holds_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
     await ask(user, "PUT", "/user/provider-key", {"key": KEY})

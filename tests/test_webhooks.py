@@ -13,6 +13,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -546,6 +547,23 @@ async def test_a_name_that_does_not_exist_is_said_so(receiver: Receiver, trustin
 
     async with sending(trusting, look_up=nowhere) as sender:
         assert (await sender.post(receiver.url, b"{}", {})).error == "the host's name cannot be resolved"
+
+
+async def test_a_budget_that_a_real_request_uses_up_is_told(stage: Stage) -> None:
+    fixed = {"model": "sandbox/fixed-price", "user": "customer-17"}  # which costs what it holds
+    budget = Decimal((await stage.user.chat(**fixed)).headers["x-gateway-cost"]) * Decimal("1.5")
+    order = {"end_user": "customer-17", "budget": str(budget.quantize(Decimal("1e-9"))), "budget_window": "month"}
+    assert (await ask(stage.user, "POST", "/user/end-users", order)).status_code == 201
+    sent = await stage.user.chat(**fixed)
+    assert sent.status_code == 200, sent.text
+    assert await stage.instance().deliver_due() == 1
+    data = orjson.loads(stage.receiver.got[0][1])["data"]
+    assert (data["end_user"], data["request_id"], data["window"]) == ("customer-17", sent.headers["x-request-id"], "month")
+    assert (data["level"], Decimal(str(data["budget"]))) == (50, Decimal(order["budget"]))
+    (event,) = (await ask(stage.user, "GET", "/user/budget-events")).json()["events"]
+    assert (event["id"], event["level"], event["spent"]) == (data["event_id"], data["level"], data["spent"])
+    (standing,) = (await ask(stage.user, "GET", "/user/end-users")).json()["end_users"]
+    assert (standing["spent"], standing["held"]) == (data["spent"], 0)
 
 
 # Several instances.

@@ -18,6 +18,17 @@ alter table public.webhook_deliveries alter column event_id drop not null;
 create index webhook_deliveries_webhook_idx on public.webhook_deliveries (webhook_id, id desc);
 create index webhook_deliveries_event_idx on public.webhook_deliveries (event_id);
 
+create or replace function public.forget_account() returns trigger language plpgsql set search_path = '' as $$
+begin
+    delete from public.provider_keys where user_id = new.id;
+    delete from public.webhooks where user_id = new.id;
+    delete from public.budget_events where user_id = new.id;
+    delete from public.end_user_budgets where user_id = new.id;
+    delete from public.end_user_usage where user_id = new.id;
+    delete from public.stored_answers where user_id = new.id;
+    return null;
+end $$;
+
 -- What stays open in the books: requests that were settled without a known cost, and those that cost more than was held. Noted off the
 -- hot path, when their part of the journal is closed; what is not closed is looked at as it stands.
 create table public.open_items (
@@ -512,8 +523,8 @@ create function public.live_costs(p_start timestamptz) returns jsonb language sq
         select t.requests, t.upstream_cost_nanos, t.cost_nanos, t.overrun_nanos
         from public.usage_totals t, bounds b
         where t.slot >= b.whole_from and t.slot < b.summed_until and t.environment <> 'test'
-        union all -- what stands in those sums and is not the operator's bill
-        select -1, -coalesce(r.upstream_cost_nanos, 0), -r.cost_nanos, -r.overrun_nanos
+        union all -- what stands in those sums and is not the operator's bill (of its upstream cost they know nothing)
+        select -1, 0, -r.cost_nanos, -r.overrun_nanos
         from public.usage_records r, bounds b
         where r.byok and r.created_at >= b.whole_from and r.created_at < b.summed_until and r.status <> 'pending' and r.environment <> 'test'
         union all -- the rest of a quarter of an hour in which the database went live, and what is not summed up yet

@@ -183,3 +183,18 @@ async def test_the_account_of_a_credit_view_is_of_one_moment(client: Client) -> 
     found = await client.call("read_credits", account.id)
     assert found == {"balance_nanos": 10**6 - 500, "granted_nanos": Decimal(10**6)}
     assert await client.call("read_credits", 10**9) is None
+
+
+async def test_a_deleted_account_leaves_no_customer_webhook_or_event(fresh: Client) -> None:
+    account, _ = await webhook_with(fresh, 1)
+    order = {"user_id": account.id, "maker_id": account.key_id, "actor": "test"}
+    await fresh.call("create_end_user_budget", {**order, "end_user": "ada", "budget_nanos": "1", "budget_window": "day"})
+    await fresh.call("set_provider_key", {**order, "encrypted_key": "x", "label": "x"})
+    await fresh.owner.execute(
+        "insert into public.budget_events (user_id, end_user, level, budget_nanos, spent_nanos, budget_window, window_start, request_id) "
+        "values ($1, 'ada', 50, 2, 1, 'day', now(), gen_random_uuid())",
+        account.id,
+    )
+    assert (await fresh.call("delete_account", order))["outcome"] == "deleted"
+    for table in ("provider_keys", "webhooks", "webhook_deliveries", "budget_events", "end_user_budgets"):
+        assert await fresh.value(f"select count(*) from public.{table}") == 0, table
