@@ -146,7 +146,7 @@ async def test_an_old_generation_is_found_by_the_time_in_its_id_alone(gateway: G
 async def test_a_request_that_still_runs_has_a_receipt_and_no_generation(gateway: Gateway) -> None:
     user = await gateway.register()
     completions: Any = user.sdk().chat.completions.with_streaming_response
-    slow = {"x-sandbox-scenario": "slow;ms=600000"}
+    slow = {"x-sandbox-scenario": "slow;ms=400;tokens=8"}
     async with completions.create(**BODY, stream=True, extra_headers=slow) as running:
         request_id = running.headers["x-request-id"]
         receipt = await exact(user, f"/v1/receipts/{request_id}")
