@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 from kinds import KINDS, Kind
-from rig import Database, Gateway, Upstream, User, eventually, fresh_database, running_workers, served, started_postgres
+from rig import Database, Gateway, Upstream, User, eventually, fresh_database, quick_folder, running_workers, served, started_postgres
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import create_app as create_sandbox
@@ -165,9 +165,8 @@ def _bill(generation: Generation) -> Decimal:
 
 @contextmanager
 def postgres() -> Iterator[EmbeddedPostgres]:
-    with tempfile.TemporaryDirectory(prefix="gateway-bill-") as folder:
-        Path(folder).chmod(0o755)
-        yield from started_postgres(Path(folder) / "data", None)
+    with quick_folder() as folder:
+        yield from started_postgres(folder / "data", None)
 
 
 async def main(server: EmbeddedPostgres, requests: int, seed: int) -> Result:

@@ -69,7 +69,7 @@ class Database:
 
 async def copy_database(server: EmbeddedPostgres, name: str, template: str = "gateway_template") -> Database:
     async with Database(server, "postgres").connection("postgres") as owner:
-        await owner.execute(f"create database {name} template {template}")
+        await owner.execute(f"create database {name} template {template} strategy file_copy")
     return Database(server, name)
 
 
