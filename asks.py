@@ -45,6 +45,7 @@ class Ask:
     made_images: int = 0  # images that are asked for outright, beside those that a chat may bring
     image_tokens: int = IMAGE_OUTPUT_TOKENS  # output tokens of one image
     has_audio: bool = False
+    seconds: int | None = None  # of a recording that is all there is to read, where its length is known
     has_files: bool = False
     fills_context: bool = False  # the prompt holds what we do not see
     pdf_engine: str | None = None

@@ -42,9 +42,9 @@ UNBOUNDED_FIELDS = {
 }
 
 
-def read_body(endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: set[str]) -> Ask:
-    """What a body asks for, its models reached through these suffixes. Raises BadRequest or UnboundedCost."""
-    ask = Ask(raw_size)
+def read_body(endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: set[str], seconds: int | None = None) -> Ask:
+    """What a body asks for, its models reached through these suffixes, its recording this long. Raises BadRequest or UnboundedCost."""
+    ask = Ask(raw_size, seconds=seconds)
     refuse_unbounded(body, UNBOUNDED_FIELDS)
     if not isinstance(body.get("user"), str | None):
         raise wrong("user", "a string")

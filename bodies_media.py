@@ -38,6 +38,8 @@ CHUNK_TOKENS = 500 - 256
 # A provider has a minute for a recording (https://openrouter.ai/docs/guides/overview/multimodal/stt): in it, none is
 # known to get through a day of silence, however few bytes that may take.
 MAX_SECONDS = 86_400
+# Those who bill by the second may count at least 10 or 15 of them, or begun minutes.
+BILLED_SECONDS = 60
 
 
 def read_rerank(body: Mapping[str, Any], ask: Ask) -> None:
@@ -106,7 +108,8 @@ def read_transcription(body: Mapping[str, Any], ask: Ask) -> None:
     """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is not among them."""
     ask.limit_names, ask.is_text = (), False
     ask.modalities = frozenset(("text",))
-    ask.has_audio, ask.least_input = True, MAX_SECONDS
+    ask.has_audio = True
+    ask.least_input = MAX_SECONDS if ask.seconds is None else -(-max(1, ask.seconds) // BILLED_SECONDS) * BILLED_SECONDS
     audio = body.get("input_audio")
     ask.takes_provider = audio is not None
     if audio is None:

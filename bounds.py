@@ -25,7 +25,8 @@ It must never be too low, never raise anything but a GatewayError whatever the b
   tokens have a price, the query once more for every piece of a document.
 - /images: `n` times the prompt, the fees and the model's longest output, but no less than an image of that size.
 - /audio/speech: a byte is at least a token or a character. /audio/transcriptions: the context length, or a day's
-  seconds, since the list does not say which of them a price is for, at the dearer of prompt and audio.
+  seconds, since the list does not say which of them a price is for, at the dearer of prompt and audio. Where the file
+  says how long it lasts (`recordings`): those seconds in begun minutes, or 100 tokens for each of them, if that is more.
   These take no output limit, and by their documentation no price caps either: their prices are those of the list. One
   that the list does not name is never taken for zero.
 """
@@ -101,16 +102,20 @@ class Bound:
         return EXACT.add(EXACT.add(prompt, output), EXACT.multiply(self.listed.request, Decimal(self.requests)))
 
 
-def bound_request(endpoint: str, body: Mapping[str, Any], raw_size: int, models: ModelIndex, policy: BoundPolicy) -> Bound:
+def bound_request(
+    endpoint: str, body: Mapping[str, Any], raw_size: int, models: ModelIndex, policy: BoundPolicy, *, seconds: int | None = None
+) -> Bound:
     """The bound of a parsed body of `raw_size` bytes.
 
     Endpoints: "chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "images",
-    "audio/speech" and "audio/transcriptions". For a form, the body is its text fields and `raw_size` the whole form's.
+    "audio/speech" and "audio/transcriptions". For a form, the body is its text fields and `raw_size` the whole form's;
+    `seconds` is the most that a recording to be transcribed lasts, where that is known.
     Raises BadRequest (a field that we bill or route on is wrong), UnboundedCost, ModelNotFound, or Forbidden (a model
     without a price while free models are off). Each names its `param`.
     """
     names = _model_names(body)
-    ask = read_body(endpoint, body, raw_size, {suffix for name in names if ":" in name for suffix in name.split(":")[1:]})
+    suffixes_asked = {suffix for name in names if ":" in name for suffix in name.split(":")[1:]}
+    ask = read_body(endpoint, body, raw_size, suffixes_asked, seconds)
     suffixes, free = policy.any_suffix, policy.free_models
     reached = [reach(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free) for name in names]
     if ask.routing is not None and not any(each.model.is_router for each in reached):

@@ -68,9 +68,7 @@ class ModelIndex:
 
     def __init__(self, raw: list[dict[str, Any]], models: Iterable[Model]) -> None:
         self.raw = raw
-        # Not orjson: it refuses lone surrogates and long integers, and one entry must not take the others along.
-        whole = {"data": raw, "total_count": len(raw), "links": {"next": None}}
-        self.json = json.dumps(whole, separators=(",", ":")).encode()
+        self.json = to_json({"data": raw, "total_count": len(raw), "links": {"next": None}})
         self._by_id = {model.id: model for model in models}
         self._markups: Markups | None = None
 
@@ -86,6 +84,16 @@ class ModelIndex:
     def uncapped(self) -> list[str]:
         """The ids of the models for text that no price cap bounds: they search by themselves, or may put out media too."""
         return [model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)]
+
+    def page(self, offset: int, limit: int | None, path: str) -> bytes:
+        """A part of the list as JSON, with the path and query of the next one, if there is one."""
+        end = len(self.raw) if limit is None else offset + limit
+        following = f"{path}?offset={end}&limit={limit}" if end < len(self.raw) else None
+        return to_json({"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}})
+
+    def entry(self, model_id: str) -> dict[str, Any] | None:
+        """The model of exactly this id, as the upstream wrote it."""
+        return next((entry for entry in self.raw if entry.get("id") == model_id), None)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -217,6 +225,11 @@ def read_models(payload: bytes) -> ModelIndex:
     if not models:
         raise ValueError("the model list holds no model")
     return ModelIndex(raw, models)
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON of what an upstream wrote. Not orjson: it refuses lone surrogates and long integers: one entry must not take others along."""
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def parse_model(entry: Mapping[str, Any]) -> Model | None:

@@ -27,6 +27,26 @@ FINISHED = re.compile(rb'"finish_reason"(?!:null)')
 HIDDEN = ("user_id", "openrouter_metadata", "debug")
 MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
 
+# What OpenRouter's error types mean as a status, of those that an upstream may tell (its OpenAPI file, August 2026).
+STATUSES = {
+    "invalid_request": 400,
+    "invalid_prompt": 400,
+    "context_length_exceeded": 400,
+    "max_tokens_exceeded": 400,
+    "token_limit_exceeded": 400,
+    "string_too_long": 400,
+    "content_policy_violation": 400,
+    "refusal": 400,
+    "permission_denied": 403,
+    "not_found": 404,
+    "payload_too_large": 413,
+    "unprocessable": 422,
+    "rate_limit_exceeded": 429,
+    "provider_overloaded": 503,
+    "upstream_unavailable": 503,
+    "timeout": 504,
+}
+
 # Those of Anthropic's error types that speak of the request, and not of the operator's account.
 SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentication_error", "billing_error"}
 
@@ -150,8 +170,12 @@ class Dialect:
         """The last bytes of a stream: its accounting, with `gateway_usage`, and our error where there is one."""
         parts = [usage_event(held, said, gateway_usage)]
         if failure is not None:
-            parts.append(b"data: " + orjson.dumps(failure.body(request_id), default=str) + b"\n\n")
+            parts.append(b"data: " + orjson.dumps(self.failure_event(failure, said, request_id), default=str) + b"\n\n")
         return b"".join((*parts, DONE))
+
+    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+        """Our own error, as an event of a stream."""
+        return failure.body(request_id)
 
 
 class Responses(Dialect):
@@ -209,8 +233,8 @@ class Responses(Dialect):
     ) -> bytes:
         parts = [] if held is None else [with_charge(held, gateway_usage)]
         if failure is not None:
-            body = failure.body(request_id)
-            about = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param, **body}
+            about = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param}
+            about |= self.failure_event(failure, said, request_id)
             data = orjson.dumps(about, default=str)
             parts.append(_event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
         elif not parts:
@@ -303,14 +327,41 @@ def usage_event(held: bytes | None, said: Said, gateway_usage: bytes) -> bytes:
     """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own with empty choices."""
     if held is not None:
         return with_charge(held, gateway_usage)
-    own = {
+    return b"data: " + with_field(orjson.dumps(own_chunk(said)), "gateway_usage", gateway_usage) + b"\n\n"
+
+
+def own_chunk(said: Said, choices: tuple[Mapping[str, Any], ...] = ()) -> dict[str, Any]:
+    """A chunk of a chat stream that is ours."""
+    return {
         "id": said.body_id or "gen-unknown",
         "object": "chat.completion.chunk",
         "created": 0,
         "model": said.model or "",
-        "choices": [],
+        "choices": choices,
     }
-    return b"data: " + with_field(orjson.dumps(own), "gateway_usage", gateway_usage) + b"\n\n"
+
+
+class OpenRouterChat(Dialect):
+    """Chat completions as OpenRouter's clients read their errors: every `code` is a status, and an error event is a chunk."""
+
+    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
+        shown = sanitise(error)
+        code = shown["code"]
+        if isinstance(code, int):
+            return shown
+        about = shown.get("metadata") or {"error_type": code}
+        return {**shown, "code": STATUSES.get(about["error_type"], 502), "metadata": about}
+
+    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+        choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
+        return {**own_chunk(said, (choice,)), **failure.openrouter_body(request_id)}
+
+
+class OpenRouterResponses(Responses):
+    """Responses name their errors by words for OpenRouter's clients, too; what is ours beside that has OpenRouter's form."""
+
+    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+        return failure.openrouter_body(request_id)
 
 
 def _event(name: bytes, data: bytes) -> bytes:
@@ -334,3 +385,4 @@ def _as_object(error: object) -> Mapping[str, Any]:
 
 
 CHAT, RESPONSES, MESSAGES = Dialect(), Responses(), Messages()
+FOR_OPENROUTER: Mapping[Dialect, Dialect] = {CHAT: OpenRouterChat(), RESPONSES: OpenRouterResponses(), MESSAGES: MESSAGES}

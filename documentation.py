@@ -12,13 +12,16 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from endpoint_docs import ERRORS, OPERATIONS
+from endpoint_docs import ERRORS, OPENROUTER_ERROR, OPERATIONS
 
 DESCRIPTION = """OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.
 
 Point any OpenAI or OpenRouter SDK at this base URL (`/v1` or `/api/v1`) with a key of this gateway. Every request holds an upper bound of
 its cost before anything is sent, and is charged exactly what it cost. Keys that begin with `gw_test_` are answered by a built-in sandbox,
-free of charge."""
+free of charge.
+
+What stands here under `/v1` is served under `/api/v1` as well. There errors have OpenRouter's form (`OpenRouterErrorBody`): `code` is the
+status, and our own code `metadata.error_type`."""
 
 
 def _say_400(schema: dict[str, Any]) -> None:
@@ -64,6 +67,7 @@ def document_proxy(app: FastAPI) -> None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schema["paths"] |= {f"/v1/{name}": {"post": operation} for name, operation in OPERATIONS.items()}
             _say_400(schema)
+            schema["components"]["schemas"]["OpenRouterErrorBody"] = OPENROUTER_ERROR
             app.openapi_schema = schema
         return app.openapi_schema
 

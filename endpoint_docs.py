@@ -45,6 +45,39 @@ ANTHROPIC_ERROR: dict[str, Any] = {
     },
 }
 
+OPENROUTER_ERROR: dict[str, Any] = {
+    "title": "OpenRouterErrorBody",
+    "description": "Every error under `/api/v1`, but for Anthropic's endpoint.",
+    "type": "object",
+    "required": ["error", "gateway"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "metadata", "type", "param"],
+            "properties": {
+                "code": {"type": "integer", "minimum": 400, "maximum": 599},
+                "message": {"type": "string"},
+                "metadata": {"type": "object", "required": ["error_type"], "properties": {"error_type": {"type": "string"}}},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+            },
+        },
+        "gateway": {"type": "object"},
+    },
+    "examples": [
+        {
+            "error": {
+                "code": 402,
+                "message": "Your credits do not cover ...",
+                "metadata": {"error_type": "insufficient_credits"},
+                "type": "insufficient_quota",
+                "param": None,
+            },
+            "gateway": {"request_id": "0199f0a0-0000-7000-8000-000000000000"},
+        }
+    ],
+}
+
 CHARGE = {
     "request_id": "0199f0a0-0000-7000-8000-000000000000",
     "tokens_charged": 21,

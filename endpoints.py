@@ -5,11 +5,12 @@ What exists at OpenAI or OpenRouter and is not offered here is refused by its na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dialects import CHAT, MESSAGES, RESPONSES, Dialect
+from dialects import CHAT, FOR_OPENROUTER, MESSAGES, RESPONSES, Dialect
 
-PREFIXES = ("/v1", "/api/v1")
+OPENROUTER_PREFIX = "/api/v1"
+PREFIXES = ("/v1", OPENROUTER_PREFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Endpoint:
     def all_paths(self) -> tuple[str, ...]:
         """Every path under which it is served."""
         return tuple(f"{prefix}/{path}" for path in (self.name, *self.paths) for prefix in PREFIXES)
+
+    def at(self, path: str) -> Endpoint:
+        """The same as it is served at this path: OpenRouter's clients are told of errors in OpenRouter's form."""
+        return replace(self, dialect=FOR_OPENROUTER[self.dialect]) if is_openrouter(path) else self
 
 
 ENDPOINTS = (
@@ -137,3 +142,8 @@ def _covers(name: str, asked: str) -> bool:
 def is_anthropic(path: str) -> bool:
     """Whether those who ask for this path expect Anthropic's form of errors."""
     return any(path == f"{prefix}/messages" or path.startswith(f"{prefix}/messages/") for prefix in PREFIXES)
+
+
+def is_openrouter(path: str) -> bool:
+    """Whether they expect OpenRouter's: all that lies under its prefix, but for Anthropic's endpoint."""
+    return path.startswith(f"{OPENROUTER_PREFIX}/") and not is_anthropic(path)

@@ -15,7 +15,7 @@
     └── Unavailable 503 ── DatabaseUnavailable, Misconfigured
 
 A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to do, and never hold a
-secret. Refusals are raised as these; bugs stay bugs. Anthropic's clients are told the same in Anthropic's form.
+secret. Refusals are raised as these; bugs stay bugs. Anthropic's and OpenRouter's clients are told the same in their forms.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ class GatewayError(Exception):
             "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
             "gateway": {"request_id": request_id, **self.details},
         }
+
+    def openrouter_body(self, request_id: str) -> dict[str, Any]:
+        """The same in OpenRouter's form: `code` is the status, and our own code `metadata.error_type`."""
+        found = self.body(request_id)
+        return {**found, "error": {**found["error"], "code": self.status, "metadata": {"error_type": self.code}}}
 
     @property
     def anthropic_type(self) -> str:

@@ -118,7 +118,8 @@ class Exchange:
     def _bound_with(self, models: ModelIndex) -> Bound:
         settings = self.runtime.settings
         policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes)
-        return bound_request(self.request.endpoint.name, self._asked.fields, len(self.request.body), models, policy)
+        asked = self._asked
+        return bound_request(self.request.endpoint.name, asked.fields, len(self.request.body), models, policy, seconds=asked.seconds)
 
     async def _verify(self) -> None:
         request = self.request

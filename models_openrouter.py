@@ -19,6 +19,15 @@ def _example(**fields: Any) -> ConfigDict:
 class KeyRateLimit(BaseModel):
     requests: int = Field(description="-1 is unlimited")
     interval: str
+    note: str = Field(description="Where all limits stand")
+
+
+class FreeRequests(BaseModel):
+    """Requests to free models a day: they count with all others here, so none are allowed (0) or as many as those (-1)."""
+
+    limit: int
+    remaining: int
+    used: int
 
 
 class KeyData(BaseModel):
@@ -42,6 +51,10 @@ class KeyData(BaseModel):
     is_provisioning_key: bool
     expires_at: str | None
     creator_user_id: str | None
+    organization_id: str | None
+    workspace_id: str | None
+    allowed_data_regions: list[Literal["global", "europe", "us"]]
+    free_model_daily_requests: FreeRequests
     rate_limit: KeyRateLimit
 
 
@@ -66,7 +79,11 @@ class KeyAnswer(BaseModel):
             "is_provisioning_key": False,
             "expires_at": None,
             "creator_user_id": "1",
-            "rate_limit": {"requests": 60, "interval": "1m"},
+            "organization_id": None,
+            "workspace_id": None,
+            "allowed_data_regions": ["global"],
+            "free_model_daily_requests": {"limit": 0, "remaining": 0, "used": 0},
+            "rate_limit": {"requests": 60, "interval": "1m", "note": "GET /user/limit shows all limits of this key."},
         }
     )
 
@@ -87,7 +104,7 @@ class CreditsAnswer(BaseModel):
 class GenerationData(BaseModel):
     """A request of the caller's, as OpenRouter tells of a generation. Costs are what was charged; what is not known here is null."""
 
-    id: str | None
+    id: str = Field(description="`gen-...`; our request id where the upstream gave none")
     upstream_id: str | None = None
     request_id: str
     model: str
@@ -114,6 +131,9 @@ class GenerationData(BaseModel):
     num_media_completion: int | None = None
     num_input_audio_prompt: int | None = None
     num_search_results: int | None = None
+    num_fetches: int | None = None
+    web_search_engine: str | None = None
+    data_region: Literal["global", "europe", "us"] = "global"
     latency: int | None = Field(description="Milliseconds to the first token; of an answer that was not streamed, to its end")
     generation_time: int | None = Field(description="Milliseconds from the first token to the end")
     moderation_latency: int | None = None
@@ -124,6 +144,7 @@ class GenerationData(BaseModel):
     external_user: str | None
     session_id: str | None = None
     preset_id: str | None = None
+    workspace_id: str | None = None
     router: str | None = None
     service_tier: str | None = None
     provider_responses: list[dict[str, Any]] | None = None

@@ -14,6 +14,7 @@ import orjson
 from endpoints import Endpoint
 from errors import BadRequest
 from forms import CONTENT_TYPE, FormFile, is_form, read_form, write_form
+from recordings import seconds_of_audio, seconds_of_file
 
 MAX_DEPTH = 250
 MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
@@ -34,10 +35,11 @@ JSON_FORMATS = (None, "json", "verbose_json")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it was understood: its fields, and the file of a form."""
+    """A request as it was understood: its fields, the file of a form, and the most seconds of sound in it where that is known."""
 
     fields: dict[str, Any]
     file: FormFile | None = None
+    seconds: int | None = None
 
     @property
     def is_streamed(self) -> bool:
@@ -48,11 +50,14 @@ def read_request(endpoint: Endpoint, raw: bytes, content_type: str) -> Request:
     """The request in a body. Raises BadRequest."""
     if endpoint.takes_forms and is_form(content_type):
         form = read_form(raw, content_type)
-        found = Request(dict(form.fields), form.file)
+        file = form.file
+        found = Request(dict(form.fields), file, seconds_of_file(file.content, file.name, file.content_type))
     elif is_form(content_type):
         raise BadRequest("This endpoint takes JSON, not forms.", param="content-type")
     else:
-        found = Request(read_json(raw))
+        fields = read_json(raw)
+        audio = fields.get("input_audio") if endpoint.takes_forms else None
+        found = Request(fields, seconds=seconds_of_audio(audio) if isinstance(audio, dict) else None)
     _refuse(endpoint, found.fields)
     return found
 

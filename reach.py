@@ -21,6 +21,9 @@ SELF_SEARCHES = 5  # what a model that searches by itself is held for: nothing d
 NATIVE_SEARCHERS = "anthropic/"
 ROUTED_ENDPOINTS = frozenset(("chat/completions", "responses"))
 
+# Of a second of sound: one for every 10 ms, the finest step in which an encoder listens. Documented are 10 (OpenAI) to 32 (Gemini).
+AUDIO_TOKENS = 100
+
 # The most that is documented for one image: gpt-4o-mini, 2,833 + 8 tiles of 5,667.
 IMAGE_TOKENS = 48_169
 
@@ -77,6 +80,9 @@ def _prompt_tokens(model: Model, ask: Ask, *, searches: bool) -> int:
     if not ask.is_text and not ask.has_audio:
         tokens = ask.raw_size - min(ask.raw_size, ask.media_bytes) + ask.images * IMAGE_TOKENS + ask.allowance
         return tokens * max(1, ask.made_images)  # a provider may make each image on its own
+    if ask.seconds is not None:
+        heard = ask.seconds * AUDIO_TOKENS + max(0, ask.raw_size - ask.media_bytes) + ask.allowance
+        return max(ask.least_input, heard if context is None else min(heard, context))
     if ask.is_hidden or searches:
         if context is None:
             return _unknown_context(model, ask)

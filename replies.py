@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from endpoints import is_anthropic, refusal_of
+from endpoints import is_anthropic, is_openrouter, refusal_of
 from errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, NotOffered
 from money import plain, plain_credits
 from sentences import explain
@@ -71,7 +71,12 @@ def utc_now() -> datetime.datetime:
 
 def error_reply(error: GatewayError, request_id: str, path: str = "") -> Reply:
     """The answer that an error becomes, in the form that clients of this path expect."""
-    body = error.anthropic_body(request_id) if is_anthropic(path) else error.body(request_id)
+    if is_anthropic(path):
+        body = error.anthropic_body(request_id)
+    elif is_openrouter(path):
+        body = error.openrouter_body(request_id)
+    else:
+        body = error.body(request_id)
     return Reply(body, status_code=error.status, headers=error.headers())
 
 

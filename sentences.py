@@ -23,6 +23,7 @@ PATTERNS = {
         "must be a host name such as example.com, or *.example.com, without scheme, port and path"
     ),
     r"^[a-z0-9][a-z0-9-]{0,62}$": "must be at most 63 small letters, digits and hyphens, and begin with no hyphen",
+    r"^sk-or-v1-[0-9a-f]{64}$": "must be a key of OpenRouter: sk-or-v1- and 64 digits from 0-9 and a-f",
     r"^[\x21-\x7e]{16,256}$": "must have 16 to 256 printable characters and no blank",
 }
 

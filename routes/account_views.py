@@ -16,7 +16,7 @@ from fastapi.responses import Response
 import db_spending
 from errors import NotFound
 from models import ErrorBody
-from models_openrouter import CreditsAnswer, CreditsData, GenerationAnswer, GenerationData, KeyAnswer, KeyData, KeyRateLimit
+from models_openrouter import CreditsAnswer, CreditsData, FreeRequests, GenerationAnswer, GenerationData, KeyAnswer, KeyData, KeyRateLimit
 from money import credits_from_nanos
 from replies import Reply
 from runtime import Runtime
@@ -32,6 +32,7 @@ RESETS: dict[str | None, Literal["daily", "weekly", "monthly"]] = {"day": "daily
 # OpenRouter's own ids, and the sandbox's, name the second in which the generation began: gen-1786988078-NGfm..., gen-rerank-178...
 TIMED_ID = re.compile(r"gen-(?:[a-z]+-)?(1\d{9})-")
 API_TYPES = {"embeddings": "embeddings", "rerank": "rerank", "images": "image", "audio/speech": "tts", "audio/transcriptions": "stt"}
+ALL_LIMITS = "GET /user/limit shows all limits of this key."
 AMOUNTS = tuple(f"{kind}usage{window}" for kind in ("", "byok_") for window in ("", "_daily", "_weekly", "_monthly"))
 
 
@@ -42,7 +43,7 @@ async def read_key(request: Request, caller: Annotated[Caller, may("read", "usag
     row = await db_spending.read_key(runtime.client, caller.user_id, caller.key_id)
     if row is None:
         raise NotFound("This key no longer exists.")
-    return Reply(KeyAnswer(data=_key(row)))
+    return Reply(KeyAnswer(data=_key(row, free_models=runtime.settings.free_models)))
 
 
 @router.get("/v1/credits", summary="What the account was given and has used", response_model=CreditsAnswer)
@@ -87,9 +88,10 @@ async def _find(runtime: Runtime, user_id: int, wanted: str) -> dict[str, Any] |
     return await db_spending.find_generation(runtime.client, user_id, wanted, around=around)
 
 
-def _key(row: dict[str, Any]) -> KeyData:
+def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
     budget = row["budget_nanos"]
     per_minute = row["requests_per_minute"]
+    free = -1 if free_models else 0
     return KeyData(
         label=masked(row["key_prefix"], row["last4"]),
         limit=None if budget is None else credits_from_nanos(budget),
@@ -101,7 +103,11 @@ def _key(row: dict[str, Any]) -> KeyData:
         is_provisioning_key=False,
         expires_at=row["expiration_date"],
         creator_user_id=str(row["user_id"]),
-        rate_limit=KeyRateLimit(requests=-1 if per_minute is None else per_minute, interval="1m"),
+        organization_id=None,
+        workspace_id=None,
+        allowed_data_regions=["global"],
+        free_model_daily_requests=FreeRequests(limit=free, remaining=free, used=0),
+        rate_limit=KeyRateLimit(requests=-1 if per_minute is None else per_minute, interval="1m", note=ALL_LIMITS),
         **{name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS},
     )
 
@@ -111,7 +117,7 @@ def _generation(row: dict[str, Any]) -> GenerationData:
     first, whole = row["time_to_first_token_ms"], row["latency_ms"]
     prompt, completion = row["prompt_tokens"], row["completion_tokens"]
     return GenerationData(
-        id=row["generation_id"],
+        id=row["generation_id"] or row["request_id"],
         request_id=row["request_id"],
         model=row["model_used"] or row["model"],
         provider_name=row["provider"],

@@ -18,7 +18,6 @@ from routes import (
     users,
 )
 
-# `/v1/models/{model_id:path}` of `public` would take its neighbours' paths for models: those come first.
 AREAS = (
     model_listings,
     public,

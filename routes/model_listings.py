@@ -1,10 +1,13 @@
-"""Who serves a model, and how many models are there? OpenRouter's public answers, of models that are in our list."""
+"""Which models are there, for other people's clients, and who serves them? The shapes of OpenAI's and OpenRouter's public answers."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from catalog import to_json
 from errors import ModelNotFound
 from models import ErrorBody
 from models_openrouter import CountAnswer
@@ -13,6 +16,25 @@ from runtime import Runtime
 from security import shown_environment
 
 router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
+
+Offset = Annotated[int, Query(ge=0, le=2**31 - 1, description="How many models to leave out at the start")]
+Limit = Annotated[int | None, Query(ge=1, le=1000, description="The most models to list; all of them without it")]
+
+
+@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them", responses={400: {"model": ErrorBody}})
+@router.get("/api/v1/models", include_in_schema=False)
+async def list_models(request: Request, offset: Offset = 0, limit: Limit = None) -> Response:
+    """All of them, or a page: `total_count` says how many there are, `links.next` where the next page is."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(shown_environment(request)).models()
+    whole = offset == 0 and limit is None
+    return Response(index.json if whole else index.page(offset, limit, request.url.path), media_type="application/json")
+
+
+@router.get("/v1/model/{author}/{slug}", summary="One model, as OpenRouter's clients read it", responses={404: {"model": ErrorBody}})
+@router.get("/api/v1/model/{author}/{slug}", include_in_schema=False)
+async def read_model_of_author(request: Request, author: str, slug: str) -> Response:
+    return Response(to_json({"data": await _entry(request, f"{author}/{slug}", "slug")}), media_type="application/json")
 
 
 @router.get("/v1/models/count", summary="How many models there are", response_model=CountAnswer)
@@ -41,5 +63,24 @@ async def list_endpoints(request: Request, author: str, slug: str) -> Response:
     index = await runtime.catalog(environment).models()
     found = None if index.get(model_id) is None else await runtime.endpoint_lists(environment).get(model_id)
     if found is None:
-        raise ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param="slug")
+        raise _unknown(model_id, "slug")
     return Response(found, media_type="application/json")
+
+
+# Last, since it takes the paths above for models.
+@router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"model": ErrorBody}})
+@router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
+async def read_model(request: Request, model_id: str) -> Response:
+    return Response(to_json(await _entry(request, model_id, "model")), media_type="application/json")
+
+
+async def _entry(request: Request, model_id: str, param: str) -> dict[str, Any]:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    entry = (await runtime.catalog(shown_environment(request)).models()).entry(model_id)
+    if entry is None:
+        raise _unknown(model_id, param)
+    return entry
+
+
+def _unknown(model_id: str, param: str) -> ModelNotFound:
+    return ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param=param)

@@ -129,7 +129,7 @@ def _log_fields(exchange: Exchange) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-ROUTES = {path: ProxyEndpoint(endpoint) for endpoint in ENDPOINTS for path in endpoint.all_paths}
+ROUTES = {path: ProxyEndpoint(endpoint.at(path)) for endpoint in ENDPOINTS for path in endpoint.all_paths}
 
 
 class Shortcut:

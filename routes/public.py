@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,7 +10,7 @@ from fastapi.responses import Response
 
 import db
 from addresses import address_subject
-from errors import GatewayError, Misconfigured, ModelNotFound, RateLimited, RegistrationClosed
+from errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
@@ -20,20 +21,17 @@ from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_
 router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
 
 VERSION = "0.1.0"
-ENDPOINTS = {
-    "register": "POST /auth/register",
-    "chat": "POST /v1/chat/completions",
-    "models": "GET /v1/models",
-    "balance": "GET /user/balance",
-    "usage": "GET /user/usage/records",
-    "transactions": "GET /user/transactions",
-    "health": "GET /health",
-    "documentation": "GET /docs",
-}
+DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [
-    "OpenAI-compatible completions, plain and streamed",
-    "prepaid credits without overdraft, charged at the upstream's exact cost",
-    "API keys with scopes, rate limits by key and user, plans",
+    "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, plain and streamed",
+    "the same under /v1 and /api/v1, for OpenAI's, Anthropic's and OpenRouter's clients as they are",
+    "prepaid credits without overdraft: an upper bound is held before, the upstream's exact cost charged after",
+    "receipts for every request, quotes before it, usage reports and exports",
+    "API keys with scopes, expiry, network and domain restrictions, models, budgets, rate limits and rotation",
+    "plans, limits of rate and concurrency by key and user",
+    "idempotency keys that pay once, and a response cache",
+    "own OpenRouter keys, budgets for your customers, webhooks when they are spent",
+    "administration: accounts, credits, refunds, audit log, reconciliation with the upstream",
     "a sandbox that answers for free to every gw_test_ key",
 ]
 
@@ -42,18 +40,28 @@ FEATURES = [
 @router.get("/", summary="What this is")
 async def read_root(request: Request) -> Response:
     service: Service = request.app.state.runtime
+    schema = await asyncio.to_thread(request.app.openapi)  # made once; streams must not wait for it
     return Reply(
         {
             "name": "AI Gateway",
             "version": VERSION,
-            "description": "OpenAI-compatible access to hundreds of models on prepaid credits.",
+            "description": DESCRIPTION,
             "status": "running" if service.runtime else "not serving",
             "mode": service.settings.mode,
-            "endpoints": ENDPOINTS,
+            "endpoints": _by_area(schema),
             "features": FEATURES,
             "documentation": "/docs",
         }
     )
+
+
+def _by_area(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Every documented endpoint and what it is for, by area."""
+    found: dict[str, dict[str, str]] = {}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            found.setdefault(operation["tags"][0], {})[f"{method.upper()} {path}"] = operation["summary"]
+    return found
 
 
 @router.head("/health", include_in_schema=False)
@@ -115,25 +123,6 @@ async def list_providers(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
     return Reply({"status": "success", "provider_statistics": provider_statistics(index.raw), "timestamp": utc_now()})
-
-
-@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them")
-@router.get("/api/v1/models", include_in_schema=False)
-async def list_models_for_clients(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
-    index = await runtime.catalog(shown_environment(request)).models()
-    return Response(index.json, media_type="application/json")
-
-
-@router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"model": ErrorBody}})
-@router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
-async def read_model(request: Request, model_id: str) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
-    index = await runtime.catalog(shown_environment(request)).models()
-    for entry in index.raw:
-        if entry.get("id") == model_id:
-            return Reply(entry)
-    raise ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param="model")
 
 
 def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def _endpoint(model: Model, endpoint: Endpoint, factor: Decimal) -> dict[str, ob
         "latency_last_30m": {"p50": 0.4, "p75": 0.6, "p90": 0.9, "p99": 2.1},
         "throughput_last_30m": {"p50": 80, "p75": 70, "p90": 60, "p99": 40},
         "supports_implicit_caching": "input_cache_read" in endpoint.pricing,
+        "supports_tool_choice": dict.fromkeys(("auto", "function", "none", "required"), model.supports("tool_choice")),
     }
 
 

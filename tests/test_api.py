@@ -31,6 +31,7 @@ PUBLIC = {
     ("GET", "/v1/models/{model_id:path}"),
     ("GET", "/api/v1/models/{model_id:path}"),
     *(("GET", f"{prefix}/models/{rest}") for prefix in ("/v1", "/api/v1") for rest in ("count", "{author}/{slug}/endpoints")),
+    *(("GET", f"{prefix}/model/{{author}}/{{slug}}") for prefix in ("/v1", "/api/v1")),
     ("POST", "/auth/register"),  # open only where the operator wants it
     ("GET", "/docs"),
     ("GET", "/models/providers"),
@@ -53,9 +54,13 @@ def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     body = answer.json()
-    assert set(body) == {"error", "gateway"} and set(body["error"]) == {"message", "type", "param", "code"}
+    error = body["error"]
+    if answer.request.url.path.startswith("/api/v1/"):  # OpenRouter's form
+        assert error["code"] == status
+        error["code"] = error.pop("metadata")["error_type"]
+    assert set(body) == {"error", "gateway"} and set(error) == {"message", "type", "param", "code"}
     assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
-    return dict(body["error"])
+    return dict(error)
 
 
 def routes_of(app: Any) -> list[tuple[str, str]]:
@@ -350,6 +355,10 @@ async def test_a_transaction_page_goes_on_where_the_last_one_ended(live_gateway:
 async def test_the_public_pages_say_what_this_is(live_gateway: Gateway) -> None:
     root = (await live_gateway.http.get("/")).json()
     assert root["mode"] == "live" and root["status"] == "running"
+    listed = {endpoint for area in root["endpoints"].values() for endpoint in area}
+    routes = {f"{method} {path.replace(':path', '')}" for method, path in routes_of(live_gateway.app) if not path.startswith("/api/v1")}
+    assert listed == routes - {"GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json", "POST /internal/sweep"}
+    assert all(about for area in root["endpoints"].values() for about in area.values())
     health = await live_gateway.http.get("/health")
     assert health.status_code == 200 and health.json()["database"] == "connected" and health.json()["problem"] is None
     assert (await live_gateway.http.get("/health/live")).json() == {"status": "alive"}
@@ -366,6 +375,53 @@ async def test_the_model_list_is_the_upstream_s(live_gateway: Gateway) -> None:
     assert one in listed and one["pricing"]["prompt"] == "0.00000015"
     error = error_of(await live_gateway.http.get("/v1/models/no/model"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+async def test_the_model_list_comes_page_by_page_until_it_ends(live_gateway: Gateway) -> None:
+    for prefix in ("/v1", "/api/v1"):
+        whole = (await live_gateway.http.get(f"{prefix}/models")).json()
+        assert (whole["total_count"], whole["links"]) == (len(whole["data"]), {"next": None})
+        found: list[Any] = []
+        path, pages = f"{prefix}/models?limit=7", 0
+        while path is not None:
+            page = (await live_gateway.http.get(path)).json()
+            assert page["total_count"] == whole["total_count"] and 0 < len(page["data"]) <= 7
+            found, path, pages = found + page["data"], page["links"]["next"], pages + 1
+        assert found == whole["data"] and pages == -(-len(found) // 7)
+        rest = (await live_gateway.http.get(f"{prefix}/models?offset=3")).json()
+        assert (rest["data"], rest["links"]["next"]) == (whole["data"][3:], None)
+        beyond = (await live_gateway.http.get(f"{prefix}/models?offset={len(found)}&limit=7")).json()
+        assert (beyond["data"], beyond["total_count"], beyond["links"]["next"]) == ([], len(found), None)
+
+
+@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("offset=-1", "offset")])
+async def test_a_page_that_cannot_be_is_refused(live_gateway: Gateway, query: str, param: str) -> None:
+    assert error_of(await live_gateway.http.get(f"/v1/models?{query}"), 400)["param"] == param
+
+
+@pytest.mark.parametrize("prefix", ["/v1", "/api/v1"])
+async def test_one_model_is_read_by_its_author_and_slug(live_gateway: Gateway, prefix: str) -> None:
+    listed = (await live_gateway.http.get("/v1/models")).json()["data"]
+    found = (await live_gateway.http.get(f"{prefix}/model/openai/gpt-4o-mini")).json()["data"]
+    assert found in listed and found["id"] == "openai/gpt-4o-mini"
+    error = error_of(await live_gateway.http.get(f"{prefix}/model/openai/nothing"), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "slug")
+
+
+async def test_errors_under_openrouter_s_prefix_have_its_form_and_anthropic_s_keep_theirs(live_gateway: Gateway) -> None:
+    answer = await live_gateway.http.post("/api/v1/chat/completions", json={})
+    assert answer.status_code == 401
+    error = answer.json()["error"]
+    assert (error["code"], error["metadata"]) == (401, {"error_type": "invalid_api_key"})
+    assert (error["type"], error["param"]) == ("authentication_error", None) and error["message"]
+    for path, status in (("/api/v1/nowhere", 404), ("/api/v1/models?limit=0", 400), ("/api/v1/moderations", 404), ("/api/v1/key", 401)):
+        refused = await live_gateway.http.get(path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (status, status), path
+    wrong_method = await live_gateway.http.delete("/api/v1/models")
+    assert (wrong_method.status_code, wrong_method.json()["error"]["code"]) == (405, 405)
+    for path in ("/v1/messages", "/api/v1/messages"):
+        body = (await live_gateway.http.post(path, json={})).json()
+        assert (body["type"], body["error"]["type"], body["error"]["code"]) == ("error", "authentication_error", "invalid_api_key")
 
 
 async def test_what_is_not_there_is_said_in_the_same_envelope(live_gateway: Gateway) -> None:

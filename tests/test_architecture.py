@@ -32,7 +32,8 @@ LAYERS: dict[str, set[str]] = {
     "relay": {"dialects", "errors", "events"},
     "endpoints": {"dialects"},
     "forms": {"errors"},
-    "outgoing": {"endpoints", "errors", "forms"},
+    "recordings": set(),
+    "outgoing": {"endpoints", "errors", "forms", "recordings"},
     "prices": {"money"},
     "catalog": {"errors", "money", "prices"},
     "asks": {"errors", "money", "catalog"},
@@ -86,7 +87,7 @@ LAYERS: dict[str, set[str]] = {
     "documentation": {"endpoint_docs"},
     "migrate": {"config", "embedded", "errors", "supabase_config"},
     "routes": {
-        "addresses", "bounds", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
+        "addresses", "bounds", "catalog", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
         "models_accounts", "models_keys", "models_notifications", "models_openrouter", "models_spending", "money", "outgoing",
         "quotes", "reconciliation", "replies", "runtime", "security", "usage", "webhooks",
     },

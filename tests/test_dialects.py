@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answering import read_answer
-from dialects import CHAT, MESSAGES, RESPONSES, Dialect, Said, read_message_usage
+from dialects import CHAT, FOR_OPENROUTER, MESSAGES, RESPONSES, STATUSES, Dialect, Said, read_message_usage
 from ending import Ending
 from errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from events import with_charge
@@ -25,6 +25,8 @@ CHARGE = b'{"cost":0.5}'
 def event(kind: str, **data: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **data}) + b"\n\n"
 
+
+ALL = [CHAT, RESPONSES, MESSAGES, *(dialect for dialect in FOR_OPENROUTER.values() if dialect is not MESSAGES)]
 
 # A response as it streams.
 
@@ -267,6 +269,63 @@ def test_a_message_that_breaks_off_ends_with_an_error_of_anthropic_s_form() -> N
     assert data["gateway_usage"] == {"cost": 0.5}
 
 
+# Errors in the streams of OpenRouter's clients.
+
+CHUNK = (
+    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"a/b","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+)
+FOR_CLIENTS = FOR_OPENROUTER[CHAT]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        ({"code": "server_error", "message": "x"}, 502, "server_error"),
+        ({"code": "rate_limit_exceeded", "message": "x"}, 429, "rate_limit_exceeded"),
+        ({"code": "odd", "message": "x", "metadata": {"error_type": "provider_overloaded"}}, 503, "provider_overloaded"),
+        ({"code": 429, "message": "x", "metadata": {"error_type": "rate_limit_exceeded"}}, 429, "rate_limit_exceeded"),
+        ({"message": "x"}, 502, "upstream_error"),
+        ({"code": None, "message": "x"}, 502, "upstream_error"),
+        ({"code": 401, "message": "Add credits"}, 503, "upstream_unavailable"),
+        ({"code": "x", "message": "Add credits", "metadata": {"error_type": "payment_required"}}, 503, "upstream_unavailable"),
+    ],
+)
+def test_every_code_that_openrouter_s_clients_see_is_a_number(error: dict[str, Any], code: int, kind: str) -> None:
+    data = {**orjson.loads(CHUNK[6:]), "error": error, "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]}
+    passed, tail, stream = run(FOR_CLIENTS, [CHUNK, b"data: " + orjson.dumps(data) + b"\n\n"])
+    (shown,) = [event["error"] for event in datas(passed + tail) if "error" in event]
+    assert (shown["code"], shown["metadata"]["error_type"]) == (code, kind)
+    assert stream.has_failed and b"credits" not in passed + tail
+    (plain,) = [
+        event["error"] for event in datas(b"".join(run(CHAT, [CHUNK, b"data: " + orjson.dumps(data) + b"\n\n"])[:2])) if "error" in event
+    ]
+    assert plain["code"] == (error["code"] if isinstance(error.get("code"), int | str) and code != 503 else plain["code"])
+
+
+def test_our_own_error_in_a_stream_is_a_chunk_for_openrouter_s_clients() -> None:
+    _, tail, _ = run(FOR_CLIENTS, [CHUNK], UpstreamTimeout())
+    charged, failed = datas(tail)
+    assert charged["gateway_usage"] == {"cost": 0.5} and tail.endswith(b"data: [DONE]\n\n")
+    assert (failed["id"], failed["object"], failed["model"]) == ("gen-1", "chat.completion.chunk", "a/b")
+    assert failed["choices"] == [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]
+    assert (failed["error"]["code"], failed["error"]["metadata"]) == (504, {"error_type": "upstream_timeout"})
+    assert failed["gateway"] == {"request_id": "request-1"}
+
+
+def test_responses_name_errors_by_words_for_everybody() -> None:
+    failed = {**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "x"}}
+    events = [*OPENING, event("response.failed", response=failed)]
+    assert run(FOR_OPENROUTER[RESPONSES], events)[:2] == run(RESPONSES, events)[:2]
+    _, tail, _ = run(FOR_OPENROUTER[RESPONSES], OPENING, UpstreamError())
+    (data,) = datas(tail)
+    assert (data["type"], data["code"]) == ("error", "upstream_error")
+    assert (data["error"]["code"], data["error"]["metadata"]) == (502, {"error_type": "upstream_error"})
+
+
+def test_every_status_is_one_of_a_failure() -> None:
+    assert all(400 <= status < 600 for status in STATUSES.values())
+
+
 @pytest.mark.parametrize("dialect", [RESPONSES, MESSAGES])
 def test_the_operator_is_named_nowhere(dialect: Dialect) -> None:
     events = (
@@ -279,7 +338,7 @@ def test_the_operator_is_named_nowhere(dialect: Dialect) -> None:
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=200), st.sampled_from([CHAT, RESPONSES, MESSAGES]), st.integers(min_value=0))
+@given(st.binary(max_size=200), st.sampled_from(ALL), st.integers(min_value=0))
 def test_any_bytes_are_survived(data: bytes, dialect: Dialect, place: int) -> None:
     place %= len(data) + 1
     prefix = b"event: x\ndata: "
@@ -302,7 +361,7 @@ KINDS = st.sampled_from(["error", "response.error", "response.failed", "message_
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(FIELDS, KINDS | st.none()), max_size=4), st.sampled_from([CHAT, RESPONSES, MESSAGES]))
+@given(st.lists(st.tuples(FIELDS, KINDS | st.none()), max_size=4), st.sampled_from(ALL))
 def test_any_json_is_survived(events: list[tuple[dict[str, Any], str | None]], dialect: Dialect) -> None:
     for fields, kind in events:
         data = fields if kind is None else {**fields, "type": kind}

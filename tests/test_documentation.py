@@ -18,6 +18,7 @@ PUBLIC = {
     ("get", "/v1/models"),
     ("get", "/v1/models/{model_id}"),
     ("get", "/v1/models/count"),
+    ("get", "/v1/model/{author}/{slug}"),
     ("get", "/v1/models/{author}/{slug}/endpoints"),
     ("get", "/plans"),
     ("get", "/plans/{plan_id}"),
@@ -70,6 +71,13 @@ async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_eve
     assert "multipart/form-data" in paths["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
     error = paths["/v1/messages"]["post"]["responses"]["429"]["content"]["application/json"]["schema"]
     assert error["properties"]["type"] == {"const": "error"}
+
+
+async def test_the_form_of_errors_under_openrouter_s_prefix_is_documented_as_it_is(gateway: Gateway) -> None:
+    form = (await gateway.http.get("/openapi.json")).json()["components"]["schemas"]["OpenRouterErrorBody"]
+    for body in ((await gateway.http.get("/api/v1/nowhere")).json(), *form["examples"]):
+        assert set(form["required"]) == body.keys()
+        assert set(form["properties"]["error"]["required"]) == body["error"].keys() and type(body["error"]["code"]) is int
 
 
 async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:

@@ -143,8 +143,10 @@ def assert_error(name: str, answer: httpx.Response, status: int) -> dict[str, An
         assert body["request_id"] == answer.headers["x-request-id"]
         assert {"type", "message", "param", "code"} <= set(body["error"])
     else:
-        assert set(body) == {"error", "gateway"} and set(body["error"]) == {"type", "message", "param", "code"}
+        openrouter = {"metadata"} if answer.request.url.path.startswith("/api/v1/") else set()
+        assert set(body) == {"error", "gateway"} and set(body["error"]) == {"type", "message", "param", "code"} | openrouter
         assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
+        assert not openrouter or body["error"]["code"] == status
     return dict(body["error"])
 
 
@@ -376,6 +378,22 @@ async def test_a_json_answer_to_a_streamed_request_passes_as_json(scene: Stage, 
     assert (await settled(user))["streamed"] is True
 
 
+@pytest.mark.parametrize("name", ["chat/completions", "completions", "responses", "messages"])
+async def test_a_stream_of_openrouter_s_clients_ends_with_an_error_of_theirs(scene: Stage, name: str) -> None:
+    gateway, upstream = scene
+    user = await gateway.register(credits=1)
+    raw = STREAMS.get(name, STREAMS["completions"])
+    upstream.say(Reply([raw[: raw.index(b"\n\n") + 2]], content_type="text/event-stream"))
+    upstream.known_cost = COST
+    answer = await post(user, name, {**REQUESTS[name], "stream": True}, prefix="/api/v1")
+    (failed,) = [event for event in events_of(answer) if event.get("error")]
+    if name == "messages":
+        assert failed["error"]["code"] == "upstream_error"
+    else:
+        assert (failed["error"]["code"], failed["error"]["metadata"]["error_type"]) == (502, "upstream_error")
+    assert (await settled(user))["error_code"] == "upstream_error"
+
+
 @pytest.mark.parametrize("name", STREAMS)
 async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_api(scene: Stage, name: str) -> None:
     gateway, upstream = scene
@@ -578,7 +596,8 @@ async def test_what_is_not_offered_says_so_by_name(scene: Stage, method: str, pa
     upstream.say(Reply([]))
     for prefix in ("/v1", "/api/v1"):
         error = assert_error(path, await gateway.http.request(method, f"{prefix}/{path}"), 404)
-        assert error["code"] == "not_offered" and error["message"].startswith("`")
+        code = error["code"] if prefix == "/v1" else error["metadata"]["error_type"]
+        assert code == "not_offered" and error["message"].startswith("`")
     assert assert_error("x", await gateway.http.request(method, "/v1/nothing-here"), 404)["code"] == "not_found"
     assert upstream.sent == []
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from rig import ADMIN_KEY, Gateway, Upstream, User
+from test_reconciliation import make_unknown
 
 from security import new_key
 
@@ -33,9 +34,15 @@ class World:
     strangers_key_id: int
     plan_id: int
     request_id: str
+    unknown_id: str  # a request whose cost nobody knew
+    budget_id: int
+    strangers_budget_id: int
+    webhook_id: int
+    strangers_webhook_id: int
 
     def fill(self, text: str, **changes: Any) -> str:
-        return text.format(**{"user_id": self.user.id, "key_id": self.key_id, "plan_id": self.plan_id, **changes})
+        ids = {"user_id": self.user.id, "key_id": self.key_id, "plan_id": self.plan_id, "request_id": self.unknown_id}
+        return text.format(**{**ids, "budget_id": self.budget_id, "webhook_id": self.webhook_id, **changes})
 
 
 Body = Callable[[World], Any]
@@ -52,13 +59,23 @@ class Endpoint:
     fields: set[str]
     body: Body | None = None
     missing: tuple[Missing, ...] = ()
+    query: str = ""
+    status: int = 200
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
 
 
-def of_path(**ids: int) -> Missing:
+def of_path(**ids: int | str) -> Missing:
     return lambda world: (ids, None)
+
+
+def strangers_budget(world: World) -> tuple[dict[str, Any], Any]:
+    return {"budget_id": world.strangers_budget_id}, None
+
+
+def strangers_webhook(world: World) -> tuple[dict[str, Any], Any]:
+    return {"webhook_id": world.strangers_webhook_id}, None
 
 
 def strangers_key(world: World) -> tuple[dict[str, Any], Any]:
@@ -71,6 +88,9 @@ def of_body(**body: Any) -> Missing:
 
 NO_KEY = (of_path(key_id=UNKNOWN), strangers_key)
 NO_USER = (of_path(user_id=UNKNOWN),)
+NO_BUDGET = (of_path(budget_id=UNKNOWN), strangers_budget)
+NO_WEBHOOK = (of_path(webhook_id=UNKNOWN), strangers_webhook)
+NO_REQUEST = "019a9f5e-0000-7000-8000-000000000000"
 READ_KEYS, WRITE_KEYS = ("read", "keys"), ("write", "keys")
 KEY = {
     "id", "api_key", "key_name", "environment_tag", "scope_permissions", "is_active", "is_primary", "expiration_date", "days_remaining",
@@ -86,6 +106,13 @@ PLAN = {
     "monthly_token_limit", "features",
 }  # fmt: skip
 CORRECTED = {"status", "message", "new_balance", "user_id", "transaction_id"}
+END_USER = {
+    "id", "end_user", "budget_of", "budget", "budget_window", "window_start", "spent", "held", "remaining", "created_at", "updated_at",
+}  # fmt: skip
+BUDGET = {"budget": 5, "budget_window": "month"}
+WEBHOOK = {"status", "message", "webhook", "secret"}
+HOOK = {"url": "https://hooks.invalid/budgets"}  # a name that no resolver knows (RFC 6761)
+OWN_KEY = {"key": "sk-or-v1-" + "0" * 64}
 REPORT = {"status", "start", "end", "timezone", "bucket", "group_by", "total", "rows"}
 
 TABLE = [
@@ -110,6 +137,20 @@ TABLE = [
     Endpoint("GET", "/user/usage", ("read", "usage"), REPORT),
     Endpoint("GET", "/user/usage/records", ("read", "usage"), {"status", "records", "next_cursor"}),
     Endpoint("GET", "/user/transactions", ("read", "transactions"), {"status", "transactions", "next_cursor"}),
+    Endpoint("GET", "/user/provider-key", ("read", "account"), {"status", "provider_key"}),
+    Endpoint("PUT", "/user/provider-key", ("write", "account"), {"status", "provider_key", "checked"}, lambda w: OWN_KEY),
+    Endpoint("DELETE", "/user/provider-key", ("write", "account"), {"status", "message"}),
+    Endpoint("GET", "/user/end-users", ("read", "budgets"), {"status", "end_users", "next_cursor"}),
+    Endpoint("POST", "/user/end-users", ("write", "budgets"), END_USER, lambda w: {"end_user": "new", **BUDGET}, status=201),
+    Endpoint("PUT", "/user/end-users/{budget_id}", ("write", "budgets"), END_USER, lambda w: {"budget": 6}, NO_BUDGET),
+    Endpoint("DELETE", "/user/end-users/{budget_id}", ("write", "budgets"), {"status", "message", "deleted_id"}, missing=NO_BUDGET),
+    Endpoint("GET", "/user/budget-events", ("read", "budgets"), {"status", "events", "next_cursor"}),
+    Endpoint("GET", "/user/webhooks", ("read", "webhooks"), {"status", "webhooks"}),
+    Endpoint("POST", "/user/webhooks", ("write", "webhooks"), WEBHOOK, lambda w: HOOK, status=201),
+    Endpoint("GET", "/user/webhooks/deliveries", ("read", "webhooks"), {"status", "deliveries", "next_cursor"}),
+    Endpoint("PUT", "/user/webhooks/{webhook_id}", ("write", "webhooks"), WEBHOOK, lambda w: {"rotate_secret": True}, NO_WEBHOOK),
+    Endpoint("DELETE", "/user/webhooks/{webhook_id}", ("write", "webhooks"), {"status", "message", "deleted_id"}, missing=NO_WEBHOOK),
+    Endpoint("POST", "/user/webhooks/{webhook_id}/test", ("write", "webhooks"), {"status", "message", "delivery"}, missing=NO_WEBHOOK),
     Endpoint("GET", "/user/plan", ("read", "plan"), {"status", "plan", "limits", "start_date", "end_date", "is_active"}),
     Endpoint("DELETE", "/user/plan", ("write", "plan"), {"status", "message", "plan_id"}),
     Endpoint("GET", "/user/plan/usage", ("read", "plan"), {"plan_name", "usage", "limits", "remaining", "at_limit"}),
@@ -177,7 +218,7 @@ TABLE = [
         None,
         {*CORRECTED, "refunded"},
         lambda w: {"request_id": w.request_id},
-        (of_body(request_id="019a9f5e-0000-7000-8000-000000000000"),),
+        (of_body(request_id=NO_REQUEST),),
     ),
     Endpoint(
         "POST",
@@ -235,6 +276,15 @@ TABLE = [
     Endpoint("DELETE", "/admin/plans/{plan_id}", None, {"status", "message", "plan_id"}, missing=(of_path(plan_id=UNKNOWN),)),
     Endpoint("POST", "/admin/refresh-models", None, {"total_models"}),
     Endpoint("GET", "/admin/cache-status", None, {"cache_info"}),
+    Endpoint("GET", "/admin/reconciliation", None, {"status", "mode", "upstream", "windows", "open", "journal_waiting", "timestamp"}),
+    Endpoint("GET", "/admin/reconciliation/items", None, {"status", "kind", "items", "next_cursor"}, query="?kind=unknown"),
+    Endpoint(
+        "POST",
+        "/admin/reconciliation/{request_id}/resolve",
+        None,
+        {"status", "message", "request_id", "charged", "overrun"},
+        missing=(of_path(request_id=NO_REQUEST),),
+    ),
     Endpoint("GET", "/internal/sweep", None, {"status", "expired", "resolved"}),
 ]
 SCOPED = [endpoint for endpoint in TABLE if endpoint.scope is not None]
@@ -290,9 +340,16 @@ async def make_world(gateway: Gateway) -> World:
     (strangers,) = (await gateway.http.get("/user/api-keys", headers=stranger.headers)).json()["keys"]
     plan = await gateway.admin("POST", "/admin/plans", json={"slug": f"plan-{user.id}", "name": "Plan"})
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
-    answer = await user.chat(model="sandbox/fixed-price")
-    assert answer.status_code == 200, answer.text
-    return World(gateway, user, stranger, made.json()["key"]["id"], strangers["id"], plan["id"], answer.headers["x-request-id"])
+    known, unknown = [(await user.chat(model="sandbox/fixed-price")).headers["x-request-id"] for _ in range(2)]
+    await make_unknown(gateway, user, unknown)
+    budgets, webhooks = [], []
+    for each in (user, stranger):
+        order = {"end_user": "ada", **BUDGET}
+        budgets.append((await gateway.http.post("/user/end-users", headers=each.headers, json=order)).json()["id"])
+        webhooks.append((await gateway.http.post("/user/webhooks", headers=each.headers, json=HOOK)).json()["webhook"]["id"])
+    assert (await gateway.http.put("/user/provider-key", headers=user.headers, json=OWN_KEY)).status_code == 200
+    keys = (made.json()["key"]["id"], strangers["id"])
+    return World(gateway, user, stranger, *keys, plan["id"], known, unknown, *budgets, *webhooks)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -308,7 +365,7 @@ async def shared(stage: tuple[Gateway, Upstream]) -> World:
 
 
 async def call(world: World, endpoint: Endpoint, headers: dict[str, str], ids: dict[str, Any], body: Any) -> httpx.Response:
-    return await world.gateway.http.request(endpoint.method, world.fill(endpoint.path, **ids), headers=headers, json=body)
+    return await world.gateway.http.request(endpoint.method, world.fill(endpoint.path, **ids) + endpoint.query, headers=headers, json=body)
 
 
 def body_of(endpoint: Endpoint, world: World) -> Any:
@@ -336,7 +393,7 @@ async def test_the_table_is_complete(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)
 async def test_nobody_is_told_to_send_a_key(gateway: Gateway, endpoint: Endpoint) -> None:
-    path = endpoint.path.format(user_id=1, key_id=1, plan_id=1)
+    path = endpoint.path.format(user_id=1, key_id=1, plan_id=1, budget_id=1, webhook_id=1, request_id=NO_REQUEST) + endpoint.query
     answer = await gateway.http.request(endpoint.method, path, json={})
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -376,10 +433,16 @@ async def test_without_a_plan_there_is_none_to_see_or_cancel(shared: World, endp
     assert answer.status_code == (404 if endpoint.path == "/user/plan" else 200)
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_without_a_key_of_one_s_own_there_is_none_to_see_or_forget(shared: World, method: str) -> None:
+    answer = await shared.gateway.http.request(method, "/user/provider-key", headers=shared.stranger.headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)
 async def test_a_valid_call_answers_with_its_documented_fields(world: World, endpoint: Endpoint) -> None:
     answer = await call(world, endpoint, headers_for(endpoint, world), {}, body_of(endpoint, world))
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == endpoint.status, answer.text
     assert endpoint.fields <= answer.json().keys()
     assert answer.headers["x-request-id"] and answer.headers["content-type"] == "application/json"
     await world.gateway.database.assert_books_balance()

@@ -67,7 +67,8 @@ async def test_a_key_shows_its_budget_and_what_it_has_used(gateway: Gateway) -> 
     assert data["limit_remaining"] == 2 - cost
     assert data["label"] == f"gw_live_...{limited.key[-4:]}"
     assert (data["byok_usage"], data["include_byok_in_limit"], data["is_management_key"]) == (0, False, False)
-    assert data["rate_limit"] == {"requests": -1, "interval": "1m"}
+    assert (data["rate_limit"]["requests"], data["rate_limit"]["interval"]) == (-1, "1m") and data["rate_limit"]["note"]
+    assert data["free_model_daily_requests"] == {"limit": 0, "remaining": 0, "used": 0} and data["allowed_data_regions"] == ["global"]
     own = (await exact(user, "/v1/key"))["data"]
     assert (own["limit"], own["limit_remaining"], own["limit_reset"], own["is_free_tier"]) == (None, None, None, True)
 

@@ -301,4 +301,9 @@ def test_every_test_is_run_before_a_change_lands() -> None:
     root = TESTS.parent
     assert "make test" in (root / ".ci" / "run").read_text().splitlines()
     assert "$(PY) -m pytest -q" in (root / "Makefile").read_text()
-    assert {path.parent.name for path in TESTS.rglob("test_*.py")} == {"tests", "sql", "embedded", "sandbox"}
+    of_clients = TESTS / "clients" / "python"  # of other people's clients, which `make clients` runs: each needs its own packages
+    ours = {path for path in TESTS.rglob("test_*.py") if path.parent != of_clients}
+    assert {path.parent.name for path in ours} == {"tests", "sql", "embedded", "sandbox"}
+    assert "make clients" in (root / ".ci" / "run").read_text().splitlines()
+    run = (TESTS / "clients" / "run.py").read_text()
+    assert all(f'"python/{path.name}"' in run for path in of_clients.glob("test_*.py"))

@@ -122,7 +122,7 @@ test("a text is spoken", speech, async () => {
 });
 
 test("a sound is written down", transcriptions, async () => {
-  const account = await newAccount(100); // how long a file lasts is not known beforehand: much is held
+  const account = await newAccount(0.1); // for a second of sound a fraction of a cent is held
   const file = await toFile(wav(), "silence.wav");
   const answer = await sdk(account.key).audio.transcriptions.create({ model: await modelThatMakes("transcription"), file });
   assert.ok(answer.text.length > 0);

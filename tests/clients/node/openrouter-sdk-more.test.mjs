@@ -111,7 +111,7 @@ test("a text is spoken", needs("POST /api/v1/audio/speech"), async () => {
 });
 
 test("a sound is written down", needs("POST /api/v1/audio/transcriptions"), async () => {
-  const account = await newAccount(100); // how long a file lasts is not known beforehand: much is held
+  const account = await newAccount(0.1); // for a second of sound a fraction of a cent is held
   const inputAudio = { data: wav().toString("base64"), format: "wav" };
   const sttRequest = { model: await modelThatMakes("transcription"), inputAudio };
   const answer = await sdk(account.key).stt.createTranscription({ sttRequest });

@@ -181,6 +181,21 @@ test("an error in mid-stream is an event with an error", async () => {
   assert.equal((await account.settledRecord()).status, "failed");
 });
 
+for (const [scenario, code, kind] of [
+  ["stream-error-string", 502, "server_error"],
+  ["cut", 502, "upstream_error"],
+]) {
+  test(`what goes wrong in mid-stream passes its schemas: ${scenario}`, async () => {
+    const account = await newAccount();
+    const found = [];
+    for await (const { error } of await say(sdk(account.key), { model: `${MODEL}:${scenario};count=3`, stream: true })) {
+      if (error) found.push([error.code, error.metadata.errorType]);
+    }
+    assert.deepEqual(found, [[code, kind]]);
+    assert.equal((await account.settledRecord()).status, "failed");
+  });
+}
+
 test("who leaves in mid-stream has one settled record", async () => {
   const account = await newAccount();
   const leaving = new AbortController();

@@ -246,7 +246,7 @@ def test_a_spoken_text_is_streamed_to_a_file(account: Account, tmp_path: Any) ->
 
 @transcriptions
 def test_a_sound_is_written_down() -> None:
-    account = new_account(credits=100)  # how long a file lasts is not known beforehand: much is held
+    account = new_account(credits=0.1)  # for a second of sound a fraction of a cent is held
     answer = sdk(account.key).audio.transcriptions.create(model=model_that_makes("transcription"), file=a_second_of_silence())
     assert answer.text
     record = account.settled_record()
