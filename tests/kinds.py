@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from routes.proxy import ENDPOINTS
-
 WORDS = ("all", "that", "glitters", "is", "not", "gold", "ça", "日本")
-SERVED = {endpoint.endpoint for endpoint in ENDPOINTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +19,7 @@ class Kind:
     streams: bool = True
     form: bool = False
     asks: str = ""
+    tells: bool = True  # the answer has room for what was charged, once it has begun
 
     @property
     def url(self) -> str:
@@ -85,10 +83,10 @@ def _speech(rng: random.Random) -> dict[str, Any]:
 
 
 def _transcription(rng: random.Random) -> dict[str, Any]:
-    return {"model": "openai/gpt-4o-mini-transcribe", "file": b"RIFF" + rng.randbytes(rng.randint(100, 2000))}
+    return {"model": "openai/gpt-4o-transcribe", "file": b"RIFF" + rng.randbytes(rng.randint(100, 2000))}
 
 
-EVERY = (
+KINDS = (
     Kind("chat/completions", _chat),
     Kind("completions", _completion),
     Kind("responses", _response),
@@ -97,7 +95,6 @@ EVERY = (
     Kind("rerank", _rerank, streams=False),
     Kind("images", _image, streams=False),
     Kind("images/generations", _image, streams=False, asks="images"),
-    Kind("audio/speech", _speech, streams=False),
+    Kind("audio/speech", _speech, streams=False, tells=False),
     Kind("audio/transcriptions", _transcription, streams=False, form=True),
 )
-KINDS = tuple(kind for kind in EVERY if kind.path in SERVED)

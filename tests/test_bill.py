@@ -10,7 +10,7 @@ from rig import Database, running_workers, served
 
 from sandbox import create_app as create_sandbox
 
-REQUESTS, SEED = 200, 7
+REQUESTS, SEED = 300, 7
 
 
 async def test_charges_of_random_requests_on_two_workers_equal_the_upstreams_bill(database: Database, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Caller:
 
 def bound_of(fixed: str, output: str, least: int = 100, most: int = 100) -> Bound:
     nothing = Decimal(0)
-    rates = Rates(*[nothing] * 8, None, None, None)
+    rates = Rates(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, None, None, None)
     return Bound(("m",), Decimal(fixed), Decimal(output), least, most, 10, {}, {}, False, rates, 1, 1)
 
 

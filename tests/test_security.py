@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
+from addresses import address_subject, client_address, client_domain
 from errors import BadRequest, InvalidKey
 from security import (
     ALPHABET,
@@ -21,9 +22,6 @@ from security import (
     Credential,
     Keyring,
     Vault,
-    address_subject,
-    client_address,
-    client_domain,
     key_environment,
     masked,
     new_key,

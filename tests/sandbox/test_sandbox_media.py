@@ -7,7 +7,7 @@ import json
 import struct
 import zlib
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx2
 import openai
@@ -152,7 +152,7 @@ async def test_images_are_streamed_as_events(client: Client) -> None:
     ("form", "start"), [("mp3", b"\xff\xf3\x44\xc0"), ("wav", b"RIFF"), ("pcm", hum(zlib.crc32(SPEECH["input"].encode()))[:64])]
 )
 async def test_the_openai_sdk_reads_speech(sdk: openai.AsyncOpenAI, form: Any, start: bytes) -> None:
-    async with sdk.audio.speech.with_streaming_response.create(**SPEECH, response_format=form) as response:
+    async with sdk.audio.speech.with_streaming_response.create(response_format=form, **cast(Any, SPEECH)) as response:
         sound = await response.read()
         media_type = response.headers["content-type"]
     assert media_type == {"mp3": "audio/mpeg", "wav": "audio/wav", "pcm": "audio/pcm;rate=24000;channels=1"}[form]
