@@ -82,6 +82,7 @@ class Exchange:
             self._delivery.recording = Recording()
         try:
             await self._generate(hold)
+            hold = self.hold  # it may have been raised
             self.settled = await self._settle(hold)
         except BaseException:
             # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
@@ -90,7 +91,7 @@ class Exchange:
         finally:
             self._delivery.quiet()
             self._forget_generation()
-        await self._finish(self.hold or hold)
+        await self._finish(hold)
 
     def client_left(self) -> None:
         """Nobody waits any more: stop the upstream where that stops the bill, else go on to learn the cost."""
