@@ -86,13 +86,13 @@ class Customer:
         return answer, self.link.round_trips - before
 
 
-async def customer_of(gateway: Gateway, link: DatabaseLink, *, own_key: bool) -> Customer:
+async def customer_of(gateway: Gateway, link: DatabaseLink, *, own_key: bool = False, budget: float = 0.001) -> Customer:
     user = await gateway.register(credits=10)
     admin = gateway.admin
     plan = await admin("POST", "/admin/plans", json=PLAN)
     await admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"], "duration_months": 1})
     for end_user in ("*", "ann"):
-        made = await ask(user, "POST", "/user/end-users", {"end_user": end_user, "budget": 0.00018, "budget_window": "week"})
+        made = await ask(user, "POST", "/user/end-users", {"end_user": end_user, "budget": budget, "budget_window": "week"})
         assert made.status_code == 201, made.text
     assert (await ask(user, "POST", "/user/webhooks", {"url": "https://hooks.example.com/"})).status_code == 201
     if own_key:
@@ -106,7 +106,7 @@ async def customer_of(gateway: Gateway, link: DatabaseLink, *, own_key: bool) ->
 @pytest.mark.parametrize("own_key", [False, True], ids=["credits", "own-key"])
 async def test_two_with_everything_switched_on_at_once(start_gateway: Start, link: DatabaseLink, upstream: Upstream, own_key: bool) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
-    customer = await customer_of(gateway, link, own_key=own_key)
+    customer = await customer_of(gateway, link, own_key=own_key, budget=0.00018)  # a level of it is reached
     for _ in range(3):
         assert (await customer.post())[0].status_code == 200  # connections, statements and models are there from now on
     for streamed in (False, True):
@@ -134,7 +134,7 @@ async def test_two_with_everything_switched_on_at_once(start_gateway: Start, lin
 
 async def test_refusals_take_one(start_gateway: Start, link: DatabaseLink, upstream: Upstream) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
-    customer = await customer_of(gateway, link, own_key=False)
+    customer = await customer_of(gateway, link)
     for _ in range(3):
         assert (await customer.post())[0].status_code == 200
     for body, status in (
@@ -164,7 +164,7 @@ async def test_a_raised_hold_takes_one_more(start_gateway: Start, link: Database
     async with running_script() as upstream:
         gateway = await start_gateway(database_url=link.url, **live(upstream.url))
         upstream.say(Reply([orjson.dumps(said)]))
-        customer = await customer_of(gateway, link, own_key=False)
+        customer = await customer_of(gateway, link)
         for _ in range(3):
             assert (await customer.post(model=TEXT))[0].status_code == 200
         upstream.say(Reply([orjson.dumps(refusal)], status=404), Reply([orjson.dumps(said)]))
