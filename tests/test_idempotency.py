@@ -6,8 +6,10 @@ import asyncio
 import os
 import random
 import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from decimal import Decimal
 from pathlib import Path
@@ -434,28 +436,29 @@ def without_charge(answer: httpx.Response) -> list[Any]:
     return [{name: value for name, value in event.items() if name != "gateway_usage"} for event in found]
 
 
-async def test_an_answer_is_kept_even_where_the_instance_is_stopped_as_it_settles(
-    start_gateway: Start, database: Database, link: DatabaseLink, upstream: Upstream, tmp_path: Path
+async def test_an_answer_is_kept_even_where_its_request_is_stopped_as_it_is_sealed(
+    gateway: Gateway, upstream: Upstream, user: User
 ) -> None:
-    """The settlement that is cut off goes to the journal with its answer, and so does the one that is made in its place."""
-    gateway = await start_gateway(database_url=link.url, **live(upstream.url))
-    user = await gateway.register(credits=10)
-    async with database.owner() as owner:
-        upstream.scenario = "slow-first-token;seconds=0.3"
-        waiting = asyncio.create_task(ask(user))
-        await running(upstream)
-        async with owner.transaction():
-            await owner.execute("select from public.users where id = $1 for update", user.id)
-            runtime = gateway.app.state.runtime.runtime
+    """Shutdown gives up on requests that take too long; each is then settled once more, with the answer that it had."""
+    upstream.scenario = "oversized;bytes=200000,slow-first-token;seconds=0.3"  # large enough to be sealed in a thread
+    waiting = asyncio.create_task(ask(user))
+    await running(upstream)
+    free, threads = threading.Event(), ThreadPoolExecutor(max_workers=1)
+    asyncio.get_running_loop().set_default_executor(threads)
+    busy = asyncio.create_task(asyncio.to_thread(free.wait, 10))  # and there is none to be had
 
-            async def settles() -> bool:
-                query = "select exists (select from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database())"
-                return bool(await database.value(query))
+    async def sealing() -> bool:
+        return any(getattr(task.get_coro(), "__name__", "") == "keep" for task in asyncio.all_tasks())
 
-            await eventually(settles, lambda found: found)
-            (exchange,) = runtime.exchanges
-            exchange.cancel()
-            await asyncio.wait([exchange])
-        await asyncio.wait([waiting])
+    try:
+        await eventually(sealing, lambda found: found, seconds=5)
+        (exchange,) = gateway.app.state.runtime.runtime.exchanges
+        exchange.cancel()
+        await asyncio.wait([exchange])
+    finally:
+        free.set()
+    await asyncio.wait([waiting, busy])
     await assert_paid_once(user, upstream)
-    assert is_replay(await ask(user))
+    upstream.scenario = ""
+    again = await ask(user)
+    assert is_replay(again) and len(again.content) > 200_000
