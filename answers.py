@@ -114,12 +114,11 @@ class Recording:
 class StoredAnswer:
     """An answer as the client got it. `headers`: those that are sent again (content-type, x-generation-id, ...).
 
-    `pieces` are the body, parted where `gateway_usage` stands; one piece has none. `tokens` is what was charged for.
+    `pieces` are the body, parted where `gateway_usage` stands; one piece has none. What was charged is not part of it: the books say that.
     """
 
     status: int
     headers: Mapping[str, str]
-    tokens: int
     pieces: tuple[bytes, ...]
 
     def body(self, gateway_usage: bytes) -> bytes:
@@ -132,7 +131,7 @@ class StoredAnswer:
         return sealed
 
     def _seal(self, vault: Vault) -> str:
-        head = {"status": self.status, "headers": dict(self.headers), "tokens": self.tokens, "lengths": list(map(len, self.pieces))}
+        head = {"status": self.status, "headers": dict(self.headers), "lengths": list(map(len, self.pieces))}
         return vault.encrypt_bytes(zlib.compress(b"\n".join((orjson.dumps(head), b"".join(self.pieces))), 1))
 
 
@@ -154,7 +153,7 @@ def _open(sealed: str, vault: Vault) -> StoredAnswer | None:
     for length in head["lengths"]:
         pieces.append(body[start : start + length])
         start += length
-    return StoredAnswer(head["status"], head["headers"], head["tokens"], tuple(pieces))
+    return StoredAnswer(head["status"], head["headers"], tuple(pieces))
 
 
 async def _aside(size: int, work: Any, *arguments: Any) -> Any:

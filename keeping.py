@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import orjson
+import structlog
+
 from admission import StoredReply
 from answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
 from ending import Client, Proxied
@@ -23,6 +26,8 @@ from security import Vault
 
 if TYPE_CHECKING:
     from runtime import Runtime
+
+log = structlog.get_logger("keeping")
 
 MAX_CACHE_SECONDS = 86_400
 DEFAULT_CACHE_SECONDS = 300
@@ -44,14 +49,21 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     """What the request's headers ask for. Raises BadRequest."""
     headers, environment = request.headers, request.credential.environment
     key = headers.get("idempotency-key")
-    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, request.body)
+    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, _said(request, asked))
     wanted = _switch(headers, CACHE)
     if wanted is False:
         return Keeping(idempotency)
     place = partial(_cache_place, request, asked, runtime)
     if wanted is None:
-        return Keeping(idempotency, default_cache=place)
+        return Keeping(idempotency, default_cache=partial(place, clear=_switch(headers, CACHE_CLEAR) or False))
     return Keeping(idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False))
+
+
+def _said(request: Proxied, asked: Request) -> bytes:
+    """What must be the same where a request is repeated: of a form its contents, as clients part it anew each time they send it."""
+    if asked.file is None:
+        return request.body
+    return orjson.dumps([asked.fields, asked.file.name, hashlib.sha256(asked.file.content).hexdigest()], option=orjson.OPT_SORT_KEYS)
 
 
 def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:
@@ -104,16 +116,22 @@ async def give_again(stored: StoredReply, client: Client, more_headers: Mapping[
         headers |= {**HIT, "age": str(stored.age_seconds)}
     else:
         headers |= {"idempotent-replayed": "true"}
-    if not answer.headers.get("content-type", "").startswith(EVENTS):
+    if answer.headers.get("content-type") == EVENTS:
+        headers |= {"cache-control": "no-cache"}
+    else:
         headers |= {**charge_headers(stored.charge), "content-length": str(len(body))}
     await client.start(answer.status, headers)
     await client.send(body, more=False)
 
 
-async def keep(recording: Recording, content_type: str, generation_id: str | None, tokens: int, vault: Vault) -> dict[str, Any]:
-    """The answer as a settlement item carries it to be kept; empty where it is too large."""
+async def keep(recording: Recording, content_type: str, generation_id: str | None, vault: Vault) -> dict[str, Any]:
+    """The answer as a settlement item carries it to be kept; empty where it is too large, or cannot be sealed."""
     pieces = recording.pieces()
     if pieces is None:
         return {}
     headers = {"content-type": content_type, **({"x-generation-id": generation_id} if generation_id else {})}
-    return {"stored_answer": await StoredAnswer(200, headers, tokens, pieces).seal(vault)}
+    try:
+        return {"stored_answer": await StoredAnswer(200, headers, pieces).seal(vault)}
+    except Exception as error:  # whatever it was, the charge must not be lost with it
+        log.error("answer_not_sealed", exc_info=error)
+        return {}

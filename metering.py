@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Exchange:
     _stream: Stream | None = None
     _reader: asyncio.Task[Any] | None = None
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    _sealing: asyncio.Task[dict[str, Any]] | None = None
 
     async def run(self) -> None:
         """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is settled then, too."""
@@ -81,6 +82,7 @@ class Exchange:
             self._delivery.recording = Recording()
         try:
             await self._generate(hold)
+            hold = self.hold  # it may have been raised
             self.settled = await self._settle(hold)
         except BaseException:
             # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
@@ -89,7 +91,7 @@ class Exchange:
         finally:
             self._delivery.quiet()
             self._forget_generation()
-        await self._finish(self.hold or hold)
+        await self._finish(hold)
 
     def client_left(self) -> None:
         """Nobody waits any more: stop the upstream where that stops the bill, else go on to learn the cost."""
@@ -200,13 +202,14 @@ class Exchange:
         try:
             self._learn_generation(hold, answer.generation_id)
             if answer.status != 200:
-                await self._read_refusal(answer)
+                await self._read_refusal(hold, answer)
             elif answer.is_stream:
                 await self._relay(hold, answer)
             elif endpoint.answers_bytes and not answer.is_json:
                 await self._pass_bytes(hold, answer)
             else:
-                self._plain = read_answer(await answer.read(), endpoint.dialect, self.ending, invented=bool(self._upstream.suffixes))
+                raw, invented = await answer.read(), bool(self._upstream.suffixes)
+                self._plain = read_answer(raw, endpoint.dialect, self.ending, invented=invented, own_key=hold.byok)
         finally:
             await answer.aclose()
 
@@ -220,13 +223,11 @@ class Exchange:
             raise ProviderKeyRefused("The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key.")
         return key
 
-    async def _read_refusal(self, answer: Answer) -> None:
+    async def _read_refusal(self, hold: Hold, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
         raw, invented = await answer.read(), bool(self._upstream.suffixes)
         own_limit = is_own_limit(self._asked.fields, self._bound)
-        raise error_of(
-            answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=self.hold is not None and self.hold.byok
-        )
+        raise error_of(answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok)
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
         stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect)
@@ -305,8 +306,9 @@ class Exchange:
             await self.runtime.keep_generation(hold.request_id, ending.generation_id)
             self.runtime.settlements.resolve_later(place, item)
             return None
-        ending.usage = found
-        return await self.runtime.settlements.settle(with_generation(item, found))
+        item = with_generation(item, found)
+        ending.usage = replace(found, prompt_tokens=item["prompt_tokens"], completion_tokens=item["completion_tokens"])
+        return await self.runtime.settlements.settle(item)
 
     def _settlement(self, hold: Hold) -> dict[str, Any]:
         ending = self.ending
@@ -330,14 +332,21 @@ class Exchange:
         )
 
     async def _kept(self, hold: Hold) -> dict[str, Any]:
-        """The answer as it is kept to be given again, where that was asked for and it is whole."""
-        recording, self._delivery.recording = self._delivery.recording, None
-        if recording is None or not self.ending.completed:
+        """The answer as it is kept to be given again, where that was asked for and it is whole: the same, however often it is settled."""
+        recording, ending = self._delivery.recording, self.ending
+        if recording is None or not ending.completed:
             return {}
-        recording.add(self._last_bytes(hold, CHARGE_MARK))
-        content_type = EVENTS if self._stream is not None else self._content_type
-        kept = await keep(recording, content_type, self.ending.generation_id, self._tokens(), self.runtime.vault)
-        return {**kept, "cache": hold.cache} if kept and hold.cache is not None else kept
+        if self._sealing is None:
+            recording.add(self._last_bytes(hold, CHARGE_MARK))
+            content_type = EVENTS if self._stream is not None else self._content_type
+            self._sealing = asyncio.create_task(keep(recording, content_type, ending.generation_id, self.runtime.vault))
+        kept = await asyncio.shield(self._sealing)
+        return {**kept, "cache": hold.cache} if kept and hold.cache is not None and not self._is_cut(hold) else kept
+
+    def _is_cut(self, hold: Hold) -> bool:
+        """Whether it was the account's money that ended the answer: with more of it another one would be given."""
+        used = self.ending.usage.completion_tokens if self.ending.usage else None
+        return hold.granted_output < self._bound.max_output and (used is None or used >= hold.granted_output)
 
     def _last_bytes(self, hold: Hold, charge: bytes) -> bytes:
         """The end of the answer, which tells the client what was charged."""

@@ -61,6 +61,9 @@ class KeyRules(RequestModel):
     max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None
     budget: Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="Credits a window")
     budget_window: Literal["day", "week", "month", "lifetime"] | None = None
+    cache_ttl_seconds: Annotated[int, Field(strict=True, ge=1, le=86_400)] | None = Field(
+        default=None, description="Its requests use the response cache, this long, unless they say otherwise; null: only those that ask"
+    )
 
     @model_validator(mode="after")
     def _budget_has_window(self) -> Self:
@@ -139,6 +142,7 @@ class KeyView(BaseModel):
     budget: Credits | None
     budget_window: str | None
     budget_spent: Credits
+    cache_ttl_seconds: int | None
     created_at: str
     updated_at: str
     last_used_at: str | None

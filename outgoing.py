@@ -30,6 +30,7 @@ REFUSED = {
     "messages": {"container": "The gateway keeps no containers."},
 }
 DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user",))}
+MAX_END_USER_LENGTH = 256
 JSON_FORMATS = (None, "json", "verbose_json")
 
 
@@ -113,13 +114,27 @@ def write_request(
 def end_user_of(endpoint: Endpoint, fields: Mapping[str, Any], header: str | None) -> str | None:
     """The customer of our user that a request is for: `x-end-user`, else what each API names them by. Raises BadRequest."""
     if header is not None:
-        return header
+        return _end_user(_header_text(header), "x-end-user")
     about = fields.get("metadata") if endpoint.name == "messages" else fields
     param = "user_id" if endpoint.name == "messages" else "user"
     named = about.get(param) if isinstance(about, Mapping) else None
     if named is not None and not isinstance(named, str):
         raise BadRequest(f"`{param}` is a string.", param=param)
-    return named or None
+    return _end_user(named, param) if named else None
+
+
+def _end_user(name: str, param: str) -> str:
+    if not (1 <= len(name) <= MAX_END_USER_LENGTH and name.isprintable()):
+        raise BadRequest(f"`{param}`: an end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param=param)
+    return name
+
+
+def _header_text(value: str) -> str:
+    """A header as its sender meant it: HTTP knows no characters beyond Latin-1, and most who need them send UTF-8."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
 
 
 def _identity(endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable[[str], str]) -> dict[str, Any]:

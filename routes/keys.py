@@ -203,7 +203,9 @@ def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, A
 def _rules(order: KeyRules) -> dict[str, Any]:
     """The columns that these rules set: what was left out is not among them."""
     given = order.model_fields_set
-    found: dict[str, Any] = {name: getattr(order, name) for name in ("allowed_models", "max_requests") if name in given}
+    found: dict[str, Any] = {
+        name: getattr(order, name) for name in ("allowed_models", "max_requests", "cache_ttl_seconds") if name in given
+    }
     if "scope_permissions" in given and order.scope_permissions is not None:
         found["scope_permissions"] = order.scope_permissions
     for name in ("ip_allowlist", "domain_referrers"):

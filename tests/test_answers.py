@@ -42,9 +42,9 @@ def recorded(*parts: bytes) -> tuple[bytes, ...] | None:
 # Kept as it was.
 
 
-@given(st.lists(st.binary(max_size=200), min_size=1, max_size=5), st.integers(0, 10**9))
-async def test_what_is_sealed_opens_as_it_was(pieces: list[bytes], tokens: int) -> None:
-    answer = StoredAnswer(200, HEADERS, tokens, tuple(pieces))
+@given(st.lists(st.binary(max_size=200), min_size=1, max_size=5))
+async def test_what_is_sealed_opens_as_it_was(pieces: list[bytes]) -> None:
+    answer = StoredAnswer(200, HEADERS, tuple(pieces))
     assert await open_answer(await answer.seal(VAULT), VAULT) == answer
 
 
@@ -53,7 +53,7 @@ async def test_the_largest_answer_that_is_kept_fits_into_its_column(compressible
     body = b"a" * MAX_ANSWER_BYTES if compressible else os.urandom(MAX_ANSWER_BYTES)
     pieces = recorded(body[:1000], body[1000:])
     assert pieces == (body,)
-    sealed = await StoredAnswer(200, HEADERS, 7, pieces).seal(VAULT)
+    sealed = await StoredAnswer(200, HEADERS, pieces).seal(VAULT)
     assert len(sealed) <= 2_000_000
     found = await open_answer(sealed, VAULT)
     assert found is not None and found.body(b"") == body
@@ -67,12 +67,12 @@ def test_one_byte_more_is_not_kept_and_takes_no_memory() -> None:
 
 
 async def test_what_is_sealed_shows_nothing() -> None:
-    sealed = await StoredAnswer(200, HEADERS, 7, (b"the secret answer",)).seal(VAULT)
+    sealed = await StoredAnswer(200, HEADERS, (b"the secret answer",)).seal(VAULT)
     assert sealed.isascii() and "secret" not in sealed and b"secret" not in base64.urlsafe_b64decode(sealed)
 
 
 async def test_what_none_of_our_keys_sealed_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    sealed = await StoredAnswer(200, HEADERS, 7, (b"text",)).seal(VAULT)
+    sealed = await StoredAnswer(200, HEADERS, (b"text",)).seal(VAULT)
     assert await open_answer(sealed, Vault([TWO])) is None
     assert await open_answer("", VAULT) is None
     assert await open_answer(sealed[:-4], VAULT) is None
@@ -85,7 +85,7 @@ async def test_what_none_of_our_keys_sealed_is_not_there(capsys: pytest.CaptureF
 def test_a_json_answer_gets_the_charge_where_it_stood() -> None:
     pieces = recorded(with_field(b'{"id":"gen-1"}', "gateway_usage", CHARGE_MARK))
     assert pieces is not None
-    assert StoredAnswer(200, HEADERS, 7, pieces).body(b'{"cost":1}') == b'{"id":"gen-1","gateway_usage":{"cost":1}}'
+    assert StoredAnswer(200, HEADERS, pieces).body(b'{"cost":1}') == b'{"id":"gen-1","gateway_usage":{"cost":1}}'
 
 
 def test_a_stream_gets_the_charge_where_it_stood() -> None:
@@ -94,13 +94,13 @@ def test_a_stream_gets_the_charge_where_it_stood() -> None:
     held = b'data: {"usage":{}}\n\n'
     pieces = recorded(before, usage_event(held, stream, CHARGE_MARK), end)
     assert pieces is not None
-    body = StoredAnswer(200, {"content-type": "text/event-stream"}, 7, pieces).body(b'{"cost":1}')
+    body = StoredAnswer(200, {"content-type": "text/event-stream"}, pieces).body(b'{"cost":1}')
     assert body == before + b'data: {"usage":{},"gateway_usage":{"cost":1}}\n\n' + end
 
 
 def test_an_answer_without_a_charge_stays_without() -> None:
     assert recorded(b"ID3 audio") == (b"ID3 audio",)
-    assert StoredAnswer(200, {"content-type": "audio/mpeg"}, 0, (b"ID3 audio",)).body(b'{"cost":1}') == b"ID3 audio"
+    assert StoredAnswer(200, {"content-type": "audio/mpeg"}, (b"ID3 audio",)).body(b'{"cost":1}') == b"ID3 audio"
 
 
 # Places.

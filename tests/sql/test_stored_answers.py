@@ -48,6 +48,7 @@ async def test_a_key_runs_once_and_then_gives_its_answer_again(client: Client) -
     assert again == {
         "outcome": "replayed",
         "answer": "sealed",
+        "tokens": 30,
         "original_request_id": first["request_id"],
         "request_id": again["request_id"],
         "user_id": account.id,
