@@ -171,6 +171,7 @@ class OpenRouterClient(AsyncOpenAI):
         first, transport = known[key]
         request = _Repeated(first, body)
         if api_key is not None:
+            request.headers = first.headers.copy()  # those of the first are everybody's
             request.headers["Authorization"] = f"Bearer {api_key}"  # in the place of the operator's, whatever its case
         answer: httpx2.Response = await transport.handle_async_request(request)
         return answer
