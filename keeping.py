@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from admission import StoredReply
 from answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
 from ending import Client, Proxied
 from errors import BadRequest
+from forms import FormFile
 from outgoing import Request
 from refusals import limit_headers
 from replies import charge_headers, gateway_usage
@@ -44,7 +47,8 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     """What the request's headers ask for. Raises BadRequest."""
     headers, environment = request.headers, request.credential.environment
     key = headers.get("idempotency-key")
-    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, request.body)
+    said = request.body if asked.file is None else _content_of_form(asked.fields, asked.file)
+    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, said)
     wanted = _switch(headers, CACHE)
     if wanted is False:
         return Keeping(idempotency)
@@ -52,6 +56,12 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     if wanted is None:
         return Keeping(idempotency, default_cache=place)
     return Keeping(idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False))
+
+
+def _content_of_form(fields: Mapping[str, Any], file: FormFile) -> bytes:
+    """What a form says, whatever its boundary: clients make a new one for each attempt."""
+    about = [fields, file.name, file.content_type, hashlib.sha256(file.content).hexdigest()]
+    return orjson.dumps(about, option=orjson.OPT_SORT_KEYS)
 
 
 def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:

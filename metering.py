@@ -228,7 +228,7 @@ class Exchange:
         )
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
-        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect)
+        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect, choices=self._bound.choices)
         delivery = self._delivery
         self._reader = asyncio.current_task()
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
@@ -336,7 +336,9 @@ class Exchange:
         recording.add(self._last_bytes(hold, CHARGE_MARK))
         content_type = EVENTS if self._stream is not None else self._content_type
         kept = await keep(recording, content_type, self.ending.generation_id, self._tokens(), self.runtime.vault)
-        return {**kept, "cache": hold.cache} if kept and hold.cache is not None else kept
+        # What credits cut short is this moment's answer, and not the next request's.
+        is_full = (self.hold or hold).granted_output >= self._bound.max_output
+        return {**kept, "cache": hold.cache} if kept and hold.cache is not None and is_full else kept
 
     def _last_bytes(self, hold: Hold, charge: bytes) -> bytes:
         """The end of the answer, which tells the client what was charged."""
