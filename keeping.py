@@ -18,7 +18,6 @@ from admission import StoredReply
 from answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
 from ending import Client, Proxied
 from errors import BadRequest
-from forms import FormFile
 from outgoing import Request
 from refusals import limit_headers
 from replies import charge_headers, gateway_usage
@@ -47,8 +46,7 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     """What the request's headers ask for. Raises BadRequest."""
     headers, environment = request.headers, request.credential.environment
     key = headers.get("idempotency-key")
-    said = request.body if asked.file is None else _content_of_form(asked.fields, asked.file)
-    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, said)
+    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, _said(request, asked))
     wanted = _switch(headers, CACHE)
     if wanted is False:
         return Keeping(idempotency)
@@ -58,9 +56,12 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     return Keeping(idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False))
 
 
-def _content_of_form(fields: Mapping[str, Any], file: FormFile) -> bytes:
-    """What a form says, whatever its boundary: clients make a new one for each attempt."""
-    about = [fields, file.name, file.content_type, hashlib.sha256(file.content).hexdigest()]
+def _said(request: Proxied, asked: Request) -> bytes:
+    """The body; of a form what it says, whatever its boundary: clients make a new one for each attempt."""
+    file = asked.file
+    if file is None:
+        return request.body
+    about = [asked.fields, file.name, file.content_type, hashlib.sha256(file.content).hexdigest()]
     return orjson.dumps(about, option=orjson.OPT_SORT_KEYS)
 
 
