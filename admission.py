@@ -73,6 +73,12 @@ class StoredReply:
         return {"cost_nanos": self.cost_nanos, "balance_nanos": self.balance_nanos}
 
 
+def check_end_user(name: str | None) -> None:
+    """Raises BadRequest for what names nobody."""
+    if name is not None and not (0 < len(name) <= MAX_END_USER_LENGTH and name.isprintable()):
+        raise BadRequest(f"An end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param="user")
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What one request asks of admission, besides who is asking.
@@ -94,8 +100,7 @@ class Order:
     default_cache: Callable[[], Place] | None = None
 
     def __post_init__(self) -> None:
-        if self.end_user is not None and not (0 < len(self.end_user) <= MAX_END_USER_LENGTH and self.end_user.isprintable()):
-            raise BadRequest(f"An end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param="user")
+        check_end_user(self.end_user)
 
 
 class Admission:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from admission import Hold, Order, StoredReply
+from admission import Hold, Order, StoredReply, check_end_user
 from answering import read_answer
 from answers import CHARGE_MARK, Recording
 from bounds import Bound, BoundPolicy, bound_request
@@ -106,6 +106,7 @@ class Exchange:
             self._asked = read_request(request.endpoint, request.body, request.content_type)
             self._keeping = read_keeping(request, self._asked, self.runtime)
             self._end_user = end_user_of(request.endpoint, self._asked.fields, request.headers.get("x-end-user"))
+            check_end_user(self._end_user)
             if catalog.is_fresh:
                 self._bound = self._bound_with(await catalog.models())
                 return

@@ -10,6 +10,7 @@ from rig import Gateway, User, live
 from scripted import GENERATION, TEXT, WRITER, Reply, Scripted, running_script
 
 from sandbox.wire import dumps
+from security import new_key
 
 EVENTS = "text/event-stream"
 CACHE = {"x-gateway-cache": "true"}
@@ -117,3 +118,16 @@ async def test_a_field_that_is_nested_too_deeply_holds_nothing(
     answer = await transcribe(user, headers, provider='{"x":' * 300 + "1" + "}" * 300)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "provider")
     assert await scripted_gateway.database.value("select held_nanos from public.users where id = $1", user.id) == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 257, ""])
+async def test_who_a_request_is_for_is_looked_at_with_the_rest_of_it(gateway: Gateway, name: str) -> None:
+    """A key that is wrong is told before a header that is."""
+    user = await gateway.register()
+    stranger = User(gateway, 0, user.key[:-8] + "00000000")
+    unknown = User(gateway, 0, new_key("live"))
+    assert [(await ask(each, {"x-end-user": name}, model="openai/gpt-4o-mini")).status_code for each in (user, stranger, unknown)] == [
+        400,
+        401,
+        401,
+    ]
