@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from dialects import Dialect, Said
 from ending import Ending
 from errors import UpstreamError
 from events import BOM
 from upstream_errors import error_of, error_status, sanitised_error
 from usage import parse_json, read_generation_id
+
+BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octet-stream", re.IGNORECASE)
+ANY_BYTES = "application/octet-stream"
 
 
 def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool, own_key: bool = False) -> bytes:
@@ -32,3 +37,12 @@ def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool,
         raise error_of(error_status(about) or 502, {}, raw, invented=invented, own_key=own_key)
     ending.completed = not dialect.has_failed(said)
     return dialect.without_secrets(raw, sanitised_error)
+
+
+def bytes_type(content_type: str | None) -> str:
+    """The content type of an answer that is no text. Raises UpstreamError for one that is not sound."""
+    if content_type is None:
+        return ANY_BYTES
+    if not BYTES.fullmatch(content_type):
+        raise UpstreamError("The model provider's answer is not audio.")
+    return content_type

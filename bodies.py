@@ -31,6 +31,8 @@ from catalog import MAX_TOKENS
 from errors import UnboundedCost
 
 MAX_CHOICES = 128
+CONVERSATIONS = frozenset(("chat/completions", "responses", "messages"))  # whose prompts show schemas and calls of tools
+NUMBER_BYTES = 22  # the longest that a number is written
 
 ANTHROPIC_TIERS = ("standard", "standard_only")
 DEAR_TIERS = frozenset(("priority", "fast", "scale"))
@@ -55,12 +57,28 @@ def read_body(endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: s
         _MEDIA_READERS[endpoint](body, ask)
     else:
         _TEXT_READERS[endpoint](body, ask)
+        if endpoint in CONVERSATIONS:
+            ask.allowance += _growth_of_numbers(body)
         _read_output(body, ask)
         read_tools(endpoint, body, ask)
         read_plugins(body, ask, suffixes)
     _read_tier(endpoint, body, ask, suffixes)
     _read_provider(body, ask)
     return ask
+
+
+def _growth_of_numbers(body: Mapping[str, Any]) -> int:
+    """The bytes that a body may grow by as its numbers are written anew: 1e20 becomes 21 digits, 1e-6 becomes 0.000001."""
+    grown = 0
+    containers = [value for name, value in body.items() if name != "provider" and isinstance(value, dict | list)]
+    while containers:
+        container = containers.pop()
+        for value in container.values() if isinstance(container, dict) else container:
+            if isinstance(value, float):
+                grown += value.is_integer() or abs(value) < 0.01
+            elif isinstance(value, dict | list):
+                containers.append(value)
+    return grown * NUMBER_BYTES
 
 
 def _read_chat(body: Mapping[str, Any], ask: Ask) -> None:

@@ -5,8 +5,9 @@ It must never be too low, never raise anything but a GatewayError whatever the b
 - Prompt tokens: at most one for each byte of the JSON body. A tokenizer never yields more tokens than its text has
   UTF-8 bytes, and JSON never writes text in fewer bytes than its UTF-8: an escape takes 2 bytes for 1, or 6 (12) for at
   most 3 (4). So the size of the body bounds all text in it unread; names, quotes and braces come on top and pay for
-  what a chat template adds, and a key given twice only makes it longer. This holds for UTF-8 bodies after
-  decompression, and the JSON parser takes no others. What the provider's side adds for tools and schemas is an
+  what a chat template adds, and a key given twice only makes it longer. Only numbers may be written at greater length on
+  their way (1e20), and count as long as that. This holds for UTF-8 bodies after decompression, and the JSON parser takes
+  no others. What the provider's side adds for tools and schemas is an
   allowance, and so is an image, instead of its data URL. Encrypted reasoning counts as text, as long as what it hides.
 - At most the context length for each input, and exactly that when searches, files, audio or the results of tools add
   what we do not see (an hour of silence takes few bytes, and many tokens).

@@ -144,7 +144,7 @@ class Catalog:
     @property
     def is_fresh(self) -> bool:
         """Whether `models` will answer without asking the upstream."""
-        return self._index is not None and self._clock() - self._loaded_at < self._ttl
+        return self._index is not None and (self._refreshing is not None or not self._is_due())
 
     async def models(self) -> ModelIndex:
         """The model list, at most a moment older than the time to live while the upstream answers.
@@ -153,8 +153,7 @@ class Catalog:
         """
         if self._index is None:
             return await self.refresh()
-        now = self._clock()
-        if now - self._loaded_at >= self._ttl and (self.last_error is None or now >= self._retry_at):
+        if self._is_due():
             self._start()
         return self._index
 
@@ -189,6 +188,10 @@ class Catalog:
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.wait([self._refreshing])
+
+    def _is_due(self) -> bool:
+        now = self._clock()
+        return now - self._loaded_at >= self._ttl and (self.last_error is None or now >= self._retry_at)
 
     def _start(self) -> asyncio.Task[ModelIndex]:
         if self._refreshing is None:

@@ -62,6 +62,8 @@ class Said:
     provider: str | None = None
     finish_reason: str | None = None
     ended: bool = False  # the event that ends a stream in this dialect has come
+    choices: int = 1  # that were asked for
+    ended_choices: set[str] = field(default_factory=set)
     counts: dict[str, Any] = field(default_factory=dict)  # a usage object that comes in parts
 
 
@@ -111,9 +113,7 @@ class Dialect:
     def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
         """Notes what one event, or a whole answer, says of itself."""
         _note_origin(data, said)
-        choices = data.get("choices")
-        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-            said.finish_reason = read_text(choices[0].get("finish_reason")) or said.finish_reason
+        _note_ends(data.get("choices"), said)
         if error := data.get("error"):
             said.error = sanitise(_as_object(error))
         found = read_usage(data.get("usage"))
@@ -122,7 +122,7 @@ class Dialect:
 
     def is_whole(self, said: Said) -> bool:
         """Whether the answer in a stream has come to its end, whatever may follow."""
-        return said.finish_reason is not None
+        return said.finish_reason is not None and len(said.ended_choices) >= said.choices
 
     def has_failed(self, said: Said) -> bool:
         """Whether the answer says itself that it failed."""
@@ -372,6 +372,15 @@ def _note_origin(answer: Mapping[str, Any], said: Said) -> None:
     said.body_id = said.body_id or read_text(answer.get("id"))
     said.model = read_text(answer.get("model")) or said.model
     said.provider = read_text(answer.get("provider")) or said.provider
+
+
+def _note_ends(choices: object, said: Said) -> None:
+    """Which choices have ended and why: the first one's reason is told, but for that of one that failed."""
+    for choice in reversed(choices) if isinstance(choices, list) else ():
+        reason = read_text(choice.get("finish_reason")) if isinstance(choice, dict) else None
+        if reason is not None:
+            said.ended_choices.add(repr(choice.get("index")))
+            said.finish_reason = said.finish_reason if said.finish_reason == "error" else reason
 
 
 def _envelope(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ MAX_PARTS = 64
 MAX_HEAD_BYTES = 8 * 1024
 MAX_FIELD_BYTES = 64 * 1024
 MAX_NAME_LENGTH = 128
+MAX_CONTAINERS = 100  # in a field that is an object: reading takes more nesting than writing does
 FILE = "file"
 OBJECTS = frozenset(("provider",))  # fields that are objects, written as JSON
 PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
@@ -131,6 +132,8 @@ def _value(name: str, content: bytes) -> Any:
         raise BadRequest(f"`{name}` is longer than {MAX_FIELD_BYTES} bytes.", param=name)
     try:
         text = content.decode()
+        if name in OBJECTS and text.count("{") + text.count("[") > MAX_CONTAINERS:
+            raise BadRequest(f"`{name}` has too many parts.", param=name)
         return orjson.loads(text) if name in OBJECTS else text
     except UnicodeDecodeError:
         raise BadRequest(f"`{name}` is not UTF-8.", param=name) from None

@@ -63,7 +63,10 @@ def _said(request: Proxied, asked: Request) -> bytes:
     """What must be the same where a request is repeated: of a form its contents, as clients part it anew each time they send it."""
     if asked.file is None:
         return request.body
-    return orjson.dumps([asked.fields, asked.file.name, hashlib.sha256(asked.file.content).hexdigest()], option=orjson.OPT_SORT_KEYS)
+    return orjson.dumps(
+        [asked.fields, asked.file.name, asked.file.content_type, hashlib.sha256(asked.file.content).hexdigest()],
+        option=orjson.OPT_SORT_KEYS,
+    )
 
 
 def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:

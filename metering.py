@@ -8,7 +8,6 @@ relies on a generator having started.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from admission import Hold, Order, StoredReply
-from answering import read_answer
+from answering import bytes_type, read_answer
 from answers import CHARGE_MARK, Recording
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 NOTE_GENERATION_SECONDS = 2.0
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
-BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octet-stream", re.IGNORECASE)
-ANY_BYTES = "application/octet-stream"
 
 
 @dataclass(slots=True)
@@ -230,7 +227,7 @@ class Exchange:
         raise error_of(answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok)
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
-        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect)
+        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect, choices=self._bound.choices)
         delivery = self._delivery
         self._reader = asyncio.current_task()
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
@@ -255,10 +252,7 @@ class Exchange:
 
     async def _pass_bytes(self, hold: Hold, answer: Answer) -> None:
         """An answer that is no text goes on as it comes; its last piece waits for the settlement."""
-        content_type = answer.headers.get("content-type", ANY_BYTES)
-        if not BYTES.fullmatch(content_type):
-            raise UpstreamError("The model provider's answer is not audio.")
-        self._content_type = content_type
+        self._content_type = content_type = bytes_type(answer.headers.get("content-type"))
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 if self._plain is None:

@@ -6,11 +6,12 @@ import json
 from decimal import Decimal
 from typing import Any
 
+import orjson
 import pytest
-from bounds_rig import CHAT, amounts, bound, chat, entry, image, refusal, with_parts
+from bounds_rig import CHAT, INDEX, POLICY, amounts, bound, chat, entry, image, refusal, with_parts
 
 from bodies_tools import MAX_TOOL_STEPS
-from bounds import BoundPolicy
+from bounds import BoundPolicy, bound_request
 from catalog import read_models
 from errors import BadRequest, UnboundedCost
 
@@ -332,3 +333,28 @@ def test_a_model_that_only_makes_images_is_not_talked_into_text() -> None:
 def test_a_free_model_stays_off_whatever_its_tools_cost() -> None:
     assert refusal(chat("free/model", tools=[search(max_uses=1)]), CHAT).code == "free_models_disabled"
     assert bound(chat("free/model", tools=[search(max_uses=1)]), policy=BoundPolicy(4096, free_models=True)).fixed_nanos == SEARCH
+
+
+NUMBERS = {
+    "1e20": "100000000000000000000",
+    "1e15": "1000000000000000.0",
+    "1e-6": "0.000001",
+    "123456789012345678901": "1.2345678901234568e+20",
+}
+
+
+@pytest.mark.parametrize("written", NUMBERS)
+@pytest.mark.parametrize("endpoint", ["chat/completions", "responses", "messages"])
+def test_numbers_count_as_long_as_they_may_be_written_anew(endpoint: str, written: str) -> None:
+    """JSON is read and written on its way: 1e20 is 4 bytes here, and 21 digits, each a token, in a prompt of JavaScript's making."""
+    schema = f'{{"type":"object","enum":[{",".join([written] * 2_000)}]}}'
+    tool = {
+        "chat/completions": f'{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}',
+        "responses": f'{{"type":"function","name":"f","parameters":{schema}}}',
+        "messages": f'{{"name":"f","input_schema":{schema}}}',
+    }[endpoint]
+    said = '"input":"Hi"' if endpoint == "responses" else '"messages":[{"role":"user","content":"Hi"}]'
+    limit = "max_output_tokens" if endpoint == "responses" else "max_tokens"
+    raw = f'{{"model":"plain/model",{said},"{limit}":1,"tools":[{tool}]}}'.encode()
+    found = bound_request(endpoint, orjson.loads(raw), len(raw), INDEX, POLICY)
+    assert found.fixed_nanos >= 1_000 * len(raw.replace(written.encode(), NUMBERS[written].encode()))

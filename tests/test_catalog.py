@@ -117,6 +117,28 @@ async def test_the_background_refresh_replaces_the_list() -> None:
     assert (await catalog.models()).get("new/model") is not None
 
 
+async def test_a_list_that_is_being_replaced_or_cannot_be_asks_the_upstream_of_nobody_else() -> None:
+    """Who asks for it needs no key checked beforehand: a request makes no more round trips while the upstream's list is away."""
+    upstream = Upstream()
+    catalog = upstream.catalog()
+    await catalog.models()
+    upstream.now, upstream.error = 300.0, UpstreamTimeout()
+    assert not catalog.is_fresh
+    upstream.open.clear()
+    await catalog.models()
+    assert catalog.is_fresh
+    upstream.open.set()
+    await settled()
+    assert catalog.is_fresh and upstream.calls == 2
+    await catalog.models()
+    assert upstream.calls == 2
+    upstream.now += RETRY_SECONDS
+    assert not catalog.is_fresh
+    await catalog.models()
+    await settled()
+    assert upstream.calls == 3
+
+
 async def test_only_one_background_refresh_runs() -> None:
     upstream = Upstream()
     catalog = upstream.catalog()

@@ -475,13 +475,15 @@ async def test_a_deleted_accounts_answers_and_secrets_go_with_it(client: Client)
     first = await client.admit_one(account, **key("a"), **cache())
     await client.settle_one(first["request_id"], **kept())
     running = await client.admit_one(account, **key("b"))
+    caching = await client.admit_one(account, **cache("another body"))
     await client.value("insert into public.provider_keys (user_id, encrypted_key, label) values ($1, 'sealed', 'sk-or-...1')", account.id)
     await client.value("insert into public.webhooks (user_id, url, encrypted_secret) values ($1, 'https://a.example', 's')", account.id)
     assert (await client.call("delete_account", {"user_id": account.id, "actor": "admin"}))["outcome"] == "deleted"
     for table in ("stored_answers", "provider_keys", "webhooks"):
         assert await client.value(f"select count(*) from public.{table} where user_id = $1", account.id) == 0
     assert (await client.settle_one(running["request_id"], stored_answer="sealed"))["outcome"] == "settled"
-    assert await stored(client, account) == []
+    assert (await client.settle_one(caching["request_id"], **kept()))["outcome"] == "settled"
+    assert await stored(client, account) == await stored(client, account, "cache") == []
     await client.assert_sound()
 
 
