@@ -138,8 +138,11 @@ class Answer:
 class _Repeated(httpx2.Request):
     """The first request of its kind with another body; its content-length is the transport's to say."""
 
-    def __init__(self, first: httpx2.Request, body: bytes) -> None:
+    def __init__(self, first: httpx2.Request, body: bytes, api_key: str | None) -> None:
         self.method, self.url, self.headers, self.extensions = first.method, first.url, first.headers, first.extensions
+        if api_key is not None:  # in headers of its own: the first's are everybody's
+            self.headers = first.headers.copy()
+            self.headers["Authorization"] = f"Bearer {api_key}"  # in the place of the operator's, whatever its case
         self.stream = httpx2.ByteStream(body)
         self.read()
 
@@ -169,10 +172,7 @@ class OpenRouterClient(AsyncOpenAI):
             built.headers["Content-Type"] = headers["Content-Type"]
             known[key] = built, self._client._transport_for_url(built.url)
         first, transport = known[key]
-        request = _Repeated(first, body)
-        if api_key is not None:
-            request.headers["Authorization"] = f"Bearer {api_key}"  # in the place of the operator's, whatever its case
-        answer: httpx2.Response = await transport.handle_async_request(request)
+        answer: httpx2.Response = await transport.handle_async_request(_Repeated(first, body, api_key))
         return answer
 
 
