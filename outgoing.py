@@ -17,6 +17,7 @@ from forms import CONTENT_TYPE, FormFile, is_form, read_form, write_form
 
 MAX_DEPTH = 250
 MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
+MAX_END_USER_LENGTH = 256
 
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
 NOT_FORWARDED = frozenset(("debug", "trace", "cache"))
@@ -107,8 +108,13 @@ def write_request(
 
 def end_user_of(endpoint: Endpoint, fields: Mapping[str, Any], header: str | None) -> str | None:
     """The customer of our user that a request is for: `x-end-user`, else what each API names them by. Raises BadRequest."""
-    if header is not None:
-        return header
+    named = header if header is not None else _named_user(endpoint, fields)
+    if named is not None and not (0 < len(named) <= MAX_END_USER_LENGTH and named.isprintable()):
+        raise BadRequest(f"An end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param="user")
+    return named
+
+
+def _named_user(endpoint: Endpoint, fields: Mapping[str, Any]) -> str | None:
     about = fields.get("metadata") if endpoint.name == "messages" else fields
     param = "user_id" if endpoint.name == "messages" else "user"
     named = about.get(param) if isinstance(about, Mapping) else None

@@ -30,7 +30,7 @@ from money import credits_from_nanos
 from outgoing import end_user_of
 from replies import Reply
 from runtime import Runtime
-from security import Caller, Declared, may, printable_header
+from security import Caller, Declared, may
 
 router = APIRouter(
     tags=["spending"],
@@ -81,7 +81,7 @@ async def quote(
         **quotes.question(bound, markup=settings.price_markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
-        "end_user": printable_header(end_user_of(endpoint, order.body, x_end_user), 256),
+        "end_user": end_user_of(endpoint, order.body, x_end_user),
     }
     found = await db_spending.quote_request(runtime.client, asked)
     return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))

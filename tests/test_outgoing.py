@@ -181,6 +181,12 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "a huge field": (form(FILE, field("prompt", b"x" * (MAX_FIELD_BYTES + 1))), FORM, "prompt"),
     "a field twice": (form(MODEL, MODEL, FILE), FORM, "model"),
     "too many fields": (form(*[field(f"x{n}", b"") for n in range(MAX_PARTS)], FILE), FORM, "fields"),
+    "a field with parameters without end": (
+        form(FILE, b'Content-Disposition: form-data; name="x"; a="' + b";" * 8000 + b"\r\n\r\n"),
+        FORM,
+        "content-type",
+    ),
+    "a boundary behind parameters without end": (form(MODEL, FILE), FORM + '; a="' + ";" * 60_000, "content-type"),
     "a field that is no text": (form(FILE, field("model", b"\xff")), FORM, "model"),
     "a provider that is no object": (form(FILE, field("provider", b"{")), FORM, "provider"),
     "another boundary": (form(MODEL, FILE, boundary=b"abc"), FORM, "content-type"),
