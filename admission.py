@@ -14,6 +14,7 @@ from typing import Any, Literal
 from answers import Place, StoredAnswer, open_answer
 from batching import Queue
 from bounds import Bound
+from errors import BadRequest
 from ids import new_request_id
 from money import plain
 from refusals import refusal_error
@@ -21,6 +22,7 @@ from security import Credential, Vault
 
 Answer = Mapping[str, Any]
 
+MAX_END_USER_LENGTH = 256
 MAX_CACHING_KEYS = 10_000
 
 
@@ -90,6 +92,10 @@ class Order:
     idempotency: Place | None = None
     cache: Place | None = None
     default_cache: Callable[[], Place] | None = None
+
+    def __post_init__(self) -> None:
+        if self.end_user is not None and not (0 < len(self.end_user) <= MAX_END_USER_LENGTH and self.end_user.isprintable()):
+            raise BadRequest(f"An end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param="user")
 
 
 class Admission:

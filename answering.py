@@ -10,7 +10,7 @@ from upstream_errors import error_of, error_status, sanitised_error
 from usage import parse_json, read_generation_id
 
 
-def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool) -> bytes:
+def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool, own_key: bool = False) -> bytes:
     """The answer as the client gets it; notes in `ending` what it says of itself.
 
     Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means.
@@ -29,6 +29,6 @@ def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool)
     if dialect.is_error(data):
         error = data.get("error")
         about = {"error": dialect.error_of(error)} if isinstance(error, dict) else data
-        raise error_of(error_status(about) or 502, {}, raw, invented=invented)
+        raise error_of(error_status(about) or 502, {}, raw, invented=invented, own_key=own_key)
     ending.completed = not dialect.has_failed(said)
     return dialect.without_secrets(raw, sanitised_error)

@@ -205,7 +205,8 @@ class Exchange:
             elif endpoint.answers_bytes and not answer.is_json:
                 await self._pass_bytes(hold, answer)
             else:
-                self._plain = read_answer(await answer.read(), endpoint.dialect, self.ending, invented=bool(self._upstream.suffixes))
+                raw, invented = await answer.read(), bool(self._upstream.suffixes)
+                self._plain = read_answer(raw, endpoint.dialect, self.ending, invented=invented, own_key=hold.byok)
         finally:
             await answer.aclose()
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
-from rig import ADMIN_KEY, OPERATOR_KEY, Gateway, Upstream, User
+from rig import ADMIN_KEY, OPERATOR_KEY, Gateway, Upstream, User, live, served
+from starlette.responses import Response
 
 from routes.pages import cursor_of
+from sandbox import create_app
 from security import new_key
 from upstream_errors import sanitised_error
 
@@ -200,3 +204,21 @@ async def test_a_zone_that_only_this_machine_knows_is_none(gateway: Gateway) -> 
     user = await gateway.register()
     answer = await gateway.http.get("/user/usage", params={"timezone": "localtime"}, headers=user.headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "timezone")
+
+
+@pytest.mark.parametrize("code", [401, 402])
+async def test_trouble_with_a_users_own_key_is_theirs_whatever_status_it_comes_with(
+    start_gateway: Callable[..., Awaitable[Gateway]], code: int
+) -> None:
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        """An OpenRouter that says it in the body of a 200."""
+        completes = scope["type"] == "http" and scope["path"].endswith("/chat/completions")
+        answer = Response(f'{{"error":{{"code":{code},"message":"No credits"}}}}', media_type="application/json")
+        await (answer if completes else create_app())(scope, receive, send)
+
+    async with served(refuse) as url:
+        gateway = await start_gateway(**live(f"{url}/api/v1"))
+        user = await gateway.register()
+        await keep_own_key(user, OWN_KEYS[0])
+        refused = await user.chat()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "provider_key_refused")
