@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 from rig import ADMIN_KEY, OPERATOR_KEY, Gateway, Upstream, User, live, served
 from starlette.responses import Response
@@ -121,6 +122,22 @@ async def test_an_unknown_key_is_told_nothing_of_its_end_user(gateway: Gateway) 
     assert (await stranger.chat(user="a\x00b")).status_code == 401
     refused = (await user.chat(user="a\x00b")).json()["error"]
     assert (refused["code"], refused["param"]) == ("invalid_request", "user")
+
+
+# What somebody may take of us without a key.
+
+
+async def test_a_body_that_never_comes_whole_is_not_waited_for(start_gateway: Callable[..., Awaitable[Gateway]]) -> None:
+    """Its key is one by its looks only: what has come of it would be kept for as long as anybody likes."""
+    gateway = await start_gateway(request_deadline_seconds=0.2)
+    url = httpx.URL(gateway.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    lines = ("POST /v1/chat/completions HTTP/1.1", "host: gateway", f"authorization: Bearer {new_key('live')}", "content-length: 1000000")
+    writer.write("\r\n".join((*lines, "", '{"model":')).encode())
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"body_too_slow" in answer
 
 
 # What lies in the operator's account.
