@@ -5,6 +5,7 @@ A part of a kind that is not known here has no price here, and is refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from asks import Ask, object_of
@@ -32,6 +33,7 @@ def read_part(part: object, param: str, ask: Ask) -> None:
         return
     if kind in IMAGE_PARTS:
         ask.images += 1
+        _refuse_stored(part, part, param)
         image = part.get("image_url")
         ask.media_bytes += size_of(image.get("url") if isinstance(image, dict) else image, "data:image/")
     elif kind == "input_audio":
@@ -39,9 +41,17 @@ def read_part(part: object, param: str, ask: Ask) -> None:
         ask.media_bytes += size_of(object_of(part.get(kind), param).get("data"))
     elif kind in FILE_PARTS:
         ask.has_files = True
-        ask.media_bytes += size_of(part.get("file_data") or object_of(part.get("file"), param).get("file_data"))
+        file = object_of(part.get("file"), param)
+        _refuse_stored(part, file, param)
+        ask.media_bytes += size_of(part.get("file_data") or file.get("file_data"))
     else:
         raise unknown_kind(kind, param)
+
+
+def _refuse_stored(part: Mapping[str, Any], within: Mapping[str, Any], param: str) -> None:
+    """What an id stands for would lie in the operator's account, among every tenant's."""
+    if part.get("file_id") is not None or within.get("file_id") is not None:
+        raise BadRequest("`file_id`: the gateway keeps no files. Send the file itself, in `file_data` or `image_url`.", param=param)
 
 
 def size_of(data: object, prefix: str = "") -> int:

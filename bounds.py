@@ -164,8 +164,8 @@ def _model_names(body: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model_name(value: object, param: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_LENGTH:
-        raise BadRequest(f"A model id is a string of 1 to {MAX_MODEL_LENGTH} characters.", param=param)
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_LENGTH or not value.isprintable():
+        raise BadRequest(f"A model id is a string of 1 to {MAX_MODEL_LENGTH} printable characters.", param=param)
     if "@preset" in value:
         raise UnboundedCost(UNBOUNDED_FIELDS["preset"], param=param)
     return value

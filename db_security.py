@@ -52,7 +52,7 @@ async def rotate_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
 
 
 async def revoke_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome revoked or not_found."""
+    """Outcome revoked, broader (a key of a lesser environment asks) or not_found."""
     return Row(await call(client, "revoke_key", {"p": order}))
 
 

@@ -18,6 +18,8 @@ from errors import BadRequest
 
 MAX_PARTS = 64
 MAX_HEAD_BYTES = 8 * 1024
+# The standard library reads parameters in time that grows with their number times their length.
+MAX_PARAMETERS = 64
 MAX_FIELD_BYTES = 64 * 1024
 MAX_NAME_LENGTH = 128
 MAX_CONTAINERS = 100  # in a field that is an object: reading takes more nesting than writing does
@@ -81,6 +83,7 @@ def write_form(fields: Mapping[str, Any], file: FormFile) -> bytes:
 
 
 def _boundary(content_type: str) -> bytes:
+    _check_parameters(content_type.count(";"))
     header = Message()
     header["content-type"] = content_type
     found = header.get_boundary()
@@ -105,7 +108,13 @@ def _part(section: bytes) -> tuple[Message, bytes]:
     head, blank, content = rest.partition(b"\r\n\r\n")
     if start.strip(b" \t") or not blank or len(head) > MAX_HEAD_BYTES:
         raise BadRequest("A field of the form does not begin with its headers and a blank line.", param="content-type")
+    _check_parameters(head.count(b";"))
     return HeaderParser().parsestr(head.decode("utf-8", "replace")), content
+
+
+def _check_parameters(semicolons: int) -> None:
+    if semicolons > MAX_PARAMETERS:
+        raise BadRequest(f"A header of the form has more than {MAX_PARAMETERS} semicolons.", param="content-type")
 
 
 def _name(head: Message) -> str:

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from models import Credits, Environment, FieldError, KeyName, RequestModel
 
+# So far from the calendar's ends that sums of days stay within it.
+EARLIEST, LATEST = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1970, 9999))
 ISO = "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z"
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
 Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
@@ -45,7 +47,15 @@ def _iso(value: object) -> object:
     return value
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_iso), Field(description="ISO 8601, with a time zone")]
+def _utc(moment: datetime.datetime) -> datetime.datetime:
+    """The moment in UTC: PostgreSQL takes no offset of 16 hours or more. What lies beyond all records is as good as their bounds."""
+    try:
+        return min(max(moment.astimezone(datetime.UTC), EARLIEST), LATEST)
+    except OverflowError:
+        return EARLIEST if moment.year < EARLIEST.year else LATEST
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_iso), AfterValidator(_utc), Field(description="ISO 8601, with a time zone")]
 
 
 class KeyRules(RequestModel):

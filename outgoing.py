@@ -18,6 +18,7 @@ from recordings import seconds_of_audio, seconds_of_file
 
 MAX_DEPTH = 250
 MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
+MAX_END_USER_LENGTH = 256
 
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
 NOT_FORWARDED = frozenset(("debug", "trace", "cache"))
@@ -29,8 +30,7 @@ REFUSED = {
     "responses": {"previous_response_id": STORED, "conversation": STORED, "background": NO_JOBS, "prompt": "The gateway keeps no prompts."},
     "messages": {"container": "The gateway keeps no containers."},
 }
-DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user",))}
-MAX_END_USER_LENGTH = 256
+DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user", "safety_identifier"))}
 JSON_FORMATS = (None, "json", "verbose_json")
 
 
@@ -144,4 +144,5 @@ def _identity(endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable
         about = given if isinstance(given, dict) else {}
         return {"metadata": {**about, "user_id": pseudonym(str(about.get("user_id") or ""))}}
     user = pseudonym(str(fields.get("user") or fields.get("safety_identifier") or ""))
-    return {"user": user, "safety_identifier": user} if endpoint.name == "responses" else {"user": user}
+    has_two = endpoint.name == "responses" or "safety_identifier" in fields
+    return {"user": user, "safety_identifier": user} if has_two else {"user": user}

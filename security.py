@@ -34,7 +34,7 @@ KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
 WRONG_SECRETS_PER_MINUTE = 10
 ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
-NOT_IN_GRACE = ("keys", "account", "budgets", "webhooks")
+NOT_IN_GRACE = ("keys", "account", "profile", "plan", "budgets", "webhooks")
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 
@@ -185,12 +185,14 @@ def read_credential(request: Request, runtime: Runtime) -> Credential:
     """The key of a request, checked for format only. Raises InvalidKey for what cannot be a key of ours."""
     key = presented_key(request.headers)
     environment = key_environment(key)
-    if environment is None and hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
-        raise InvalidKey("This is the administrator's key, which serves /admin and registration. Use a user's key here: gw_live_...")
     legacy = None
     if environment is None:
         if not (runtime.settings.legacy_keys and LEGACY.fullmatch(key)):
-            raise InvalidKey("This is not an API key of this gateway: the format or the checksum is wrong.")
+            # The administrator's gets the same words: here nobody counts who guesses it.
+            raise InvalidKey(
+                "This is not a user's API key of this gateway: the format or the checksum is wrong. "
+                "(The administrator's serves /admin and registration only.)"
+            )
         legacy = hashlib.sha256(key.encode()).hexdigest()
     return Credential(
         hashes=tuple(runtime.keyring.hashes(key)),

@@ -31,7 +31,7 @@ def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
     metadata = error.get("metadata")
     kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
     code = error.get("code")
-    if error_status({"error": error}) in (401, 402) or kind in ("authentication", "payment_required"):
+    if _is_of_account(error_status({"error": error}), error) or kind in ("authentication", "payment_required"):
         return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
     return {
         "message": sanitised(error.get("message")),
@@ -40,6 +40,11 @@ def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
         "code": code if _is_code(code) else "upstream_error",
         **({"metadata": {"error_type": kind}} if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else {}),
     }
+
+
+def _is_of_account(status: int | None, error: Mapping[str, Any]) -> bool:
+    """Whether this is about the key or the credits that the request went out with."""
+    return status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower())
 
 
 def _is_code(code: object) -> bool:
@@ -72,7 +77,7 @@ def error_of(
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {"message": error}
     message = sanitised(error.get("message"))
-    if status in (401, 402) or (status == 403 and "key limit" in str(error.get("message")).lower()):
+    if _is_of_account(status, error):
         if own_key:
             return ProviderKeyRefused(f"OpenRouter refuses the key that you have stored ({status}): {message}")
         if not invented:

@@ -41,8 +41,11 @@ def moment_and_id_of(cursor: str | None) -> tuple[str, str] | None:
         return None
     moment, _, request_id = _text_of(cursor).partition(" ")
     try:
-        return datetime.datetime.fromisoformat(moment).isoformat(), str(UUID(request_id))
-    except ValueError:
+        found = datetime.datetime.fromisoformat(moment)
+        if found.tzinfo is None:
+            raise _foreign()
+        return found.astimezone(datetime.UTC).isoformat(), str(UUID(request_id))
+    except (ValueError, OverflowError):
         raise _foreign() from None
 
 

@@ -15,6 +15,7 @@ from money import credits_from_nanos, nanos_from_credits
 from replies import Reply
 from routes.exact import ExactRoute
 from routes.pages import NO_NUL, PathId
+from routes.spending import forbid_test_key
 from runtime import Runtime
 from security import AdminOnly, Caller, Declared, may
 
@@ -60,6 +61,7 @@ async def read_own_plan(request: Request, caller: PlanReader) -> Response:
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
 async def cancel_plan(request: Request, caller: Annotated[Caller, may("write", "plan")]) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
     found = await db.cancel_plan(runtime.client, caller.stamp())
     if found["outcome"] == "no_plan":
         raise NotFound("You have no plan.", code="no_plan")

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ending import Proxied
 from endpoints import ENDPOINTS, Endpoint
-from errors import GatewayError
+from errors import BadRequest, GatewayError
 from metering import Exchange
 from replies import error_reply
 from runtime import Runtime
@@ -68,7 +68,7 @@ class ProxyEndpoint:
     async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
         runtime: Runtime = await request.app.state.runtime.ready()
         credential = read_credential(request, runtime)
-        body = await _read_body(request)
+        body = await _read_body(request, runtime.settings.deadline_seconds)
         if body is None:
             return None
         headers = request.headers
@@ -97,8 +97,17 @@ class ProxyEndpoint:
             scope["state"]["log"] = _log_fields(exchange)
 
 
-async def _read_body(request: Request) -> bytes | None:
-    """The whole body, or None where the client left before it was complete."""
+async def _read_body(request: Request, seconds: float) -> bytes | None:
+    """The whole body, or None where the client left before it was complete. Raises BadRequest where it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await _collect(request)
+    except TimeoutError:
+        message = f"The request body has not arrived within {seconds:g} seconds."
+        raise BadRequest(message, code="body_too_slow", headers={"connection": "close"}) from None
+
+
+async def _collect(request: Request) -> bytes | None:
     parts: list[bytes] = []
     while True:
         message = await request.receive()

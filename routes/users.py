@@ -21,6 +21,7 @@ from routes.listings import PAGE_ROWS, id_cursor, record_cursor, records, show_r
 from routes.pages import Cursor, id_of, moment_and_id_of
 from routes.refusals import raise_taken
 from routes.reports import Bucket, Format, Group, Zone, usage_report
+from routes.spending import forbid_test_key
 from runtime import Runtime
 from security import Caller, Declared, may
 
@@ -63,6 +64,7 @@ async def read_profile(request: Request, caller: ProfileReader) -> Response:
 @router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
 async def update_profile(request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
     given = order.model_dump(exclude_none=True)
     changes = {("username" if name == "name" else name): value for name, value in given.items()}
     found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})

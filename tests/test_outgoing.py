@@ -49,7 +49,7 @@ def test_every_field_goes_out_but_those_that_cross_tenants(name: str) -> None:
     assert found["anything"] == {"deep": [1]} and found["model"] == "capped" and found["session_id"] == "tenant(s)"
     assert not {"debug", "trace", "cache"} & set(found)
     if name == "messages":
-        assert found["metadata"] == {"user_id": "tenant()"} and "user" not in found
+        assert found["metadata"] == {"user_id": "tenant()"} and not {"user", "safety_identifier"} & set(found)
     else:
         assert found["user"] == "tenant(alice)"
 
@@ -60,9 +60,16 @@ def test_a_response_s_user_has_two_names_and_one_pseudonym() -> None:
     assert "store" not in found
 
 
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"messages"}))
+def test_whoever_is_named_beside_the_user_is_the_tenant_s_own(name: str) -> None:
+    found = sent(name, model="a/b", safety_identifier="alice")
+    assert (found["user"], found["safety_identifier"]) == ("tenant(alice)", "tenant(alice)")
+    assert sent(name, model="a/b", safety_identifier="alice", user="bob")["safety_identifier"] == "tenant(bob)"
+
+
 def test_a_message_s_user_stands_in_its_metadata() -> None:
-    found = sent("messages", model="a/b", messages=[], metadata={"user_id": "alice", "more": 1}, user="raw")
-    assert found["metadata"] == {"user_id": "tenant(alice)", "more": 1} and "user" not in found
+    found = sent("messages", model="a/b", messages=[], metadata={"user_id": "alice", "more": 1}, user="raw", safety_identifier="raw")
+    assert found["metadata"] == {"user_id": "tenant(alice)", "more": 1} and not {"user", "safety_identifier"} & set(found)
     assert sent("messages", model="a/b", metadata="odd")["metadata"] == {"user_id": "tenant()"}
 
 
@@ -181,6 +188,12 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "a huge field": (form(FILE, field("prompt", b"x" * (MAX_FIELD_BYTES + 1))), FORM, "prompt"),
     "a field twice": (form(MODEL, MODEL, FILE), FORM, "model"),
     "too many fields": (form(*[field(f"x{n}", b"") for n in range(MAX_PARTS)], FILE), FORM, "fields"),
+    "a field with parameters without end": (
+        form(FILE, b'Content-Disposition: form-data; name="x"; a="' + b";" * 8000 + b"\r\n\r\n"),
+        FORM,
+        "content-type",
+    ),
+    "a boundary behind parameters without end": (form(MODEL, FILE), FORM + '; a="' + ";" * 60_000, "content-type"),
     "a field that is no text": (form(FILE, field("model", b"\xff")), FORM, "model"),
     "a provider that is no object": (form(FILE, field("provider", b"{")), FORM, "provider"),
     "another boundary": (form(MODEL, FILE, boundary=b"abc"), FORM, "content-type"),
