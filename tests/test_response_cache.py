@@ -21,7 +21,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Start = Callable[..., Awaitable[Gateway]]
 SHAPES = [pytest.param(kind, streamed, id=f"{kind.path}{'-streamed' if streamed else ''}")
           for kind in KINDS for streamed in ((False, True) if kind.streams else (False,))]  # fmt: skip
-CHAT = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}]}
+CHAT: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}]}
 ON = {"x-gateway-cache": "true"}
 EVERYTHING = {"read": ["*"], "write": ["*"]}
 
@@ -60,7 +60,8 @@ async def ask(user: User, headers: dict[str, str] = ON, **body: Any) -> httpx.Re
 
 def said(answer: httpx.Response) -> str | None:
     assert answer.status_code == 200, answer.text
-    return answer.headers.get("x-gateway-cache")
+    found: str | None = answer.headers.get("x-gateway-cache")
+    return found
 
 
 async def ages(user: User, seconds: int) -> None:
@@ -158,7 +159,7 @@ async def test_the_order_of_fields_is_no_difference_and_everything_else_is(gatew
         return said(await gateway.http.post("/v1/chat/completions", headers={**user.headers, **ON}, content=body))
 
     body = {**CHAT, "temperature": 0.5, "provider": {"sort": "price", "allow_fallbacks": True}}
-    backwards = dict(reversed([*{**body, "provider": dict(reversed([*body["provider"].items()]))}.items()]))  # type: ignore[attr-defined]
+    backwards = dict(reversed([*{**body, "provider": dict(reversed([*body["provider"].items()]))}.items()]))
     assert await raw(orjson.dumps(body)) == "MISS"
     assert await raw(orjson.dumps(backwards, option=orjson.OPT_INDENT_2)) == "HIT"
     for other in (
@@ -168,7 +169,7 @@ async def test_the_order_of_fields_is_no_difference_and_everything_else_is(gatew
         {"stream": True},
         {"user": "ann"},
         {"messages": CHAT["messages"] * 2},
-    ):  # type: ignore[operator]
+    ):
         assert await raw(orjson.dumps({**body, **other})) == "MISS", other
         assert await raw(orjson.dumps({**body, **other})) == "HIT", other
 
