@@ -43,7 +43,7 @@ from typing import Any
 from asks import CHAT_LIMITS, Ask, list_of, wrong
 from bodies import UNBOUNDED_FIELDS, read_body
 from catalog import MAX_TOKENS, Model, ModelIndex
-from errors import BadRequest, UnboundedCost
+from errors import BadRequest, ModelNotFound, UnboundedCost
 from money import EXACT, plain
 from prices import ZERO, Rates, caps_of, dearest, max_price
 from reach import Reached, reach
@@ -164,8 +164,10 @@ def _model_names(body: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model_name(value: object, param: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_LENGTH or not value.isprintable():
-        raise BadRequest(f"A model id is a string of 1 to {MAX_MODEL_LENGTH} printable characters.", param=param)
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_LENGTH:
+        raise BadRequest(f"A model id is a string of 1 to {MAX_MODEL_LENGTH} characters.", param=param)
+    if not value.isprintable():  # which the database would not take, behind a colon
+        raise ModelNotFound("No model has a name like this. GET /v1/models lists those that exist.", param=param)
     if "@preset" in value:
         raise UnboundedCost(UNBOUNDED_FIELDS["preset"], param=param)
     return value

@@ -173,7 +173,7 @@ async def test_a_model_s_name_is_printable_whatever_the_sandbox_takes_after_a_co
     user = await gateway.register()
     for named in ({"model": f"openai/gpt-4o-mini:ordinary;{unprintable}"}, {"models": [f"openai/gpt-4o-mini:ordinary;{unprintable}"]}):
         refused = await user.chat(**named)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(named)))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (404, next(iter(named)))
 
 
 MOMENTS = [
