@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from config import Configuration, load_configuration
 from documentation import DESCRIPTION, add_documentation_page, document_proxy
 from logs import configure_logging
-from middleware import RequestLog
+from middleware import Application, RequestLog
 from replies import HANDLERS
 from routes import proxy, public
 from routes.areas import ROUTERS
@@ -59,7 +59,7 @@ def create_app(configuration: Configuration) -> FastAPI:
     """The application for this configuration; nothing is opened before its lifespan begins."""
     settings = configuration.settings
     configure_logging(settings.log_level, settings.log_format)
-    app = FastAPI(
+    app = Application(
         title="AI Gateway",
         version=public.VERSION,
         description=DESCRIPTION,
@@ -85,8 +85,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(cors)
-    app.add_middleware(proxy.Shortcut)
-    app.add_middleware(RequestLog, max_body_bytes=settings.max_body_bytes, cors=cors)
+    app.front = lambda inner: RequestLog(proxy.Shortcut(inner), max_body_bytes=settings.max_body_bytes, cors=cors)
     return app
 
 

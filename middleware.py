@@ -7,6 +7,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from errors import BodyTooLarge
@@ -18,6 +19,16 @@ log = structlog.get_logger("http")
 
 MAX_ORDER_BYTES = 512 * 1024
 PROXIED = ("/v1/", "/api/v1/")
+
+
+class Application(FastAPI):
+    """FastAPI with something in front of all its layers, the outermost included: proxied requests pass none of them."""
+
+    front: Callable[[ASGIApp], ASGIApp] | None = None
+
+    def build_middleware_stack(self) -> ASGIApp:
+        inner = super().build_middleware_stack()
+        return inner if self.front is None else self.front(inner)
 
 
 class RequestLog:

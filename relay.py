@@ -16,6 +16,7 @@ from events import BOM, DONE, data_of, event_end, first_end, has_data, is_done, 
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 SHORTCUTS = 4
+SHORT = 16 * 1024
 
 
 class EventTooLarge(Exception):
@@ -48,15 +49,18 @@ class Stream(Said):
 
     def feed(self, chunk: bytes) -> bytes:
         """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
-        passed = []
+        passed: list[bytes] = []
+        if 0 < len(self._rest) < SHORT and not self._has_returns:  # the beginning of an event goes before the rest of it
+            chunk, self._scanned = bytes(self._rest) + chunk, 0
+            self._rest.clear()
         for _ in range(SHORTCUTS):
             if not chunk or self._rest or self.held is not None or self.done:
                 break
             if self.body_id is not None and (end := _plain_end(chunk, self.dialect)):
                 self.data_events += 1
                 passed.append(chunk[:end])
-            elif (end := first_end(chunk)) and end < len(chunk):
-                passed.append(self._take(chunk[:end]))
+            elif end := first_end(chunk):
+                passed.extend(self._pass(chunk[:end]))
             else:
                 break
             chunk = chunk[end:]

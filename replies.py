@@ -126,9 +126,7 @@ async def on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours: the log gets the traceback, the client the request id to ask about."""
     request_id = _request_id(request)
     log.error("unhandled", request_id=request_id, path=request.url.path, exc_info=error)
-    reply = error_reply(GatewayError(), request_id, request.url.path)
-    reply.headers["x-request-id"] = request_id
-    return reply
+    return error_reply(GatewayError(), request_id, request.url.path)
 
 
 HANDLERS: Mapping[Any, Any] = {

@@ -17,7 +17,7 @@ from ending import Proxied
 from endpoints import ENDPOINTS, Endpoint
 from errors import BadRequest, GatewayError
 from metering import Exchange
-from replies import error_reply
+from replies import error_reply, on_bug
 from runtime import Runtime
 from security import printable_header, read_credential
 
@@ -27,9 +27,11 @@ class ClientConnection:
 
     def __init__(self, send: Send) -> None:
         self.gone = False
+        self.started = False
         self._send = send
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
         encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         await self._deliver({"type": "http.response.start", "status": status, "headers": encoded})
 
@@ -64,6 +66,10 @@ class ProxyEndpoint:
                 await error_reply(refusal, request_id, scope["path"])(scope, receive, send)
             # Error, traceback, frames and task hold each other, and with them the body, until the collector comes by.
             refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
+        except Exception as bug:
+            if not (client.started or client.gone):
+                await (await on_bug(Request(scope), bug))(scope, receive, send)
+            raise
 
     async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
         runtime: Runtime = await request.app.state.runtime.ready()
@@ -71,7 +77,7 @@ class ProxyEndpoint:
         body = await _read_body(request, runtime.settings.deadline_seconds)
         if body is None:
             return None
-        headers = request.headers
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
         proxied = Proxied(
             endpoint=self.endpoint,
             credential=credential,

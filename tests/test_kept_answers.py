@@ -47,7 +47,7 @@ async def stored(gateway: Gateway) -> list[str]:
 async def test_an_answer_that_the_balance_cut_short_is_not_cached(start_gateway: Any) -> None:
     gateway: Gateway = await start_gateway(signup_credits="0.0005")
     user = await gateway.register()
-    headers = {**user.headers, **CACHE}
+    headers = {**user.headers, **CACHE, "x-sandbox-scenario": "ordinary;tokens=5000"}
     body = {"model": "openai/gpt-4o-mini", "messages": HELLO}
     poor = await gateway.http.post("/v1/chat/completions", headers=headers, json=body)
     assert poor.status_code == 200 and int(poor.headers["x-gateway-max-tokens"]) < 4096
