@@ -18,7 +18,9 @@ def serve(app: FastAPI, service: Service) -> None:
     """Serves until it is interrupted. Ends the process with a sentence where the port cannot be had."""
     listener = _listen(service.settings.port)
     service.url = f"http://{HOST}:{listener.getsockname()[1]}"
-    config = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="warning")
+    from heads import BoundedHeads  # where it is served by somebody else, its parser may not be there
+
+    config = uvicorn.Config(app, http=BoundedHeads, proxy_headers=False, access_log=False, log_level="warning")
     # After an orderly end uvicorn raises the signal once more.
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])

@@ -164,13 +164,19 @@ async def sql(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
         yield found
 
 
-@asynccontextmanager
-async def served(app: Any, *, grace: int = 5) -> AsyncIterator[str]:
-    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL. At its end, requests have `grace` seconds to end."""
+def listening() -> socket.socket:
+    """A free port of 127.0.0.1."""
     # Named by its protocol: asyncio sets TCP_NODELAY on no other, and every answer would wait 40 ms for an acknowledgement.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(512)
+    return listener
+
+
+@asynccontextmanager
+async def served(app: Any, *, grace: int = 5) -> AsyncIterator[str]:
+    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL. At its end, requests have `grace` seconds to end."""
+    listener = listening()
     config = uvicorn.Config(app, log_config=None, proxy_headers=False, access_log=False, timeout_graceful_shutdown=grace)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
