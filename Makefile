@@ -13,7 +13,7 @@ run: .venv/local.done ## start the gateway on an embedded Supabase, 127.0.0.1:80
 	@LOG_FORMAT=$${LOG_FORMAT:-console} $(PY) app.py
 
 test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
-	$(PY) -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -q -n 4 --dist loadgroup $(ARGS)
 
 check: .venv/dev.done ## format, lint, types
 	.venv/bin/ruff format --check .
