@@ -2,6 +2,7 @@
 
 import argparse
 import socket
+from contextlib import suppress
 
 import uvicorn
 
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8787)
     options = parser.parse_args()
     config = uvicorn.Config(create_app(), host=options.host, port=options.port, log_level="warning", access_log=False)
-    _Server(config).run()
+    with suppress(KeyboardInterrupt):  # after an orderly end uvicorn raises the signal once more
+        _Server(config).run()
 
 
 if __name__ == "__main__":
