@@ -33,10 +33,7 @@ sandbox: .venv/local.done ## the OpenRouter simulator alone, on 127.0.0.1:8787
 	@$(PY) -m sandbox
 
 schema: ## write supabase/schema.sql, the readable whole, out of the migrations
-	@{ printf '%s\n' '-- The whole schema as it stands, for reading: `make schema` joins it out of the migrations, and a test compares what the two make.'; \
-	for f in supabase/migrations/*.sql; do \
-	  printf '\n\n-- %s\n-- %s\n-- %s\n\n' "$$(printf '=%.0s' $$(seq 76))" "$$(basename $$f .sql | sed 's/^[0-9]*_//')" "$$(printf '=%.0s' $$(seq 76))"; \
-	  grep -v '^notify pgrst' $$f; done; echo; echo "notify pgrst, 'reload schema';"; } > supabase/schema.sql
+	@$(PYTHON) supabase/write_schema.py
 
 fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
 	$(PY) tests/fuzz.py $(ARGS)

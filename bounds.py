@@ -79,7 +79,7 @@ class Bound:
     prompt_estimate: int  # tokens, for rate limits; not a bound
     patch: Mapping[str, Any]  # body fields to replace, whatever is granted
     max_price: Mapping[str, str]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
-    own_limit_excludes: bool  # the client's own price caps keep some endpoint out: a refusal for them is its doing
+    own_limit_excludes: bool  # a price cap of the client's own is the one that goes out: a refusal for it is the client's doing
     listed: Rates  # the dearest of all models, for quotes
     requests: int  # how often the fee for a request falls due
     choices: int  # in which output may come; 0: there is none
@@ -202,11 +202,13 @@ def _caps(rates: Rates, ask: Ask) -> dict[str, Decimal]:
 
 
 def _excludes(reached: list[Reached], ask: Ask) -> bool:
-    """Whether the client's own caps lie below the prices of some model. A router has none but those."""
-    own = ask.own_max_price
-    return any(
-        each.model.is_router or any(own.get(name, price) < price for name, price in _caps(each.rates, ask).items()) for each in reached
-    )
+    """Whether a cap of the client's own is what goes out for some model: it lies no higher than what is held, or nothing is. A router has
+    none but those."""
+    return any(each.model.is_router or _is_capped(_caps(each.rates, ask), ask.own_max_price) for each in reached)
+
+
+def _is_capped(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> bool:
+    return any(name not in held or cap <= held[name] for name, cap in own.items())
 
 
 def _estimate(ask: Ask) -> int:

@@ -83,12 +83,6 @@ async def delete_expired_answers(client: AsyncClient) -> int:
     return int(await call(client, "delete_expired_answers", {}))
 
 
-async def get_receipt(client: AsyncClient, user_id: int, request_id: str) -> Row | None:
-    """A user's record with all its columns and `refunded_nanos`; None where they have no such request. `request_id` is a UUID."""
-    found = await call(client, "get_receipt", {"p_user_id": user_id, "p_request_id": request_id})
-    return None if found is None else Row(found)
-
-
 async def audit_ledger(client: AsyncClient) -> list[Row]:
     """Accounts whose books do not add up. Empty, always."""
     return list(await call(client, "audit_ledger", {}))

@@ -29,7 +29,7 @@ from outgoing import Request, end_user_of, read_request, write_request
 from refusals import limit_headers
 from relay import EventTooLarge, Stream
 from replies import charge_headers, gateway_usage
-from repricing import is_own_limit, reprice
+from repricing import reprice
 from settlements import settlement, with_generation
 from upstream_errors import error_of, is_price_change, sanitised_error
 from usage import Usage, read_generation_id, read_text
@@ -223,7 +223,7 @@ class Exchange:
     async def _read_refusal(self, hold: Hold, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
         raw, invented = await answer.read(), bool(self._upstream.suffixes)
-        own_limit = is_own_limit(self._asked.fields, self._bound)
+        own_limit = self._bound.own_limit_excludes
         raise error_of(answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok)
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:

@@ -210,12 +210,7 @@ class Upstream:
             if refusal.status == 404 or (api_key is not None and refusal.status in (401, 403)):
                 return None
             raise UpstreamUnavailable() from refusal
-        try:
-            answer = parse_json(raw)
-        except ValueError as error:
-            raise UpstreamUnavailable() from error
-        data = answer.get("data") if isinstance(answer, dict) else None
-        return data if isinstance(data, dict) else None
+        return _data_of(raw)
 
     async def find_endpoints(self, model_id: str) -> bytes | None:
         """The body of GET /models/{id}/endpoints, None for a model that the upstream does not know. Raises UpstreamUnavailable."""
@@ -234,12 +229,8 @@ class Upstream:
             if refusal.status in (401, 403):
                 return None
             raise UpstreamUnavailable() from refusal
-        try:
-            answer = parse_json(raw)
-        except ValueError as error:
-            raise UpstreamUnavailable() from error
-        data = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(data, dict):
+        data = _data_of(raw)
+        if data is None:
             raise UpstreamUnavailable()
         return data
 
@@ -263,6 +254,16 @@ class Upstream:
 
     async def aclose(self) -> None:
         await self._client.close()
+
+
+def _data_of(raw: bytes) -> Mapping[str, Any] | None:
+    """The `data` object of an answer, None without one. Raises UpstreamUnavailable for what is no JSON."""
+    try:
+        answer = parse_json(raw)
+    except ValueError as error:
+        raise UpstreamUnavailable() from error
+    data = answer.get("data") if isinstance(answer, dict) else None
+    return data if isinstance(data, dict) else None
 
 
 def _no_answer(error: Exception) -> UpstreamError:

@@ -1,13 +1,12 @@
 """What if no provider serves a request at the price that was held? Prices have changed: the model list is read anew, the hold raised.
 
-A client's own `provider.max_price` may be what excludes: that is the client's to change, and no reason to ask for the list.
+Where a client's own `provider.max_price` excludes (`Bound.own_limit_excludes`) it is not asked: that is the client's to change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,7 +14,6 @@ from admission import Hold
 from bounds import Bound
 from catalog import ModelIndex
 from errors import UpstreamUnavailable
-from money import parse_amount
 
 if TYPE_CHECKING:
     from runtime import Runtime
@@ -24,20 +22,6 @@ log = structlog.get_logger("repricing")
 
 # However many requests meet a changed price, the list is fetched for them no oftener.
 REFRESH_SECONDS = 30.0
-
-
-def is_own_limit(fields: Mapping[str, Any], bound: Bound) -> bool:
-    """Whether a price limit of the client's is the one that was sent, and not the price that is held; some endpoints send no other."""
-    asked, sent = _limits(fields), _limits(bound.patch)
-    return any(own is not None and own == sent.get(name, own) for name, own in asked.items())
-
-
-def _limits(fields: Mapping[str, Any]) -> dict[str, Decimal | None]:
-    provider = fields.get("provider")
-    limits = provider.get("max_price") if isinstance(provider, Mapping) else None
-    if not isinstance(limits, Mapping):
-        return {}
-    return {name: parse_amount(repr(value) if isinstance(value, float) else value) for name, value in limits.items()}
 
 
 async def reprice(

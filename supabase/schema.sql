@@ -1,4 +1,7 @@
--- The whole schema as it stands, for reading: `make schema` joins it out of the migrations, and a test compares what the two make.
+-- The whole schema as it stands, for reading: `make schema` joins it out of the migrations, a test compares what the two make.
+-- A function that was replaced stands where it first stood, as it was last written.
+
+set check_function_bodies = off; -- it may name what comes after it
 
 
 -- ============================================================================
@@ -666,7 +669,7 @@ revoke all on function public.check_plan(public.limit_state, public.plans, publi
 grant execute on function public.check_plan(public.limit_state, public.plans, public.rate_limit_usage, numeric, bigint, timestamptz)
     to service_role;
 
--- The counters of a subject as of p_now: rings advanced, plan counters of another day or month and a budget of another window emptied.
+-- A budget of another window is emptied, with the level that was told of it; rings and plan counters as before.
 create function public.advance_usage(p_usage public.rate_limit_usage, p_now timestamptz, p_budget_window text)
 returns public.rate_limit_usage language plpgsql stable as $$
 declare
@@ -674,7 +677,7 @@ declare
     v_ms bigint := extract(epoch from p_now) * 1000;
     v_day date := (p_now at time zone 'UTC')::date;
     v_month date := date_trunc('month', p_now at time zone 'UTC')::date;
-    v_since timestamptz := public.budget_start(p_budget_window, p_now);
+    v_since timestamptz;
 begin
     v_usage.burst_ring := public.advance_ring(v_usage.burst_ring, 11, v_ms / 100);
     v_usage.minute_ring := public.advance_ring(v_usage.minute_ring, 7, v_ms / 10000);
@@ -690,9 +693,13 @@ begin
         v_usage.plan_month_requests := 0;
         v_usage.plan_month_tokens := 0;
     end if;
-    if p_budget_window is not null and v_usage.budget_since < v_since then
-        v_usage.budget_since := v_since;
-        v_usage.budget_spent_nanos := 0;
+    if p_budget_window is not null then
+        v_since := public.budget_start(p_budget_window, p_now);
+        if v_usage.budget_since < v_since then
+            v_usage.budget_since := v_since;
+            v_usage.budget_spent_nanos := 0;
+            v_usage.budget_level := 0;
+        end if;
     end if;
     return v_usage;
 end $$;
@@ -1071,8 +1078,9 @@ revoke all on function public.record_admission(public.admission_item, public.api
 grant execute on function public.record_admission(public.admission_item, public.api_keys_new, public.rate_limit_usage,
     public.rate_limit_usage, bigint, bigint, timestamptz) to service_role;
 
-create function public.refuse_for_limits(p_item public.admission_item, p_key public.api_keys_new, p_state public.limit_state, p_now timestamptz)
-returns jsonb language plpgsql as $$
+create function public.refuse_for_limits(
+    p_item public.admission_item, p_key public.api_keys_new, p_state public.limit_state, p_now timestamptz
+) returns jsonb language plpgsql as $$
 begin
     return jsonb_build_object(
         'outcome', case when p_state.refused_window = 'concurrency' then 'concurrency'
@@ -1080,27 +1088,34 @@ begin
         'window', p_state.refused_window, 'unit', p_state.refused_unit, 'limit', p_state.refused_limit,
         'need', p_item.prompt_estimate, 'never', p_state.never, 'retry_after', public.retry_after_seconds(p_state.frees_at_ms, p_now),
         'limits', public.limits_json(p_state, p_now),
-        'expired', case when p_state.refused_window = 'concurrency' then public.recount_user(p_key.user_id, p_key.id, p_now) end);
+        'expired', case when p_state.refused_window = 'concurrency'
+                        then public.recount_user(p_key.user_id, p_key.id, p_item.end_user, p_now) end);
 end $$;
 revoke all on function public.refuse_for_limits(public.admission_item, public.api_keys_new, public.limit_state, timestamptz)
     from public, anon, authenticated;
 grant execute on function public.refuse_for_limits(public.admission_item, public.api_keys_new, public.limit_state, timestamptz)
     to service_role;
 
--- The answer to a request that passed the identity checks: limits, budget and credits decide, in this order.
-create function public.admit_checked(p_item public.admission_item, p_key public.api_keys_new, p_user public.users, p_now timestamptz)
-returns jsonb language plpgsql as $$
+-- The answer to a request that passed the identity checks: limits, cache, budgets and credits decide, in this order.
+create function public.admit_checked(
+    p_item public.admission_item, p_key public.api_keys_new, p_user public.users, p_now timestamptz
+) returns jsonb language plpgsql as $$
 declare
     v_key_usage public.rate_limit_usage;
     v_key_limits public.rate_limit_configs;
     v_user_usage public.rate_limit_usage;
     v_plan public.plans := public.current_plan(p_user, p_now);
     v_state public.limit_state;
-    v_free boolean := p_key.environment_tag = 'test';
+    v_test boolean := p_key.environment_tag = 'test';
+    v_provider_key text;
+    v_cache_ttl int := p_key.cache_ttl_seconds;
+    v_cached public.stored_answers;
     v_budget bigint;
+    v_end_user_left bigint;
     v_available bigint := p_user.credits_nanos - p_user.held_nanos;
     v_granted bigint := p_item.max_output;
     v_hold bigint := 0;
+    v_answer jsonb;
 begin
     select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
     if not found then -- without counters nothing would be limited
@@ -1125,46 +1140,95 @@ begin
         return public.refusal('REQUEST_LIMIT_EXCEEDED', p_item, p_user.id, p_key.id) || jsonb_build_object('limit', p_key.max_requests);
     elsif v_plan.allowed_models is not null and not public.models_allowed(v_plan.allowed_models, p_item.models) then
         return jsonb_build_object('outcome', 'MODEL_NOT_ALLOWED');
-    elsif not v_free and p_user.subscription_status = 'trial' and p_user.trial_expires_at <= p_now then
+    elsif not v_test and p_user.subscription_status = 'trial' and p_user.trial_expires_at <= p_now then
         return jsonb_build_object('outcome', 'trial_expired');
     end if;
-    v_state := public.check_all_limits(p_key, p_user, v_plan, v_key_limits, v_key_usage, v_user_usage, p_item.prompt_estimate, p_now);
+    if p_item.cache is not null then
+        v_cache_ttl := coalesce((p_item.cache ->> 'ttl_seconds')::int, v_cache_ttl);
+        if v_cache_ttl is not null then
+            v_cached := public.find_cached(p_item.cache, p_user.id, p_now);
+        end if;
+    end if;
+    v_state := public.check_all_limits(p_key, p_user, v_plan, v_key_limits, v_key_usage, v_user_usage,
+                                       case when v_cached.id is null then p_item.prompt_estimate else 0 end, p_now);
     if v_state.refused_window is not null then
         return public.refuse_for_limits(p_item, p_key, v_state, p_now);
     end if;
-    if not v_free then
+    v_state.request_left := v_state.request_left - 1;
+    if v_cached.id is not null then
+        perform public.record_admission(p_item, p_key, v_key_usage, v_user_usage, 0, 0, false, false, p_user.credits_nanos, p_now);
+        return public.cached_json(v_cached, p_now) || jsonb_build_object(
+            'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag, 'status', 'completed', 'cost_nanos', 0,
+            'balance_after_nanos', p_user.credits_nanos, 'limits', public.limits_json(v_state, p_now));
+    end if;
+    if p_user.has_provider_key and p_item.byok and not v_test then
+        select encrypted_key into v_provider_key from public.provider_keys where user_id = p_user.id and is_active;
+    end if;
+    if not v_test and v_provider_key is null then
         v_budget := p_key.budget_nanos - v_key_usage.budget_spent_nanos - v_key_usage.budget_held_nanos;
-        v_granted := public.affordable_output(p_item, greatest(0, least(v_available, v_budget)));
+        if p_user.has_end_user_budgets and p_item.end_user is not null then
+            v_end_user_left := public.end_user_left(p_user.id, p_item.end_user, p_now);
+        end if;
+        v_granted := public.affordable_output(p_item, greatest(0, least(v_available, v_budget, v_end_user_left)));
         if v_granted < p_item.min_output then
-            return jsonb_build_object(
-                'outcome', case when v_budget < v_available then 'budget' else 'credits' end,
-                'needed_nanos', ceil((p_item.fixed_nanos + p_item.output_nanos * p_item.min_output) * p_item.markup),
-                'available_nanos', greatest(0, least(v_available, v_budget)), 'balance_nanos', p_user.credits_nanos,
-                'held_nanos', p_user.held_nanos, 'affordable_output', greatest(0, v_granted),
-                'limits', public.limits_json(v_state, p_now),
-                'expired', case when p_user.held_nanos > 0 then public.recount_user(p_user.id, p_key.id, p_now) end);
+            return public.refuse_for_money(p_item, p_user.credits_nanos, p_user.held_nanos, v_available, v_budget, v_end_user_left, v_granted)
+                || jsonb_build_object(
+                    'limits', public.limits_json(v_state, p_now),
+                    'expired', case when p_user.held_nanos > 0 then public.recount_user(p_user.id, p_key.id, p_item.end_user, p_now) end);
         end if;
         v_hold := ceil((p_item.fixed_nanos + p_item.output_nanos * v_granted) * p_item.markup);
     end if;
-    perform public.record_admission(p_item, p_key, v_key_usage, v_user_usage, v_granted, v_hold, p_now);
-    v_state.request_left := v_state.request_left - 1;
+    perform public.record_admission(p_item, p_key, v_key_usage, v_user_usage, v_granted, v_hold, v_provider_key is not null,
+                                    v_end_user_left is not null, null, p_now);
     v_state.token_left := v_state.token_left - p_item.prompt_estimate;
-    return jsonb_build_object('outcome', 'admitted', 'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag,
-                              'granted_output', v_granted, 'hold_nanos', v_hold, 'balance_nanos', p_user.credits_nanos,
-                              'limits', public.limits_json(v_state, p_now));
+    v_answer := jsonb_build_object('outcome', 'admitted', 'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag,
+                                   'granted_output', v_granted, 'hold_nanos', v_hold, 'balance_nanos', p_user.credits_nanos,
+                                   'limits', public.limits_json(v_state, p_now));
+    if v_provider_key is not null then
+        v_answer := v_answer || jsonb_build_object('byok', true, 'provider_key', v_provider_key);
+    end if;
+    if v_cache_ttl is not null then
+        v_answer := v_answer || jsonb_build_object('cache_ttl', v_cache_ttl);
+    end if;
+    return v_answer;
 end $$;
 revoke all on function public.admit_checked(public.admission_item, public.api_keys_new, public.users, timestamptz)
     from public, anon, authenticated;
 grant execute on function public.admit_checked(public.admission_item, public.api_keys_new, public.users, timestamptz) to service_role;
 
+-- The first answer to a request id that was sent before, when its reply was lost.
 create function public.repeat_admission(p_item public.admission_item) returns jsonb
-language sql stable as $$
-    select jsonb_build_object('outcome', 'admitted', 'user_id', r.user_id, 'key_id', r.key_id, 'environment', r.environment,
-                              'granted_output', r.output_granted, 'hold_nanos', r.hold_nanos, 'balance_nanos', u.credits_nanos,
-                              'limits', '{}'::jsonb)
-    from public.usage_records r join public.users u on u.id = r.user_id
-    where r.request_id = p_item.request_id and r.key_id = public.find_key(p_item.hashes)
-$$;
+language plpgsql stable as $$
+declare
+    v_record public.usage_records;
+    v_cached public.stored_answers;
+    v_answer jsonb;
+begin
+    select * into v_record from public.usage_records
+    where request_id = p_item.request_id and key_id = public.find_key(p_item.hashes);
+    if not found then
+        return null;
+    end if;
+    v_answer := jsonb_build_object('outcome', 'admitted', 'user_id', v_record.user_id, 'key_id', v_record.key_id,
+                                   'environment', v_record.environment, 'granted_output', v_record.output_granted,
+                                   'hold_nanos', v_record.hold_nanos, 'limits', '{}'::jsonb,
+                                   'balance_nanos', (select u.credits_nanos from public.users u where u.id = v_record.user_id));
+    if v_record.cache_hit then
+        select * into v_cached from public.stored_answers
+        where user_id = v_record.user_id and kind = 'cache' and place = p_item.cache ->> 'place';
+        if not found then -- cleared within moments: it is settled, and nothing more can be had under its id
+            return jsonb_build_object('outcome', 'busy');
+        end if;
+        return v_answer || public.cached_json(v_cached, clock_timestamp())
+            || jsonb_build_object('status', 'completed', 'cost_nanos', 0, 'balance_after_nanos', v_record.balance_after_nanos);
+    end if;
+    if v_record.byok then
+        v_answer := v_answer || public.hold_json(v_record);
+    end if;
+    return v_answer || (select jsonb_strip_nulls(jsonb_build_object(
+        'cache_ttl', coalesce((p_item.cache ->> 'ttl_seconds')::int, k.cache_ttl_seconds)))
+        from public.api_keys_new k where k.id = v_record.key_id);
+end $$;
 comment on function public.repeat_admission is 'The first answer to a request id that was sent before, when its reply was lost.';
 revoke all on function public.repeat_admission(public.admission_item) from public, anon, authenticated;
 grant execute on function public.repeat_admission(public.admission_item) to service_role;
@@ -1208,11 +1272,22 @@ begin
         update public.api_keys_new set key_hash = p_item.hashes[1], hash_secret_id = p_item.secret_id where id = v_key.id;
     end if;
     if p_item.holds then
-        return public.admit_checked(p_item, v_key, v_user, v_now);
+        if p_item.idempotency is null then
+            return public.admit_checked(p_item, v_key, v_user, v_now);
+        end if;
+        v_answer := public.check_idempotency(p_item, v_key, v_now);
+        if v_answer is null then
+            v_answer := public.admit_checked(p_item, v_key, v_user, v_now);
+            if v_answer ->> 'outcome' in ('admitted', 'cached') then -- a refusal leaves the key free
+                perform public.claim_idempotency(p_item, v_user.id, v_answer ->> 'answer', v_now);
+            end if;
+        end if;
+        return v_answer;
     end if;
     return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
                               'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
-                              'scopes', v_key.scope_permissions);
+                              'scopes', v_key.scope_permissions,
+                              'limits', public.verified_limits(v_key, v_user, v_now));
 end $$;
 revoke all on function public.admit_one(public.admission_item, bigint[]) from public, anon, authenticated;
 grant execute on function public.admit_one(public.admission_item, bigint[]) to service_role;
@@ -1385,25 +1460,29 @@ $$;
 revoke all on function public.settlement_answer(uuid, text) from public, anon, authenticated;
 grant execute on function public.settlement_answer(uuid, text) to service_role;
 
--- Tokens as the windows count them: what is known, else the estimate. What an upstream invents must not overflow the counters.
+-- Tokens count as far as they are known: embeddings have a prompt and no completion. (greatest() passes over nulls.)
 create function public.counted_tokens(p_prompt bigint, p_completion bigint, p_estimate bigint) returns bigint
 language sql immutable as $$
-    select coalesce(least(greatest(p_prompt::numeric + p_completion, 0), 1e12)::bigint, p_estimate)
+    select case when p_prompt is null and p_completion is null then p_estimate
+                else least(greatest(coalesce(p_prompt, 0)::numeric + coalesce(p_completion, 0), 0), 1e12)::bigint end
 $$;
 revoke all on function public.counted_tokens(bigint, bigint, bigint) from public, anon, authenticated;
 grant execute on function public.counted_tokens(bigint, bigint, bigint) to service_role;
 
+-- Under the user's own upstream key nothing is due: what the upstream reports is recorded for them.
 create function public.settle_one(p_item public.settlement_item, p_locked bigint[]) returns jsonb
 language plpgsql as $$
 declare
     v_now timestamptz := clock_timestamp();
     v_record public.usage_records;
-    v_held bigint;
+    v_held bigint := 0;
     v_upstream bigint := ceil(p_item.billable_nanos);
     v_due bigint;
     v_cost bigint;
     v_unheld bigint;
     v_before bigint;
+    v_balance bigint;
+    v_deleted_at timestamptz;
 begin
     select * into v_record from public.usage_records where request_id = p_item.request_id;
     if not found then
@@ -1413,9 +1492,16 @@ begin
     elsif v_record.status <> 'pending' and (v_record.settlement_source <> 'none' or p_item.source = 'none') then
         return public.settlement_answer(p_item.request_id, 'repeated');
     end if;
-    v_held := case when v_record.status = 'pending' then v_record.hold_nanos else 0 end;
+    if v_record.status = 'pending' then
+        v_held := v_record.hold_nanos;
+        v_before := v_record.prompt_estimate;
+    else
+        v_before := public.counted_tokens(v_record.prompt_tokens, v_record.completion_tokens, v_record.prompt_estimate);
+    end if;
     if v_record.environment = 'test' then
         v_upstream := 0;
+        v_due := 0;
+    elsif v_record.byok then
         v_due := 0;
     else
         v_due := ceil(p_item.billable_nanos * v_record.markup);
@@ -1424,17 +1510,36 @@ begin
     select case when v_record.mode = s.mode then u.credits_nanos - u.held_nanos else 0 end into v_unheld
     from public.users u, public.gateway_state s where u.id = v_record.user_id;
     v_cost := least(v_due, v_record.cost_nanos + v_held + v_unheld);
-    v_before := case when v_record.status = 'pending' then v_record.prompt_estimate
-                     else public.counted_tokens(v_record.prompt_tokens, v_record.completion_tokens, v_record.prompt_estimate) end;
-    perform public.write_settlement(p_item, v_cost, v_due - v_cost, v_upstream, v_now);
     update public.users set credits_nanos = credits_nanos - (v_cost - v_record.cost_nanos), held_nanos = held_nanos - v_held
-    where id = v_record.user_id;
+    where id = v_record.user_id returning credits_nanos, deleted_at into v_balance, v_deleted_at;
     perform public.release_counters(
-        v_record, (select k.budget_window from public.api_keys_new k where k.id = v_record.key_id),
-        public.counted_tokens(p_item.prompt_tokens, p_item.completion_tokens, v_record.prompt_estimate) - v_before,
+        v_record, public.counted_tokens(p_item.prompt_tokens, p_item.completion_tokens, v_record.prompt_estimate) - v_before,
         v_cost - v_record.cost_nanos, v_now);
-    perform public.expire_play_rest(v_record, v_cost);
-    return public.settlement_answer(p_item.request_id, 'settled');
+    if v_record.mode = 'sandbox' then
+        perform public.expire_play_rest(v_record, v_cost);
+    end if;
+    if v_record.mode = 'sandbox' or v_deleted_at is not null then -- more may have left the account just now
+        select credits_nanos into v_balance from public.users where id = v_record.user_id;
+    end if;
+    update public.usage_records set
+        status = p_item.status, settlement_source = p_item.source, settled_at = v_now,
+        upstream_cost_nanos = v_upstream, cost_nanos = v_cost, overrun_nanos = v_due - v_cost, balance_after_nanos = v_balance,
+        prompt_tokens = p_item.prompt_tokens, completion_tokens = p_item.completion_tokens,
+        cached_tokens = p_item.cached_tokens, reasoning_tokens = p_item.reasoning_tokens,
+        model_used = coalesce(p_item.model_used, model_used), provider = coalesce(p_item.provider, provider),
+        finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
+        latency_ms = coalesce(latency_ms, p_item.latency_ms),
+        time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
+        generation_id = coalesce(left(p_item.generation_id, 256), generation_id)
+    where request_id = p_item.request_id;
+    if v_record.has_idempotency_key and v_record.status = 'pending' then
+        perform public.finish_idempotency(v_record.request_id, p_item.stored_answer, v_cost > 0 or (v_record.byok and v_upstream > 0));
+    end if;
+    if p_item.cache is not null and p_item.stored_answer is not null and p_item.status = 'completed' then
+        perform public.keep_in_cache(p_item.cache, v_record, p_item.stored_answer, v_now);
+    end if;
+    return jsonb_build_object('outcome', 'settled', 'status', p_item.status, 'cost_nanos', v_cost, 'overrun_nanos', v_due - v_cost,
+                              'balance_nanos', v_balance, 'user_id', v_record.user_id);
 end $$;
 revoke all on function public.settle_one(public.settlement_item, bigint[]) from public, anon, authenticated;
 grant execute on function public.settle_one(public.settlement_item, bigint[]) to service_role;
@@ -1511,8 +1616,6 @@ end $$;
 revoke all on function public.note_generations(jsonb) from public, anon, authenticated;
 grant execute on function public.note_generations(jsonb) to service_role;
 
--- Expired holds, oldest first, and the watermark behind which none can be. It stays a minute behind, for admissions that are
--- still in a transaction: a hold that lives for less than their transaction took would otherwise appear behind it.
 create function public.list_expired_holds(p_limit int, p_skip int default 0) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
@@ -1520,7 +1623,7 @@ declare
     v_holds jsonb;
 begin
     with expired as (
-        select r.request_id, r.generation_id, r.mode, r.environment, r.expires_at from public.usage_records r
+        select r as record, r.expires_at from public.usage_records r
         where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
         order by r.expires_at limit p_limit offset p_skip
     ), moved as (
@@ -1528,8 +1631,7 @@ begin
         from (select least(min(expires_at), v_now - interval '1 minute') as until from expired) as m
         where singleton and swept_until < m.until and p_skip = 0
     )
-    select coalesce(jsonb_agg(jsonb_build_object('request_id', request_id, 'generation_id', generation_id, 'mode', mode,
-                                                 'environment', environment) order by expires_at), '[]') into v_holds from expired;
+    select coalesce(jsonb_agg(public.hold_json(record) order by expires_at), '[]') into v_holds from expired;
     return v_holds;
 end $$;
 revoke all on function public.list_expired_holds(int, int) from public, anon, authenticated;
@@ -1554,7 +1656,7 @@ create trigger usage_records_expiry_moved after update of expires_at on public.u
 -- Accounting: registration, credits, limits and plans as an admin sets them, the mode of this database, and the proof that it adds up.
 
 create function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124090500::bigint
+    select 20261124110300::bigint
 $$;
 revoke all on function public.schema_version() from public, anon, authenticated;
 grant execute on function public.schema_version() to service_role;
@@ -1628,8 +1730,8 @@ end $$;
 revoke all on function public.count_address(text, bigint) from public, anon, authenticated;
 grant execute on function public.count_address(text, bigint) to service_role;
 
--- p: username, email, auth_method, key {...}, signup_nanos, trial_days, address, address_subject (null: not limited), user_agent,
--- request_id, actor, mode (of the instance). Outcomes: registered, address_limit, username_taken, email_taken, wrong_mode.
+-- p: as before, and email_hashes (under each secret, the current first). An address that has had signup credits gets none.
+-- Outcomes: registered, address_limit, username_taken, email_taken, wrong_mode.
 create function public.register_user(p jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 declare
@@ -1643,6 +1745,7 @@ begin
     if not found then
         return jsonb_build_object('outcome', 'wrong_mode');
     end if;
+    -- Counted whatever comes of it: who asks whether a name or an address is taken has tried.
     if p ->> 'address_subject' is not null and not public.count_address('register:' || (p ->> 'address_subject'), 5) then
         return jsonb_build_object('outcome', 'address_limit');
     end if;
@@ -1657,8 +1760,10 @@ begin
     end;
     insert into public.rate_limit_usage (subject, subject_id) values ('user', v_user.id);
     v_key_id := public.insert_key(v_user.id, p -> 'key', true);
-    if v_nanos > 0 then
+    if v_nanos > 0 and not exists (
+           select from public.signup_claims c where c.email_hash in (select jsonb_array_elements_text(p -> 'email_hashes'))) then
         perform public.change_credits(v_user.id, 'grant', v_nanos, 'gateway', 'signup credits', null, null);
+        perform public.claim_signup(p);
     end if;
     perform public.write_audit(coalesce(p ->> 'actor', 'user:' || v_user.id), 'create', 'user:' || v_user.id, v_user.id, v_key_id,
                                p ->> 'address', p ->> 'user_agent', (p ->> 'request_id')::uuid, null);
@@ -1776,29 +1881,11 @@ end $$;
 revoke all on function public.set_rate_limits(jsonb) from public, anon, authenticated;
 grant execute on function public.set_rate_limits(jsonb) to service_role;
 
--- p: user_id, plan_id, duration_months, actor, ... Outcomes: assigned, not_found, plan_not_found.
-create function public.assign_plan(p jsonb) returns jsonb
-language plpgsql set search_path = '' as $$
+create function public.assign_plan(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
 declare
-    v_user public.users := public.lock_target(p);
-    v_plan public.plans;
-    v_now timestamptz := clock_timestamp();
-    v_end timestamptz := v_now + make_interval(months => (p ->> 'duration_months')::int);
+    v_user public.users := public.lock_target(p); -- before the clock is read, so that a plan never begins before the one it replaces
 begin
-    if v_user.id is null then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
-    select * into v_plan from public.plans where id = (p ->> 'plan_id')::bigint and is_active;
-    if not found then
-        return jsonb_build_object('outcome', 'plan_not_found');
-    end if;
-    update public.user_plans set is_active = false, end_date = greatest(least(end_date, v_now), start_date + interval '1 microsecond')
-    where user_id = v_user.id and is_active;
-    insert into public.user_plans (user_id, plan_id, start_date, end_date) values (v_user.id, v_plan.id, v_now, v_end);
-    perform public.activate_subscription(v_user.id, false);
-    perform public.write_audit(p ->> 'actor', 'assign_plan', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
-                               (p ->> 'request_id')::uuid, jsonb_build_object('plan_id', v_plan.id, 'until', v_end));
-    return jsonb_build_object('outcome', 'assigned', 'user_id', v_user.id, 'plan_id', v_plan.id, 'plan_name', v_plan.name, 'end_date', v_end);
+    return public.assign_plan_at(p, clock_timestamp());
 end $$;
 revoke all on function public.assign_plan(jsonb) from public, anon, authenticated;
 grant execute on function public.assign_plan(jsonb) to service_role;
@@ -1856,7 +1943,6 @@ language sql stable set search_path = '' as $$
 $$;
 revoke all on function public.audit_ledger() from public, anon, authenticated;
 grant execute on function public.audit_ledger() to service_role;
-
 
 
 -- ============================================================================
@@ -1953,7 +2039,7 @@ $$;
 revoke all on function public.acting_key(jsonb) from public, anon, authenticated;
 grant execute on function public.acting_key(jsonb) to service_role;
 
--- p: user_id, maker_id, key {...}. Outcomes: created, too_many, name_taken, broader, not_found.
+-- p: user_id, maker_id, key {...}. Outcomes: created, too_many (with the limit that was met), name_taken, broader, not_found.
 create function public.create_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
 declare
     v_user public.users := public.lock_target(p);
@@ -1972,16 +2058,18 @@ begin
     if v_why is not null then
         return jsonb_build_object('outcome', 'broader', 'field', v_why);
     elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then
-        return jsonb_build_object('outcome', 'too_many');
+        return jsonb_build_object('outcome', 'too_many', 'limit', 50);
+    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null) >= 500 then
+        return jsonb_build_object('outcome', 'too_many', 'limit', 500);
     elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.key_name = v_key.key_name) then
         return jsonb_build_object('outcome', 'name_taken');
     end if;
     insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, encrypted_key, environment_tag,
                                      scope_permissions, ip_allowlist, domain_referrers, allowed_models, expiration_date, max_requests,
-                                     budget_nanos, budget_window)
+                                     budget_nanos, budget_window, cache_ttl_seconds)
     values (v_user.id, v_key.key_name, v_key.key_prefix, v_key.last4, v_key.key_hash, v_key.hash_secret_id, v_key.encrypted_key,
             v_key.environment_tag, v_key.scope_permissions, v_key.ip_allowlist, v_key.domain_referrers, v_key.allowed_models,
-            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window)
+            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window, v_key.cache_ttl_seconds)
     returning * into v_key;
     insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
     values ('key', v_key.id, null, null, null, null);
@@ -2019,7 +2107,7 @@ begin
         key_name = v_key.key_name, scope_permissions = v_key.scope_permissions, ip_allowlist = v_key.ip_allowlist,
         domain_referrers = v_key.domain_referrers, allowed_models = v_key.allowed_models, expiration_date = v_key.expiration_date,
         max_requests = v_key.max_requests, budget_nanos = v_key.budget_nanos, budget_window = v_key.budget_window,
-        is_active = v_key.is_active, updated_at = clock_timestamp()
+        cache_ttl_seconds = v_key.cache_ttl_seconds, is_active = v_key.is_active, updated_at = clock_timestamp()
     where k.id = v_key.id returning * into v_key;
     perform public.audit_key(p, 'update', v_key, jsonb_build_object('fields', (select jsonb_agg(f) from jsonb_object_keys(p -> 'changes') f)));
     return jsonb_build_object('outcome', 'updated', 'key', public.key_view(v_key));
@@ -2062,19 +2150,25 @@ end $$;
 revoke all on function public.rotate_keys(jsonb) from public, anon, authenticated;
 grant execute on function public.rotate_keys(jsonb) to service_role;
 
--- p: user_id (null: anybody's, for an administrator), key_id. Outcomes: revoked, not_found.
+-- p: user_id (null: anybody's, for an administrator), maker_id (null: an administrator), key_id. A key of a lesser environment ends none of
+-- a higher one, as it changes and rotates none. Outcomes: revoked, broader, not_found.
 create function public.revoke_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
 declare
     v_user public.users := public.lock_target(p || jsonb_build_object('user_id', coalesce((p ->> 'user_id')::bigint, (
         select k.user_id from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint))));
+    v_maker public.api_keys_new := public.acting_key(p);
     v_key public.api_keys_new;
 begin
+    select * into v_key from public.api_keys_new k
+    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null;
+    if not found or (p ->> 'maker_id' is not null and v_maker.id is null) then
+        return jsonb_build_object('outcome', 'not_found');
+    elsif public.environment_rank(v_key.environment_tag) > public.environment_rank(v_maker.environment_tag) and v_maker.id is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', 'environment_tag');
+    end if;
     update public.api_keys_new k set is_active = false, is_primary = false, revoked_at = clock_timestamp(), updated_at = clock_timestamp(),
         encrypted_key = null, previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
-    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null returning * into v_key;
-    if not found then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
+    where k.id = v_key.id returning * into v_key;
     perform public.audit_key(p, 'delete', v_key, jsonb_build_object('key_name', v_key.key_name));
     return jsonb_build_object('outcome', 'revoked', 'user_id', v_key.user_id, 'key_id', v_key.id);
 end $$;
@@ -2189,13 +2283,17 @@ end $$;
 revoke all on function public.expire_unheld(bigint, text) from public, anon, authenticated;
 grant execute on function public.expire_unheld(bigint, text) to service_role;
 
--- p: user_id. Keys die at once, running requests settle, what is left of the credits leaves; the books stay. Outcomes: deleted, not_found.
+-- p: user_id, email_hashes (of the account's address: accounts older than signup_claims claim theirs as they go).
+-- Outcomes: deleted, not_found.
 create function public.delete_account(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
 declare
     v_user public.users := public.lock_target(p);
 begin
     if v_user.id is null then
         return jsonb_build_object('outcome', 'not_found');
+    end if;
+    if exists (select from public.credit_transactions t where t.user_id = v_user.id and t.reason = 'signup credits') then
+        perform public.claim_signup(p);
     end if;
     update public.api_keys_new set is_active = false, is_primary = false, revoked_at = clock_timestamp(), encrypted_key = null,
         previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
@@ -2545,14 +2643,15 @@ revoke all on public.usage_sums_state from public, anon, authenticated, service_
 grant select, insert, update on public.usage_sums_state to service_role;
 create index usage_records_created_idx on public.usage_records using brin (created_at) with (pages_per_range = 16);
 
--- Settled requests of a range of admission times, in the shape of usage_slots.
+-- Settled requests of a range of admission times, in the shape of usage_slots. The upstream's cost is the operator's: what users paid it
+-- under their own keys stands in their records alone.
 create function public.count_usage(p_user_id bigint, p_from timestamptz, p_until timestamptz) returns setof public.usage_slots
 language sql stable set search_path = '' as $$
     select r.user_id, date_bin('15 minutes', r.created_at, '2000-01-01 00:00:00+00'), r.key_id, coalesce(r.model_used, r.model),
            coalesce(r.provider, ''), r.environment, r.endpoint, r.status, coalesce(r.error_code, ''),
            count(*), coalesce(sum(r.prompt_tokens), 0)::bigint, coalesce(sum(r.completion_tokens), 0)::bigint,
            coalesce(sum(r.cached_tokens), 0)::bigint, coalesce(sum(r.reasoning_tokens), 0)::bigint, sum(r.cost_nanos)::bigint,
-           coalesce(sum(r.upstream_cost_nanos), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
+           coalesce(sum(r.upstream_cost_nanos) filter (where not r.byok), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
            (count(*) filter (where b.bucket = 0))::int, (count(*) filter (where b.bucket = 1))::int,
            (count(*) filter (where b.bucket = 2))::int, (count(*) filter (where b.bucket = 3))::int,
            (count(*) filter (where b.bucket = 4))::int, (count(*) filter (where b.bucket = 5))::int,
@@ -2835,11 +2934,6 @@ $$;
 revoke all on function public.audit_usage() from public, anon, authenticated;
 grant execute on function public.audit_usage() to service_role;
 
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124100200::bigint
-$$;
-
-
 
 -- ============================================================================
 -- spend_control
@@ -2998,11 +3092,6 @@ grant select, insert, update, delete on public.webhook_deliveries to service_rol
 revoke all on sequence public.webhook_deliveries_id_seq from public, anon, authenticated, service_role;
 grant usage, select on sequence public.webhook_deliveries_id_seq to service_role;
 
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110000::bigint
-$$;
-
-
 
 -- ============================================================================
 -- admission_of_spend_control
@@ -3073,6 +3162,7 @@ create function public.forget_account() returns trigger language plpgsql set sea
 begin
     delete from public.provider_keys where user_id = new.id;
     delete from public.webhooks where user_id = new.id;
+    delete from public.budget_events where user_id = new.id;
     delete from public.end_user_budgets where user_id = new.id;
     delete from public.end_user_usage where user_id = new.id;
     delete from public.stored_answers where user_id = new.id;
@@ -3219,7 +3309,8 @@ begin
         return v_base || jsonb_build_object('outcome', 'idempotency_not_kept');
     end if;
     return v_base || jsonb_build_object('outcome', 'replayed', 'answer', v_row.answer,
-                                        'age', floor(extract(epoch from p_now - v_row.created_at))::bigint);
+                                        'age', floor(extract(epoch from p_now - v_row.created_at))::bigint,
+                                        'tokens', coalesce(v_record.prompt_tokens, 0) + coalesce(v_record.completion_tokens, 0));
 end $$;
 revoke all on function public.check_idempotency(public.admission_item, public.api_keys_new, timestamptz) from public, anon, authenticated;
 grant execute on function public.check_idempotency(public.admission_item, public.api_keys_new, timestamptz) to service_role;
@@ -3274,9 +3365,11 @@ grant execute on function public.find_cached(jsonb, bigint, timestamptz) to serv
 create function public.keep_in_cache(p_cache jsonb, p_record public.usage_records, p_answer text, p_now timestamptz) returns void
 language plpgsql as $$
 begin
+    -- The user is locked: whether the account is deleted does not change meanwhile.
     insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, created_at, expires_at)
-    values ('cache', p_record.user_id, p_cache ->> 'place', p_cache ->> 'fingerprint', p_record.request_id, 'finished', p_answer, p_now,
-            p_now + make_interval(secs => (p_cache ->> 'ttl_seconds')::int))
+    select 'cache', u.id, p_cache ->> 'place', p_cache ->> 'fingerprint', p_record.request_id, 'finished', p_answer, p_now,
+           p_now + make_interval(secs => (p_cache ->> 'ttl_seconds')::int)
+    from public.users u where u.id = p_record.user_id and u.deleted_at is null
     on conflict (user_id, kind, place) do update set
         fingerprint = excluded.fingerprint, request_id = excluded.request_id, answer = excluded.answer,
         created_at = excluded.created_at, expires_at = excluded.expires_at;
@@ -3312,41 +3405,6 @@ revoke all on function public.delete_expired_answers() from public, anon, authen
 grant execute on function public.delete_expired_answers() to service_role;
 
 -- Admission.
-
--- A budget of another window is emptied, with the level that was told of it; rings and plan counters as before.
-create or replace function public.advance_usage(p_usage public.rate_limit_usage, p_now timestamptz, p_budget_window text)
-returns public.rate_limit_usage language plpgsql stable as $$
-declare
-    v_usage public.rate_limit_usage := p_usage;
-    v_ms bigint := extract(epoch from p_now) * 1000;
-    v_day date := (p_now at time zone 'UTC')::date;
-    v_month date := date_trunc('month', p_now at time zone 'UTC')::date;
-    v_since timestamptz;
-begin
-    v_usage.burst_ring := public.advance_ring(v_usage.burst_ring, 11, v_ms / 100);
-    v_usage.minute_ring := public.advance_ring(v_usage.minute_ring, 7, v_ms / 10000);
-    v_usage.hour_ring := public.advance_ring(v_usage.hour_ring, 13, v_ms / 300000);
-    v_usage.day_ring := public.advance_ring(v_usage.day_ring, 25, v_ms / 3600000);
-    if v_usage.plan_day < v_day then
-        v_usage.plan_day := v_day;
-        v_usage.plan_day_requests := 0;
-        v_usage.plan_day_tokens := 0;
-    end if;
-    if v_usage.plan_month < v_month then
-        v_usage.plan_month := v_month;
-        v_usage.plan_month_requests := 0;
-        v_usage.plan_month_tokens := 0;
-    end if;
-    if p_budget_window is not null then
-        v_since := public.budget_start(p_budget_window, p_now);
-        if v_usage.budget_since < v_since then
-            v_usage.budget_since := v_since;
-            v_usage.budget_spent_nanos := 0;
-            v_usage.budget_level := 0;
-        end if;
-    end if;
-    return v_usage;
-end $$;
 
 drop function public.recount_user(bigint, bigint, timestamptz);
 -- Up to four expired holds of a user, once in ten seconds, and slots and held budgets counted anew from the journal.
@@ -3445,20 +3503,6 @@ revoke all on function public.record_admission(public.admission_item, public.api
 grant execute on function public.record_admission(public.admission_item, public.api_keys_new, public.rate_limit_usage,
     public.rate_limit_usage, bigint, bigint, boolean, boolean, bigint, timestamptz) to service_role;
 
-create or replace function public.refuse_for_limits(
-    p_item public.admission_item, p_key public.api_keys_new, p_state public.limit_state, p_now timestamptz
-) returns jsonb language plpgsql as $$
-begin
-    return jsonb_build_object(
-        'outcome', case when p_state.refused_window = 'concurrency' then 'concurrency'
-                        when p_state.refused_window like 'plan %' then 'plan_limit' else 'rate_limit' end,
-        'window', p_state.refused_window, 'unit', p_state.refused_unit, 'limit', p_state.refused_limit,
-        'need', p_item.prompt_estimate, 'never', p_state.never, 'retry_after', public.retry_after_seconds(p_state.frees_at_ms, p_now),
-        'limits', public.limits_json(p_state, p_now),
-        'expired', case when p_state.refused_window = 'concurrency'
-                        then public.recount_user(p_key.user_id, p_key.id, p_item.end_user, p_now) end);
-end $$;
-
 -- The refusal of a request that the least of credits, key budget and end user's budget does not cover.
 create function public.refuse_for_money(
     p_item public.admission_item, p_credits bigint, p_held bigint, p_available bigint, p_budget bigint, p_end_user_left bigint, p_granted bigint
@@ -3475,192 +3519,43 @@ revoke all on function public.refuse_for_money(public.admission_item, bigint, bi
     from public, anon, authenticated;
 grant execute on function public.refuse_for_money(public.admission_item, bigint, bigint, bigint, bigint, bigint, bigint) to service_role;
 
--- The answer to a request that passed the identity checks: limits, cache, budgets and credits decide, in this order.
-create or replace function public.admit_checked(
-    p_item public.admission_item, p_key public.api_keys_new, p_user public.users, p_now timestamptz
-) returns jsonb language plpgsql as $$
-declare
-    v_key_usage public.rate_limit_usage;
-    v_key_limits public.rate_limit_configs;
-    v_user_usage public.rate_limit_usage;
-    v_plan public.plans := public.current_plan(p_user, p_now);
-    v_state public.limit_state;
-    v_test boolean := p_key.environment_tag = 'test';
-    v_provider_key text;
-    v_cache_ttl int := p_key.cache_ttl_seconds;
-    v_cached public.stored_answers;
-    v_budget bigint;
-    v_end_user_left bigint;
-    v_available bigint := p_user.credits_nanos - p_user.held_nanos;
-    v_granted bigint := p_item.max_output;
-    v_hold bigint := 0;
-    v_answer jsonb;
-begin
-    select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
-    if not found then -- without counters nothing would be limited
-        insert into public.rate_limit_usage (subject, subject_id) values ('user', p_user.id) returning * into v_user_usage;
-    end if;
-    select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
-    if not found then
-        insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
-        values ('key', p_key.id, null, null, null, null)
-        returning * into v_key_usage;
-    end if;
-    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
-    if found and v_key_usage.day_ring is null then
-        v_key_usage.burst_ring := public.empty_ring(11);
-        v_key_usage.minute_ring := public.empty_ring(7);
-        v_key_usage.hour_ring := public.empty_ring(13);
-        v_key_usage.day_ring := public.empty_ring(25);
-    end if;
-    v_user_usage := public.advance_usage(v_user_usage, p_now, null);
-    v_key_usage := public.advance_usage(v_key_usage, p_now, p_key.budget_window);
-    if v_key_usage.requests_used >= p_key.max_requests then
-        return public.refusal('REQUEST_LIMIT_EXCEEDED', p_item, p_user.id, p_key.id) || jsonb_build_object('limit', p_key.max_requests);
-    elsif v_plan.allowed_models is not null and not public.models_allowed(v_plan.allowed_models, p_item.models) then
-        return jsonb_build_object('outcome', 'MODEL_NOT_ALLOWED');
-    elsif not v_test and p_user.subscription_status = 'trial' and p_user.trial_expires_at <= p_now then
-        return jsonb_build_object('outcome', 'trial_expired');
-    end if;
-    if p_item.cache is not null then
-        v_cache_ttl := coalesce((p_item.cache ->> 'ttl_seconds')::int, v_cache_ttl);
-        if v_cache_ttl is not null then
-            v_cached := public.find_cached(p_item.cache, p_user.id, p_now);
-        end if;
-    end if;
-    v_state := public.check_all_limits(p_key, p_user, v_plan, v_key_limits, v_key_usage, v_user_usage,
-                                       case when v_cached.id is null then p_item.prompt_estimate else 0 end, p_now);
-    if v_state.refused_window is not null then
-        return public.refuse_for_limits(p_item, p_key, v_state, p_now);
-    end if;
-    v_state.request_left := v_state.request_left - 1;
-    if v_cached.id is not null then
-        perform public.record_admission(p_item, p_key, v_key_usage, v_user_usage, 0, 0, false, false, p_user.credits_nanos, p_now);
-        return public.cached_json(v_cached, p_now) || jsonb_build_object(
-            'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag, 'status', 'completed', 'cost_nanos', 0,
-            'balance_after_nanos', p_user.credits_nanos, 'limits', public.limits_json(v_state, p_now));
-    end if;
-    if p_user.has_provider_key and p_item.byok and not v_test then
-        select encrypted_key into v_provider_key from public.provider_keys where user_id = p_user.id and is_active;
-    end if;
-    if not v_test and v_provider_key is null then
-        v_budget := p_key.budget_nanos - v_key_usage.budget_spent_nanos - v_key_usage.budget_held_nanos;
-        if p_user.has_end_user_budgets and p_item.end_user is not null then
-            v_end_user_left := public.end_user_left(p_user.id, p_item.end_user, p_now);
-        end if;
-        v_granted := public.affordable_output(p_item, greatest(0, least(v_available, v_budget, v_end_user_left)));
-        if v_granted < p_item.min_output then
-            return public.refuse_for_money(p_item, p_user.credits_nanos, p_user.held_nanos, v_available, v_budget, v_end_user_left, v_granted)
-                || jsonb_build_object(
-                    'limits', public.limits_json(v_state, p_now),
-                    'expired', case when p_user.held_nanos > 0 then public.recount_user(p_user.id, p_key.id, p_item.end_user, p_now) end);
-        end if;
-        v_hold := ceil((p_item.fixed_nanos + p_item.output_nanos * v_granted) * p_item.markup);
-    end if;
-    perform public.record_admission(p_item, p_key, v_key_usage, v_user_usage, v_granted, v_hold, v_provider_key is not null,
-                                    v_end_user_left is not null, null, p_now);
-    v_state.token_left := v_state.token_left - p_item.prompt_estimate;
-    v_answer := jsonb_build_object('outcome', 'admitted', 'user_id', p_user.id, 'key_id', p_key.id, 'environment', p_key.environment_tag,
-                                   'granted_output', v_granted, 'hold_nanos', v_hold, 'balance_nanos', p_user.credits_nanos,
-                                   'limits', public.limits_json(v_state, p_now));
-    if v_provider_key is not null then
-        v_answer := v_answer || jsonb_build_object('byok', true, 'provider_key', v_provider_key);
-    end if;
-    if v_cache_ttl is not null then
-        v_answer := v_answer || jsonb_build_object('cache_ttl', v_cache_ttl);
-    end if;
-    return v_answer;
-end $$;
-
--- The first answer to a request id that was sent before, when its reply was lost.
-create or replace function public.repeat_admission(p_item public.admission_item) returns jsonb
+-- The rate limits' state that admission would report for a request of no tokens; counts nothing.
+create function public.verified_limits(p_key public.api_keys_new, p_user public.users, p_now timestamptz) returns jsonb
 language plpgsql stable as $$
 declare
-    v_record public.usage_records;
-    v_cached public.stored_answers;
-    v_answer jsonb;
+    v_none public.rate_limit_usage;
+    v_user_usage public.rate_limit_usage;
+    v_key_usage public.rate_limit_usage;
+    v_key_limits public.rate_limit_configs;
 begin
-    select * into v_record from public.usage_records
-    where request_id = p_item.request_id and key_id = public.find_key(p_item.hashes);
+    v_none.burst_ring := public.empty_ring(11);
+    v_none.minute_ring := public.empty_ring(7);
+    v_none.hour_ring := public.empty_ring(13);
+    v_none.day_ring := public.empty_ring(25);
+    v_none.plan_day := '-infinity';
+    v_none.plan_month := '-infinity';
+    v_none.slots := 0;
+    v_none.test_slots := 0;
+    select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
     if not found then
-        return null;
+        v_user_usage := v_none;
     end if;
-    v_answer := jsonb_build_object('outcome', 'admitted', 'user_id', v_record.user_id, 'key_id', v_record.key_id,
-                                   'environment', v_record.environment, 'granted_output', v_record.output_granted,
-                                   'hold_nanos', v_record.hold_nanos, 'limits', '{}'::jsonb,
-                                   'balance_nanos', (select u.credits_nanos from public.users u where u.id = v_record.user_id));
-    if v_record.cache_hit then
-        select * into v_cached from public.stored_answers
-        where user_id = v_record.user_id and kind = 'cache' and place = p_item.cache ->> 'place';
-        if not found then -- cleared within moments: it is settled, and nothing more can be had under its id
-            return jsonb_build_object('outcome', 'busy');
+    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
+    if found then
+        select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
+        if v_key_usage.day_ring is null then -- not limited before, so nothing was counted
+            v_none.slots := coalesce(v_key_usage.slots, 0);
+            v_key_usage := v_none;
         end if;
-        return v_answer || public.cached_json(v_cached, clock_timestamp())
-            || jsonb_build_object('status', 'completed', 'cost_nanos', 0, 'balance_after_nanos', v_record.balance_after_nanos);
     end if;
-    if v_record.byok then
-        v_answer := v_answer || public.hold_json(v_record);
-    end if;
-    return v_answer || (select jsonb_strip_nulls(jsonb_build_object(
-        'cache_ttl', coalesce((p_item.cache ->> 'ttl_seconds')::int, k.cache_ttl_seconds)))
-        from public.api_keys_new k where k.id = v_record.key_id);
+    return public.limits_json(public.check_all_limits(
+        p_key, p_user, public.current_plan(p_user, p_now), v_key_limits, public.advance_usage(v_key_usage, p_now, null),
+        public.advance_usage(v_user_usage, p_now, null), 0, p_now), p_now);
 end $$;
+comment on function public.verified_limits is 'What the headers of management answers say; management requests themselves are not counted.';
+revoke all on function public.verified_limits(public.api_keys_new, public.users, timestamptz) from public, anon, authenticated;
+grant execute on function public.verified_limits(public.api_keys_new, public.users, timestamptz) to service_role;
 
-create or replace function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
-language plpgsql as $$
-declare
-    v_now timestamptz := clock_timestamp();
-    v_key public.api_keys_new;
-    v_user public.users;
-    v_owner bigint;
-    v_refusal text;
-    v_answer jsonb;
-begin
-    if p_item.resent then
-        v_answer := public.repeat_admission(p_item);
-        if v_answer is not null then
-            return v_answer;
-        end if;
-    end if;
-    select * into v_key from public.api_keys_new where id = public.find_key(p_item.hashes);
-    if not found and p_item.legacy_hash is not null then
-        select user_id into v_owner from public.api_keys where key_sha256 = p_item.legacy_hash and moved_to is null;
-        if v_owner = any (p_locked) then
-            v_key := public.move_legacy_key(p_item.legacy_hash, p_item.hashes[1], p_item.secret_id);
-        end if;
-    end if;
-    v_owner := coalesce(v_key.user_id, v_owner);
-    if v_owner is not null and v_owner <> all (p_locked) then
-        return jsonb_build_object('outcome', 'busy');
-    end if;
-    select * into v_user from public.users where id = v_key.user_id;
-    if not exists (select from public.gateway_state where mode = p_item.mode) then
-        return jsonb_build_object('outcome', 'wrong_mode');
-    end if;
-    v_refusal := public.refuse_identity(v_key, v_user, p_item, v_now);
-    if v_refusal is not null then
-        return public.refusal(v_refusal, p_item, v_user.id, v_key.id);
-    end if;
-    if v_key.hash_secret_id <> p_item.secret_id and v_key.key_hash = any (p_item.hashes) then
-        update public.api_keys_new set key_hash = p_item.hashes[1], hash_secret_id = p_item.secret_id where id = v_key.id;
-    end if;
-    if p_item.holds then
-        if p_item.idempotency is null then
-            return public.admit_checked(p_item, v_key, v_user, v_now);
-        end if;
-        v_answer := public.check_idempotency(p_item, v_key, v_now);
-        if v_answer is null then
-            v_answer := public.admit_checked(p_item, v_key, v_user, v_now);
-            if v_answer ->> 'outcome' in ('admitted', 'cached') then -- a refusal leaves the key free
-                perform public.claim_idempotency(p_item, v_user.id, v_answer ->> 'answer', v_now);
-            end if;
-        end if;
-        return v_answer;
-    end if;
-    return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
-                              'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
-                              'scopes', v_key.scope_permissions);
-end $$;
 comment on function public.admit_requests is
     'Decides for each item (admission_item) in order. Answers carry request_id and outcome: admitted, cached, replayed, verified, busy, '
     'wrong_mode, failed, or the code of a refusal.';
@@ -3750,98 +3645,6 @@ revoke all on function public.release_end_user(public.usage_records, bigint, tim
 grant execute on function public.release_end_user(public.usage_records, bigint, timestamptz) to service_role;
 revoke all on function public.release_counters(public.usage_records, bigint, bigint, timestamptz) from public, anon, authenticated;
 grant execute on function public.release_counters(public.usage_records, bigint, bigint, timestamptz) to service_role;
-
--- Under the user's own upstream key nothing is due: what the upstream reports is recorded for them.
-create or replace function public.settle_one(p_item public.settlement_item, p_locked bigint[]) returns jsonb
-language plpgsql as $$
-declare
-    v_now timestamptz := clock_timestamp();
-    v_record public.usage_records;
-    v_held bigint := 0;
-    v_upstream bigint := ceil(p_item.billable_nanos);
-    v_due bigint;
-    v_cost bigint;
-    v_unheld bigint;
-    v_before bigint;
-    v_balance bigint;
-    v_deleted_at timestamptz;
-begin
-    select * into v_record from public.usage_records where request_id = p_item.request_id;
-    if not found then
-        return jsonb_build_object('outcome', 'unknown');
-    elsif v_record.user_id <> all (p_locked) then
-        return jsonb_build_object('outcome', 'busy');
-    elsif v_record.status <> 'pending' and (v_record.settlement_source <> 'none' or p_item.source = 'none') then
-        return public.settlement_answer(p_item.request_id, 'repeated');
-    end if;
-    if v_record.status = 'pending' then
-        v_held := v_record.hold_nanos;
-        v_before := v_record.prompt_estimate;
-    else
-        v_before := public.counted_tokens(v_record.prompt_tokens, v_record.completion_tokens, v_record.prompt_estimate);
-    end if;
-    if v_record.environment = 'test' then
-        v_upstream := 0;
-        v_due := 0;
-    elsif v_record.byok then
-        v_due := 0;
-    else
-        v_due := ceil(p_item.billable_nanos * v_record.markup);
-    end if;
-    -- Unheld credits of a live database are real money: play money's requests cost no more than what was held for them.
-    select case when v_record.mode = s.mode then u.credits_nanos - u.held_nanos else 0 end into v_unheld
-    from public.users u, public.gateway_state s where u.id = v_record.user_id;
-    v_cost := least(v_due, v_record.cost_nanos + v_held + v_unheld);
-    update public.users set credits_nanos = credits_nanos - (v_cost - v_record.cost_nanos), held_nanos = held_nanos - v_held
-    where id = v_record.user_id returning credits_nanos, deleted_at into v_balance, v_deleted_at;
-    perform public.release_counters(
-        v_record, public.counted_tokens(p_item.prompt_tokens, p_item.completion_tokens, v_record.prompt_estimate) - v_before,
-        v_cost - v_record.cost_nanos, v_now);
-    if v_record.mode = 'sandbox' then
-        perform public.expire_play_rest(v_record, v_cost);
-    end if;
-    if v_record.mode = 'sandbox' or v_deleted_at is not null then -- more may have left the account just now
-        select credits_nanos into v_balance from public.users where id = v_record.user_id;
-    end if;
-    update public.usage_records set
-        status = p_item.status, settlement_source = p_item.source, settled_at = v_now,
-        upstream_cost_nanos = v_upstream, cost_nanos = v_cost, overrun_nanos = v_due - v_cost, balance_after_nanos = v_balance,
-        prompt_tokens = p_item.prompt_tokens, completion_tokens = p_item.completion_tokens,
-        cached_tokens = p_item.cached_tokens, reasoning_tokens = p_item.reasoning_tokens,
-        model_used = coalesce(p_item.model_used, model_used), provider = coalesce(p_item.provider, provider),
-        finish_reason = coalesce(p_item.finish_reason, finish_reason), error_code = coalesce(p_item.error_code, error_code),
-        latency_ms = coalesce(latency_ms, p_item.latency_ms),
-        time_to_first_token_ms = coalesce(time_to_first_token_ms, p_item.time_to_first_token_ms),
-        generation_id = coalesce(left(p_item.generation_id, 256), generation_id)
-    where request_id = p_item.request_id;
-    if v_record.has_idempotency_key and v_record.status = 'pending' then
-        perform public.finish_idempotency(v_record.request_id, p_item.stored_answer, v_cost > 0 or (v_record.byok and v_upstream > 0));
-    end if;
-    if p_item.cache is not null and p_item.stored_answer is not null and p_item.status = 'completed' then
-        perform public.keep_in_cache(p_item.cache, v_record, p_item.stored_answer, v_now);
-    end if;
-    return jsonb_build_object('outcome', 'settled', 'status', p_item.status, 'cost_nanos', v_cost, 'overrun_nanos', v_due - v_cost,
-                              'balance_nanos', v_balance, 'user_id', v_record.user_id);
-end $$;
-
-create or replace function public.list_expired_holds(p_limit int, p_skip int default 0) returns jsonb
-language plpgsql set search_path = '' as $$
-declare
-    v_now timestamptz := clock_timestamp();
-    v_holds jsonb;
-begin
-    with expired as (
-        select r as record, r.expires_at from public.usage_records r
-        where r.expires_at >= (select swept_until from public.gateway_state) and r.expires_at <= v_now and r.status = 'pending'
-        order by r.expires_at limit p_limit offset p_skip
-    ), moved as (
-        update public.gateway_state set swept_until = m.until
-        from (select least(min(expires_at), v_now - interval '1 minute') as until from expired) as m
-        where singleton and swept_until < m.until and p_skip = 0
-    )
-    select coalesce(jsonb_agg(public.hold_json(record) order by expires_at), '[]') into v_holds from expired;
-    return v_holds;
-end $$;
 
 -- Raising a hold.
 
@@ -3939,48 +3742,6 @@ grant execute on function public.raise_holds(jsonb) to service_role;
 
 -- Sums.
 
--- Settled requests of a range of admission times, in the shape of usage_slots. The upstream's cost is the operator's: what users paid it
--- under their own keys stands in their records alone.
-create or replace function public.count_usage(p_user_id bigint, p_from timestamptz, p_until timestamptz) returns setof public.usage_slots
-language sql stable set search_path = '' as $$
-    select r.user_id, date_bin('15 minutes', r.created_at, '2000-01-01 00:00:00+00'), r.key_id, coalesce(r.model_used, r.model),
-           coalesce(r.provider, ''), r.environment, r.endpoint, r.status, coalesce(r.error_code, ''),
-           count(*), coalesce(sum(r.prompt_tokens), 0)::bigint, coalesce(sum(r.completion_tokens), 0)::bigint,
-           coalesce(sum(r.cached_tokens), 0)::bigint, coalesce(sum(r.reasoning_tokens), 0)::bigint, sum(r.cost_nanos)::bigint,
-           coalesce(sum(r.upstream_cost_nanos) filter (where not r.byok), 0)::bigint, sum(r.overrun_nanos)::bigint, coalesce(sum(r.latency_ms), 0)::bigint,
-           (count(*) filter (where b.bucket = 0))::int, (count(*) filter (where b.bucket = 1))::int,
-           (count(*) filter (where b.bucket = 2))::int, (count(*) filter (where b.bucket = 3))::int,
-           (count(*) filter (where b.bucket = 4))::int, (count(*) filter (where b.bucket = 5))::int,
-           (count(*) filter (where b.bucket = 6))::int, (count(*) filter (where b.bucket = 7))::int,
-           (count(*) filter (where b.bucket = 8))::int, (count(*) filter (where b.bucket = 9))::int,
-           (count(*) filter (where b.bucket = 10))::int, (count(*) filter (where b.bucket = 11))::int,
-           (count(*) filter (where b.bucket = 12))::int, (count(*) filter (where b.bucket = 13))::int,
-           (count(*) filter (where b.bucket = 14))::int, (count(*) filter (where b.bucket = 15))::int,
-           (count(*) filter (where b.bucket = 16))::int, (count(*) filter (where b.bucket = 17))::int,
-           (count(*) filter (where b.bucket = 18))::int, (count(*) filter (where b.bucket = 19))::int,
-           (count(*) filter (where b.bucket = 20))::int, (count(*) filter (where b.bucket = 21))::int,
-           (count(*) filter (where b.bucket = 22))::int, (count(*) filter (where b.bucket = 23))::int
-    from public.usage_records r, lateral (select width_bucket(coalesce(r.latency_ms, 0), public.latency_bounds()) as bucket) as b
-    where (p_user_id is null or r.user_id = p_user_id) and r.created_at >= p_from and r.created_at < p_until and r.status <> 'pending'
-    group by 1, 2, 3, 4, 5, 6, 7, 8, 9
-$$;
-
--- Receipts.
-
-create function public.get_receipt(p_user_id bigint, p_request_id uuid) returns jsonb language sql stable set search_path = '' as $$
-    select to_jsonb(r) || jsonb_build_object('refunded_nanos', coalesce((
-        select sum(t.amount_nanos) from public.credit_transactions t where t.request_id = r.request_id), 0))
-    from public.usage_records r where r.request_id = p_request_id and r.user_id = p_user_id
-$$;
-comment on function public.get_receipt is 'A user''s record with everything that is known of it, and what was refunded of its cost; null for what is not theirs.';
-revoke all on function public.get_receipt(bigint, uuid) from public, anon, authenticated;
-grant execute on function public.get_receipt(bigint, uuid) to service_role;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110100::bigint
-$$;
-
-
 
 -- ============================================================================
 -- management_again
@@ -3988,101 +3749,6 @@ $$;
 
 -- Management once more: limits in the answer to a verified key, wrong administrator's keys, a bound on keys, signup credits once per
 -- address, tenants' audit logs without administrators' addresses, and built-in rows that stay.
-
--- The rate limits' state that admission would report for a request of no tokens; counts nothing.
-create function public.verified_limits(p_key public.api_keys_new, p_user public.users, p_now timestamptz) returns jsonb
-language plpgsql stable as $$
-declare
-    v_none public.rate_limit_usage;
-    v_user_usage public.rate_limit_usage;
-    v_key_usage public.rate_limit_usage;
-    v_key_limits public.rate_limit_configs;
-begin
-    v_none.burst_ring := public.empty_ring(11);
-    v_none.minute_ring := public.empty_ring(7);
-    v_none.hour_ring := public.empty_ring(13);
-    v_none.day_ring := public.empty_ring(25);
-    v_none.plan_day := '-infinity';
-    v_none.plan_month := '-infinity';
-    v_none.slots := 0;
-    v_none.test_slots := 0;
-    select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
-    if not found then
-        v_user_usage := v_none;
-    end if;
-    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
-    if found then
-        select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
-        if v_key_usage.day_ring is null then -- not limited before, so nothing was counted
-            v_none.slots := coalesce(v_key_usage.slots, 0);
-            v_key_usage := v_none;
-        end if;
-    end if;
-    return public.limits_json(public.check_all_limits(
-        p_key, p_user, public.current_plan(p_user, p_now), v_key_limits, public.advance_usage(v_key_usage, p_now, null),
-        public.advance_usage(v_user_usage, p_now, null), 0, p_now), p_now);
-end $$;
-comment on function public.verified_limits is 'What the headers of management answers say; management requests themselves are not counted.';
-revoke all on function public.verified_limits(public.api_keys_new, public.users, timestamptz) from public, anon, authenticated;
-grant execute on function public.verified_limits(public.api_keys_new, public.users, timestamptz) to service_role;
-
--- As before, with `limits` in the answer `verified`.
-create or replace function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
-language plpgsql as $$
-declare
-    v_now timestamptz := clock_timestamp();
-    v_key public.api_keys_new;
-    v_user public.users;
-    v_owner bigint;
-    v_refusal text;
-    v_answer jsonb;
-begin
-    if p_item.resent then
-        v_answer := public.repeat_admission(p_item);
-        if v_answer is not null then
-            return v_answer;
-        end if;
-    end if;
-    select * into v_key from public.api_keys_new where id = public.find_key(p_item.hashes);
-    if not found and p_item.legacy_hash is not null then
-        select user_id into v_owner from public.api_keys where key_sha256 = p_item.legacy_hash and moved_to is null;
-        if v_owner = any (p_locked) then
-            v_key := public.move_legacy_key(p_item.legacy_hash, p_item.hashes[1], p_item.secret_id);
-        end if;
-    end if;
-    v_owner := coalesce(v_key.user_id, v_owner);
-    if v_owner is not null and v_owner <> all (p_locked) then
-        return jsonb_build_object('outcome', 'busy');
-    end if;
-    select * into v_user from public.users where id = v_key.user_id;
-    if not exists (select from public.gateway_state where mode = p_item.mode) then
-        return jsonb_build_object('outcome', 'wrong_mode');
-    end if;
-    v_refusal := public.refuse_identity(v_key, v_user, p_item, v_now);
-    if v_refusal is not null then
-        return public.refusal(v_refusal, p_item, v_user.id, v_key.id);
-    end if;
-    if v_key.hash_secret_id <> p_item.secret_id and v_key.key_hash = any (p_item.hashes) then
-        update public.api_keys_new set key_hash = p_item.hashes[1], hash_secret_id = p_item.secret_id where id = v_key.id;
-    end if;
-    if p_item.holds then
-        if p_item.idempotency is null then
-            return public.admit_checked(p_item, v_key, v_user, v_now);
-        end if;
-        v_answer := public.check_idempotency(p_item, v_key, v_now);
-        if v_answer is null then
-            v_answer := public.admit_checked(p_item, v_key, v_user, v_now);
-            if v_answer ->> 'outcome' in ('admitted', 'cached') then -- a refusal leaves the key free
-                perform public.claim_idempotency(p_item, v_user.id, v_answer ->> 'answer', v_now);
-            end if;
-        end if;
-        return v_answer;
-    end if;
-    return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
-                              'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
-                              'scopes', v_key.scope_permissions,
-                              'limits', public.verified_limits(v_key, v_user, v_now));
-end $$;
 
 -- p: action, address, address_subject, user_agent, request_id, limit. A secret that was presented and is wrong: one audit row per address
 -- and minute with a count, and at most `limit` answers a minute. Outcomes: counted, limited (with retry_after).
@@ -4121,118 +3787,12 @@ alter table public.signup_claims enable row level security;
 revoke all on public.signup_claims from public, anon, authenticated, service_role;
 grant select, insert on public.signup_claims to service_role;
 
--- p: as before, and email_hashes (under each secret, the current first). An address that has had signup credits gets none.
--- Outcomes: registered, address_limit, username_taken, email_taken, wrong_mode.
-create or replace function public.register_user(p jsonb) returns jsonb
-language plpgsql set search_path = '' as $$
-declare
-    v_user public.users;
-    v_key_id bigint;
-    v_nanos bigint := (p ->> 'signup_nanos')::bigint;
-    v_constraint text;
-begin
-    -- A switch to live mode waits for this one, or this one for it: play credits of a new account would outlive the switch.
-    perform from public.gateway_state where singleton and mode = coalesce(p ->> 'mode', mode) for share;
-    if not found then
-        return jsonb_build_object('outcome', 'wrong_mode');
-    end if;
-    -- Counted whatever comes of it: who asks whether a name or an address is taken has tried.
-    if p ->> 'address_subject' is not null and not public.count_address('register:' || (p ->> 'address_subject'), 5) then
-        return jsonb_build_object('outcome', 'address_limit');
-    end if;
-    begin
-        insert into public.users (username, email, auth_method, trial_expires_at)
-        values (p ->> 'username', p ->> 'email', p ->> 'auth_method',
-                clock_timestamp() + make_interval(days => (p ->> 'trial_days')::int))
-        returning * into v_user;
-    exception when unique_violation then
-        get stacked diagnostics v_constraint = constraint_name;
-        return jsonb_build_object('outcome', case v_constraint when 'users_email_key' then 'email_taken' else 'username_taken' end);
-    end;
-    insert into public.rate_limit_usage (subject, subject_id) values ('user', v_user.id);
-    v_key_id := public.insert_key(v_user.id, p -> 'key', true);
-    if v_nanos > 0 and not exists (
-           select from public.signup_claims c where c.email_hash in (select jsonb_array_elements_text(p -> 'email_hashes'))) then
-        perform public.change_credits(v_user.id, 'grant', v_nanos, 'gateway', 'signup credits', null, null);
-        perform public.claim_signup(p);
-    end if;
-    perform public.write_audit(coalesce(p ->> 'actor', 'user:' || v_user.id), 'create', 'user:' || v_user.id, v_user.id, v_key_id,
-                               p ->> 'address', p ->> 'user_agent', (p ->> 'request_id')::uuid, null);
-    select * into v_user from public.users where id = v_user.id;
-    return jsonb_build_object('outcome', 'registered', 'user_id', v_user.id, 'key_id', v_key_id, 'credits_nanos', v_user.credits_nanos,
-                              'subscription_status', v_user.subscription_status, 'trial_expires_at', v_user.trial_expires_at);
-end $$;
-
 create function public.claim_signup(p jsonb) returns void language sql set search_path = '' as $$
     insert into public.signup_claims (email_hash)
     select p -> 'email_hashes' ->> 0 where p -> 'email_hashes' ->> 0 is not null on conflict do nothing
 $$;
 revoke all on function public.claim_signup(jsonb) from public, anon, authenticated;
 grant execute on function public.claim_signup(jsonb) to service_role;
-
--- p: user_id, email_hashes (of the account's address: accounts older than signup_claims claim theirs as they go).
--- Outcomes: deleted, not_found.
-create or replace function public.delete_account(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p);
-begin
-    if v_user.id is null then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
-    if exists (select from public.credit_transactions t where t.user_id = v_user.id and t.reason = 'signup credits') then
-        perform public.claim_signup(p);
-    end if;
-    update public.api_keys_new set is_active = false, is_primary = false, revoked_at = clock_timestamp(), encrypted_key = null,
-        previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
-    where user_id = v_user.id and revoked_at is null;
-    update public.api_keys set is_active = false where user_id = v_user.id;
-    update public.user_plans set is_active = false where user_id = v_user.id and is_active;
-    perform public.expire_unheld(v_user.id, 'account deleted');
-    update public.users set username = 'deleted-' || v_user.id, email = 'deleted-' || v_user.id, preferences = '{}', settings = '{}',
-        is_active = false, deleted_at = clock_timestamp(), updated_at = clock_timestamp()
-    where id = v_user.id;
-    perform public.write_audit(p ->> 'actor', 'delete', 'user:' || v_user.id, v_user.id, null, p ->> 'address', p ->> 'user_agent',
-                               (p ->> 'request_id')::uuid, null);
-    return jsonb_build_object('outcome', 'deleted', 'user_id', v_user.id);
-end $$;
-
--- p: user_id, maker_id, key {...}. Outcomes: created, too_many (with the limit that was met), name_taken, broader, not_found.
-create or replace function public.create_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p);
-    v_maker public.api_keys_new := public.acting_key(p);
-    v_key public.api_keys_new;
-    v_why text;
-begin
-    if v_user.id is null or v_maker.id is null then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
-    v_key := jsonb_populate_record(v_key, p -> 'key');
-    v_why := public.broader_than(v_key, v_maker);
-    if v_why is null and exists (select from public.rate_limit_configs c where c.subject = 'key' and c.subject_id = v_maker.id) then
-        v_why := 'rate_limits';
-    end if;
-    if v_why is not null then
-        return jsonb_build_object('outcome', 'broader', 'field', v_why);
-    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then
-        return jsonb_build_object('outcome', 'too_many', 'limit', 50);
-    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null) >= 500 then
-        return jsonb_build_object('outcome', 'too_many', 'limit', 500);
-    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.key_name = v_key.key_name) then
-        return jsonb_build_object('outcome', 'name_taken');
-    end if;
-    insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, encrypted_key, environment_tag,
-                                     scope_permissions, ip_allowlist, domain_referrers, allowed_models, expiration_date, max_requests,
-                                     budget_nanos, budget_window)
-    values (v_user.id, v_key.key_name, v_key.key_prefix, v_key.last4, v_key.key_hash, v_key.hash_secret_id, v_key.encrypted_key,
-            v_key.environment_tag, v_key.scope_permissions, v_key.ip_allowlist, v_key.domain_referrers, v_key.allowed_models,
-            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window)
-    returning * into v_key;
-    insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
-    values ('key', v_key.id, null, null, null, null);
-    perform public.audit_key(p, 'create', v_key, jsonb_build_object('key_name', v_key.key_name, 'environment_tag', v_key.environment_tag));
-    return jsonb_build_object('outcome', 'created', 'key', public.key_view(v_key));
-end $$;
 
 -- A page of a user's own audit log, newest first. What somebody else did to the account shows that, and not from where.
 create function public.list_own_audit(
@@ -4310,18 +3870,6 @@ end $$;
 revoke all on function public.assign_plan_at(jsonb, timestamptz) from public, anon, authenticated;
 grant execute on function public.assign_plan_at(jsonb, timestamptz) to service_role;
 
-create or replace function public.assign_plan(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p); -- before the clock is read, so that a plan never begins before the one it replaces
-begin
-    return public.assign_plan_at(p, clock_timestamp());
-end $$;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110200::bigint
-$$;
-
-
 
 -- ============================================================================
 -- spending
@@ -4346,17 +3894,6 @@ comment on column public.webhooks.disabled_reason is 'Why the gateway switched i
 alter table public.webhook_deliveries alter column event_id drop not null;
 create index webhook_deliveries_webhook_idx on public.webhook_deliveries (webhook_id, id desc);
 create index webhook_deliveries_event_idx on public.webhook_deliveries (event_id);
-
-create or replace function public.forget_account() returns trigger language plpgsql set search_path = '' as $$
-begin
-    delete from public.provider_keys where user_id = new.id;
-    delete from public.webhooks where user_id = new.id;
-    delete from public.budget_events where user_id = new.id;
-    delete from public.end_user_budgets where user_id = new.id;
-    delete from public.end_user_usage where user_id = new.id;
-    delete from public.stored_answers where user_id = new.id;
-    return null;
-end $$;
 
 -- What stays open in the books: requests that were settled without a known cost, and those that cost more than was held. Noted off the
 -- hot path, when their part of the journal is closed; what is not closed is looked at as it stands.
@@ -4542,10 +4079,14 @@ grant execute on function public.quote_request(jsonb) to service_role;
 
 -- Users' own upstream keys. Orders hold user_id, maker_id and the stamp of whoever acts.
 
+-- Of a URL only where it leads to: path and query often are a secret, and the log is for ever.
 create function public.audit_order(p jsonb, p_action text, p_target text, p_user_id bigint, p_details jsonb) returns void
 language sql set search_path = '' as $$
-    select public.write_audit(p ->> 'actor', p_action, p_target, p_user_id, (p ->> 'maker_id')::bigint, p ->> 'address', p ->> 'user_agent',
-                              (p ->> 'request_id')::uuid, p_details)
+    select public.write_audit(
+        p ->> 'actor', p_action, p_target, p_user_id, (p ->> 'maker_id')::bigint, p ->> 'address', p ->> 'user_agent',
+        (p ->> 'request_id')::uuid,
+        case when p_details ? 'url' then jsonb_set(p_details, '{url}', to_jsonb(substring(p_details ->> 'url' from '^https://[^/?#]*')))
+             else p_details end)
 $$;
 revoke all on function public.audit_order(jsonb, text, text, bigint, jsonb) from public, anon, authenticated;
 grant execute on function public.audit_order(jsonb, text, text, bigint, jsonb) to service_role;
@@ -4923,219 +4464,6 @@ create function public.list_open_items(p_kind text, p_before uuid, p_limit int) 
 $$;
 revoke all on function public.list_open_items(text, uuid, int) from public, anon, authenticated;
 grant execute on function public.list_open_items(text, uuid, int) to service_role;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110300::bigint
-$$;
-
-
-
--- ============================================================================
--- key_cache
--- ============================================================================
-
--- Keys that use the response cache by default say so when they are made or changed, and a replay tells the tokens that its charge was for.
-
--- p: user_id, maker_id, key {...}. Outcomes: created, too_many (with the limit that was met), name_taken, broader, not_found.
-create or replace function public.create_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p);
-    v_maker public.api_keys_new := public.acting_key(p);
-    v_key public.api_keys_new;
-    v_why text;
-begin
-    if v_user.id is null or v_maker.id is null then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
-    v_key := jsonb_populate_record(v_key, p -> 'key');
-    v_why := public.broader_than(v_key, v_maker);
-    if v_why is null and exists (select from public.rate_limit_configs c where c.subject = 'key' and c.subject_id = v_maker.id) then
-        v_why := 'rate_limits';
-    end if;
-    if v_why is not null then
-        return jsonb_build_object('outcome', 'broader', 'field', v_why);
-    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.is_active) >= 50 then
-        return jsonb_build_object('outcome', 'too_many', 'limit', 50);
-    elsif (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null) >= 500 then
-        return jsonb_build_object('outcome', 'too_many', 'limit', 500);
-    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null and k.key_name = v_key.key_name) then
-        return jsonb_build_object('outcome', 'name_taken');
-    end if;
-    insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, encrypted_key, environment_tag,
-                                     scope_permissions, ip_allowlist, domain_referrers, allowed_models, expiration_date, max_requests,
-                                     budget_nanos, budget_window, cache_ttl_seconds)
-    values (v_user.id, v_key.key_name, v_key.key_prefix, v_key.last4, v_key.key_hash, v_key.hash_secret_id, v_key.encrypted_key,
-            v_key.environment_tag, v_key.scope_permissions, v_key.ip_allowlist, v_key.domain_referrers, v_key.allowed_models,
-            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window, v_key.cache_ttl_seconds)
-    returning * into v_key;
-    insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
-    values ('key', v_key.id, null, null, null, null);
-    perform public.audit_key(p, 'create', v_key, jsonb_build_object('key_name', v_key.key_name, 'environment_tag', v_key.environment_tag));
-    return jsonb_build_object('outcome', 'created', 'key', public.key_view(v_key));
-end $$;
-
--- p: user_id, maker_id, key_id, changes {...}. Outcomes: updated, name_taken, broader, too_many, not_found.
-create or replace function public.update_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p);
-    v_maker public.api_keys_new := public.acting_key(p);
-    v_key public.api_keys_new;
-    v_why text;
-begin
-    select * into v_key from public.api_keys_new k
-    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null for update;
-    if not found or v_maker.id is null then
-        return jsonb_build_object('outcome', 'not_found');
-    end if;
-    v_key := jsonb_populate_record(v_key, p -> 'changes');
-    v_why := public.broader_than(v_key, v_maker);
-    if v_why is not null then
-        return jsonb_build_object('outcome', 'broader', 'field', v_why);
-    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
-                  and k.key_name = v_key.key_name and k.id <> v_key.id) then
-        return jsonb_build_object('outcome', 'name_taken');
-    elsif v_key.is_active and (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
-                               and k.is_active and k.id <> v_key.id) >= 50 then
-        return jsonb_build_object('outcome', 'too_many');
-    end if;
-    update public.api_keys_new k set
-        key_name = v_key.key_name, scope_permissions = v_key.scope_permissions, ip_allowlist = v_key.ip_allowlist,
-        domain_referrers = v_key.domain_referrers, allowed_models = v_key.allowed_models, expiration_date = v_key.expiration_date,
-        max_requests = v_key.max_requests, budget_nanos = v_key.budget_nanos, budget_window = v_key.budget_window,
-        cache_ttl_seconds = v_key.cache_ttl_seconds, is_active = v_key.is_active, updated_at = clock_timestamp()
-    where k.id = v_key.id returning * into v_key;
-    perform public.audit_key(p, 'update', v_key, jsonb_build_object('fields', (select jsonb_agg(f) from jsonb_object_keys(p -> 'changes') f)));
-    return jsonb_build_object('outcome', 'updated', 'key', public.key_view(v_key));
-end $$;
-
--- What this idempotency key has been used for, null where it is free. A replay is no admitted request: it is neither recorded nor
--- charged, and no limit stands in its way, as its answer has been paid for.
--- Outcomes: replayed, idempotency_running (with `expired`, where its instance seems to be gone), idempotency_conflict (another body),
--- idempotency_not_kept (charged, but its answer was not kept).
-create or replace function public.check_idempotency(p_item public.admission_item, p_key public.api_keys_new, p_now timestamptz) returns jsonb
-language plpgsql as $$
-declare
-    v_row public.stored_answers;
-    v_record public.usage_records;
-    v_base jsonb;
-begin
-    select * into v_row from public.stored_answers
-    where user_id = p_key.user_id and kind = 'idempotency' and place = p_item.idempotency ->> 'place';
-    if not found or (v_row.state = 'finished' and v_row.expires_at <= p_now) then
-        return null;
-    end if;
-    select * into v_record from public.usage_records where request_id = v_row.request_id;
-    if v_row.state = 'running' and v_record.status is distinct from 'pending' then
-        return null;
-    end if;
-    v_base := jsonb_build_object('user_id', p_key.user_id, 'key_id', p_key.id, 'environment', v_record.environment,
-                                 'original_request_id', v_row.request_id, 'status', v_record.status, 'cost_nanos', v_record.cost_nanos,
-                                 'balance_after_nanos', v_record.balance_after_nanos);
-    if v_row.fingerprint <> p_item.idempotency ->> 'fingerprint' then
-        return v_base || jsonb_build_object('outcome', 'idempotency_conflict');
-    elsif v_row.state = 'running' then
-        return v_base || jsonb_build_object(
-            'outcome', 'idempotency_running',
-            'retry_after', least(30, greatest(1, ceil(extract(epoch from p_now - v_record.created_at) / 2)))::int,
-            'expired', case when v_record.expires_at <= p_now then jsonb_build_array(public.hold_json(v_record)) end);
-    elsif v_row.answer = '' then
-        return v_base || jsonb_build_object('outcome', 'idempotency_not_kept');
-    end if;
-    return v_base || jsonb_build_object('outcome', 'replayed', 'answer', v_row.answer,
-                                        'age', floor(extract(epoch from p_now - v_row.created_at))::bigint,
-                                        'tokens', coalesce(v_record.prompt_tokens, 0) + coalesce(v_record.completion_tokens, 0));
-end $$;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110400::bigint
-$$;
-
-
-
--- ============================================================================
--- review
--- ============================================================================
-
--- An answer that arrives after its account was deleted is not kept: what the account left behind has gone, and nobody could ask for it.
-
-create or replace function public.keep_in_cache(p_cache jsonb, p_record public.usage_records, p_answer text, p_now timestamptz) returns void
-language plpgsql as $$
-begin
-    -- The user is locked: whether the account is deleted does not change meanwhile.
-    insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, created_at, expires_at)
-    select 'cache', u.id, p_cache ->> 'place', p_cache ->> 'fingerprint', p_record.request_id, 'finished', p_answer, p_now,
-           p_now + make_interval(secs => (p_cache ->> 'ttl_seconds')::int)
-    from public.users u where u.id = p_record.user_id and u.deleted_at is null
-    on conflict (user_id, kind, place) do update set
-        fingerprint = excluded.fingerprint, request_id = excluded.request_id, answer = excluded.answer,
-        created_at = excluded.created_at, expires_at = excluded.expires_at;
-end $$;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110500::bigint
-$$;
-
-
-
--- ============================================================================
--- review
--- ============================================================================
-
--- What keys that are handed out for trying things may not do to the others, and what of a webhook's URL stays in the log.
-
--- p: user_id (null: anybody's, for an administrator), maker_id (null: an administrator), key_id. A key of a lesser environment ends none of
--- a higher one, as it changes and rotates none. Outcomes: revoked, broader, not_found.
-create or replace function public.revoke_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
-declare
-    v_user public.users := public.lock_target(p || jsonb_build_object('user_id', coalesce((p ->> 'user_id')::bigint, (
-        select k.user_id from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint))));
-    v_maker public.api_keys_new := public.acting_key(p);
-    v_key public.api_keys_new;
-begin
-    select * into v_key from public.api_keys_new k
-    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null;
-    if not found or (p ->> 'maker_id' is not null and v_maker.id is null) then
-        return jsonb_build_object('outcome', 'not_found');
-    elsif public.environment_rank(v_key.environment_tag) > public.environment_rank(v_maker.environment_tag) and v_maker.id is not null then
-        return jsonb_build_object('outcome', 'broader', 'field', 'environment_tag');
-    end if;
-    update public.api_keys_new k set is_active = false, is_primary = false, revoked_at = clock_timestamp(), updated_at = clock_timestamp(),
-        encrypted_key = null, previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
-    where k.id = v_key.id returning * into v_key;
-    perform public.audit_key(p, 'delete', v_key, jsonb_build_object('key_name', v_key.key_name));
-    return jsonb_build_object('outcome', 'revoked', 'user_id', v_key.user_id, 'key_id', v_key.id);
-end $$;
-
--- Of a URL only where it leads to: path and query often are a secret, and the log is for ever.
-create or replace function public.audit_order(p jsonb, p_action text, p_target text, p_user_id bigint, p_details jsonb) returns void
-language sql set search_path = '' as $$
-    select public.write_audit(
-        p ->> 'actor', p_action, p_target, p_user_id, (p ->> 'maker_id')::bigint, p ->> 'address', p ->> 'user_agent',
-        (p ->> 'request_id')::uuid,
-        case when p_details ? 'url' then jsonb_set(p_details, '{url}', to_jsonb(substring(p_details ->> 'url' from '^https://[^/?#]*')))
-             else p_details end)
-$$;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110600::bigint
-$$;
-
-
-
--- ============================================================================
--- counted_tokens
--- ============================================================================
-
--- Tokens count as far as they are known: embeddings have a prompt and no completion. (greatest() passes over nulls.)
-create or replace function public.counted_tokens(p_prompt bigint, p_completion bigint, p_estimate bigint) returns bigint
-language sql immutable as $$
-    select case when p_prompt is null and p_completion is null then p_estimate
-                else least(greatest(coalesce(p_prompt, 0)::numeric + coalesce(p_completion, 0), 0), 1e12)::bigint end
-$$;
-
-create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
-    select 20261124110700::bigint
-$$;
 
 
 notify pgrst, 'reload schema';

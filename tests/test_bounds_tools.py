@@ -259,11 +259,12 @@ def test_a_clients_lower_cap_of_audio_stays() -> None:
     ("caps", "excludes"),
     [
         ({}, False),
-        ({"prompt": 1, "completion": 2}, False),
+        ({"prompt": 1.01, "completion": 5}, False),
+        ({"prompt": 1, "completion": 2}, True),  # nobody dearer than this, they say themselves
         ({"prompt": 0.99}, True),
         ({"completion": "1.99"}, True),
-        ({"prompt": 5, "completion": 5, "request": 0}, False),
-        ({"image": 0}, False),
+        ({"prompt": 5, "completion": 5, "request": 0}, True),
+        ({"image": 0}, True),  # a cap that we would not have sent
     ],
 )
 def test_a_bound_knows_whether_the_clients_own_caps_exclude_a_model(caps: dict[str, Any], excludes: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -17,7 +16,6 @@ from scripted import GENERATION, MODELS, TEXT, Reply, Scripted, running_script
 from bounds import BoundPolicy, bound_request
 from catalog import Catalog, read_models
 from errors import UpstreamUnavailable
-from repricing import is_own_limit
 from sandbox.wire import dumps
 
 Start = Callable[..., Awaitable[Gateway]]
@@ -192,8 +190,7 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
 def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own: bool) -> None:
     fields = {"model": TEXT, "messages": [{"role": "user", "content": "Hi"}], "provider": {"max_price": own}}
     bound = bound_request("chat/completions", fields, 100, read_models(dumps({"data": [*MODELS]})), BoundPolicy(100, free_models=False))
-    assert is_own_limit(fields, bound) == is_own
-    assert is_own_limit(fields, replace(bound, patch={})) == any(value is not None for value in (own or {}).values())
+    assert bound.own_limit_excludes is is_own
 
 
 # The list itself.

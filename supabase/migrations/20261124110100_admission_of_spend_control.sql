@@ -63,6 +63,7 @@ create function public.forget_account() returns trigger language plpgsql set sea
 begin
     delete from public.provider_keys where user_id = new.id;
     delete from public.webhooks where user_id = new.id;
+    delete from public.budget_events where user_id = new.id;
     delete from public.end_user_budgets where user_id = new.id;
     delete from public.end_user_usage where user_id = new.id;
     delete from public.stored_answers where user_id = new.id;
@@ -209,7 +210,8 @@ begin
         return v_base || jsonb_build_object('outcome', 'idempotency_not_kept');
     end if;
     return v_base || jsonb_build_object('outcome', 'replayed', 'answer', v_row.answer,
-                                        'age', floor(extract(epoch from p_now - v_row.created_at))::bigint);
+                                        'age', floor(extract(epoch from p_now - v_row.created_at))::bigint,
+                                        'tokens', coalesce(v_record.prompt_tokens, 0) + coalesce(v_record.completion_tokens, 0));
 end $$;
 revoke all on function public.check_idempotency(public.admission_item, public.api_keys_new, timestamptz) from public, anon, authenticated;
 grant execute on function public.check_idempotency(public.admission_item, public.api_keys_new, timestamptz) to service_role;
@@ -264,9 +266,11 @@ grant execute on function public.find_cached(jsonb, bigint, timestamptz) to serv
 create function public.keep_in_cache(p_cache jsonb, p_record public.usage_records, p_answer text, p_now timestamptz) returns void
 language plpgsql as $$
 begin
+    -- The user is locked: whether the account is deleted does not change meanwhile.
     insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, created_at, expires_at)
-    values ('cache', p_record.user_id, p_cache ->> 'place', p_cache ->> 'fingerprint', p_record.request_id, 'finished', p_answer, p_now,
-            p_now + make_interval(secs => (p_cache ->> 'ttl_seconds')::int))
+    select 'cache', u.id, p_cache ->> 'place', p_cache ->> 'fingerprint', p_record.request_id, 'finished', p_answer, p_now,
+           p_now + make_interval(secs => (p_cache ->> 'ttl_seconds')::int)
+    from public.users u where u.id = p_record.user_id and u.deleted_at is null
     on conflict (user_id, kind, place) do update set
         fingerprint = excluded.fingerprint, request_id = excluded.request_id, answer = excluded.answer,
         created_at = excluded.created_at, expires_at = excluded.expires_at;
@@ -596,6 +600,43 @@ begin
         from public.api_keys_new k where k.id = v_record.key_id);
 end $$;
 
+-- The rate limits' state that admission would report for a request of no tokens; counts nothing.
+create function public.verified_limits(p_key public.api_keys_new, p_user public.users, p_now timestamptz) returns jsonb
+language plpgsql stable as $$
+declare
+    v_none public.rate_limit_usage;
+    v_user_usage public.rate_limit_usage;
+    v_key_usage public.rate_limit_usage;
+    v_key_limits public.rate_limit_configs;
+begin
+    v_none.burst_ring := public.empty_ring(11);
+    v_none.minute_ring := public.empty_ring(7);
+    v_none.hour_ring := public.empty_ring(13);
+    v_none.day_ring := public.empty_ring(25);
+    v_none.plan_day := '-infinity';
+    v_none.plan_month := '-infinity';
+    v_none.slots := 0;
+    v_none.test_slots := 0;
+    select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
+    if not found then
+        v_user_usage := v_none;
+    end if;
+    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
+    if found then
+        select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
+        if v_key_usage.day_ring is null then -- not limited before, so nothing was counted
+            v_none.slots := coalesce(v_key_usage.slots, 0);
+            v_key_usage := v_none;
+        end if;
+    end if;
+    return public.limits_json(public.check_all_limits(
+        p_key, p_user, public.current_plan(p_user, p_now), v_key_limits, public.advance_usage(v_key_usage, p_now, null),
+        public.advance_usage(v_user_usage, p_now, null), 0, p_now), p_now);
+end $$;
+comment on function public.verified_limits is 'What the headers of management answers say; management requests themselves are not counted.';
+revoke all on function public.verified_limits(public.api_keys_new, public.users, timestamptz) from public, anon, authenticated;
+grant execute on function public.verified_limits(public.api_keys_new, public.users, timestamptz) to service_role;
+
 create or replace function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
 language plpgsql as $$
 declare
@@ -649,7 +690,8 @@ begin
     end if;
     return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
                               'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
-                              'scopes', v_key.scope_permissions);
+                              'scopes', v_key.scope_permissions,
+                              'limits', public.verified_limits(v_key, v_user, v_now));
 end $$;
 comment on function public.admit_requests is
     'Decides for each item (admission_item) in order. Answers carry request_id and outcome: admitted, cached, replayed, verified, busy, '
@@ -955,16 +997,12 @@ language sql stable set search_path = '' as $$
     group by 1, 2, 3, 4, 5, 6, 7, 8, 9
 $$;
 
--- Receipts.
-
-create function public.get_receipt(p_user_id bigint, p_request_id uuid) returns jsonb language sql stable set search_path = '' as $$
-    select to_jsonb(r) || jsonb_build_object('refunded_nanos', coalesce((
-        select sum(t.amount_nanos) from public.credit_transactions t where t.request_id = r.request_id), 0))
-    from public.usage_records r where r.request_id = p_request_id and r.user_id = p_user_id
+-- Tokens count as far as they are known: embeddings have a prompt and no completion. (greatest() passes over nulls.)
+create or replace function public.counted_tokens(p_prompt bigint, p_completion bigint, p_estimate bigint) returns bigint
+language sql immutable as $$
+    select case when p_prompt is null and p_completion is null then p_estimate
+                else least(greatest(coalesce(p_prompt, 0)::numeric + coalesce(p_completion, 0), 0), 1e12)::bigint end
 $$;
-comment on function public.get_receipt is 'A user''s record with everything that is known of it, and what was refunded of its cost; null for what is not theirs.';
-revoke all on function public.get_receipt(bigint, uuid) from public, anon, authenticated;
-grant execute on function public.get_receipt(bigint, uuid) to service_role;
 
 create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$
     select 20261124110100::bigint

@@ -1,101 +1,6 @@
 -- Management once more: limits in the answer to a verified key, wrong administrator's keys, a bound on keys, signup credits once per
 -- address, tenants' audit logs without administrators' addresses, and built-in rows that stay.
 
--- The rate limits' state that admission would report for a request of no tokens; counts nothing.
-create function public.verified_limits(p_key public.api_keys_new, p_user public.users, p_now timestamptz) returns jsonb
-language plpgsql stable as $$
-declare
-    v_none public.rate_limit_usage;
-    v_user_usage public.rate_limit_usage;
-    v_key_usage public.rate_limit_usage;
-    v_key_limits public.rate_limit_configs;
-begin
-    v_none.burst_ring := public.empty_ring(11);
-    v_none.minute_ring := public.empty_ring(7);
-    v_none.hour_ring := public.empty_ring(13);
-    v_none.day_ring := public.empty_ring(25);
-    v_none.plan_day := '-infinity';
-    v_none.plan_month := '-infinity';
-    v_none.slots := 0;
-    v_none.test_slots := 0;
-    select * into v_user_usage from public.rate_limit_usage where subject = 'user' and subject_id = p_user.id;
-    if not found then
-        v_user_usage := v_none;
-    end if;
-    select * into v_key_limits from public.rate_limit_configs where subject = 'key' and subject_id = p_key.id;
-    if found then
-        select * into v_key_usage from public.rate_limit_usage where subject = 'key' and subject_id = p_key.id;
-        if v_key_usage.day_ring is null then -- not limited before, so nothing was counted
-            v_none.slots := coalesce(v_key_usage.slots, 0);
-            v_key_usage := v_none;
-        end if;
-    end if;
-    return public.limits_json(public.check_all_limits(
-        p_key, p_user, public.current_plan(p_user, p_now), v_key_limits, public.advance_usage(v_key_usage, p_now, null),
-        public.advance_usage(v_user_usage, p_now, null), 0, p_now), p_now);
-end $$;
-comment on function public.verified_limits is 'What the headers of management answers say; management requests themselves are not counted.';
-revoke all on function public.verified_limits(public.api_keys_new, public.users, timestamptz) from public, anon, authenticated;
-grant execute on function public.verified_limits(public.api_keys_new, public.users, timestamptz) to service_role;
-
--- As before, with `limits` in the answer `verified`.
-create or replace function public.admit_one(p_item public.admission_item, p_locked bigint[]) returns jsonb
-language plpgsql as $$
-declare
-    v_now timestamptz := clock_timestamp();
-    v_key public.api_keys_new;
-    v_user public.users;
-    v_owner bigint;
-    v_refusal text;
-    v_answer jsonb;
-begin
-    if p_item.resent then
-        v_answer := public.repeat_admission(p_item);
-        if v_answer is not null then
-            return v_answer;
-        end if;
-    end if;
-    select * into v_key from public.api_keys_new where id = public.find_key(p_item.hashes);
-    if not found and p_item.legacy_hash is not null then
-        select user_id into v_owner from public.api_keys where key_sha256 = p_item.legacy_hash and moved_to is null;
-        if v_owner = any (p_locked) then
-            v_key := public.move_legacy_key(p_item.legacy_hash, p_item.hashes[1], p_item.secret_id);
-        end if;
-    end if;
-    v_owner := coalesce(v_key.user_id, v_owner);
-    if v_owner is not null and v_owner <> all (p_locked) then
-        return jsonb_build_object('outcome', 'busy');
-    end if;
-    select * into v_user from public.users where id = v_key.user_id;
-    if not exists (select from public.gateway_state where mode = p_item.mode) then
-        return jsonb_build_object('outcome', 'wrong_mode');
-    end if;
-    v_refusal := public.refuse_identity(v_key, v_user, p_item, v_now);
-    if v_refusal is not null then
-        return public.refusal(v_refusal, p_item, v_user.id, v_key.id);
-    end if;
-    if v_key.hash_secret_id <> p_item.secret_id and v_key.key_hash = any (p_item.hashes) then
-        update public.api_keys_new set key_hash = p_item.hashes[1], hash_secret_id = p_item.secret_id where id = v_key.id;
-    end if;
-    if p_item.holds then
-        if p_item.idempotency is null then
-            return public.admit_checked(p_item, v_key, v_user, v_now);
-        end if;
-        v_answer := public.check_idempotency(p_item, v_key, v_now);
-        if v_answer is null then
-            v_answer := public.admit_checked(p_item, v_key, v_user, v_now);
-            if v_answer ->> 'outcome' in ('admitted', 'cached') then -- a refusal leaves the key free
-                perform public.claim_idempotency(p_item, v_user.id, v_answer ->> 'answer', v_now);
-            end if;
-        end if;
-        return v_answer;
-    end if;
-    return jsonb_build_object('outcome', 'verified', 'user_id', v_user.id, 'key_id', v_key.id, 'environment', v_key.environment_tag,
-                              'role', v_user.role, 'outdated', v_key.key_hash <> all (p_item.hashes), 'key_name', v_key.key_name, 'key_prefix', v_key.key_prefix, 'last4', v_key.last4,
-                              'scopes', v_key.scope_permissions,
-                              'limits', public.verified_limits(v_key, v_user, v_now));
-end $$;
-
 -- p: action, address, address_subject, user_agent, request_id, limit. A secret that was presented and is wrong: one audit row per address
 -- and minute with a count, and at most `limit` answers a minute. Outcomes: counted, limited (with retry_after).
 create function public.note_wrong_secret(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
@@ -235,10 +140,10 @@ begin
     end if;
     insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, encrypted_key, environment_tag,
                                      scope_permissions, ip_allowlist, domain_referrers, allowed_models, expiration_date, max_requests,
-                                     budget_nanos, budget_window)
+                                     budget_nanos, budget_window, cache_ttl_seconds)
     values (v_user.id, v_key.key_name, v_key.key_prefix, v_key.last4, v_key.key_hash, v_key.hash_secret_id, v_key.encrypted_key,
             v_key.environment_tag, v_key.scope_permissions, v_key.ip_allowlist, v_key.domain_referrers, v_key.allowed_models,
-            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window)
+            v_key.expiration_date, v_key.max_requests, v_key.budget_nanos, v_key.budget_window, v_key.cache_ttl_seconds)
     returning * into v_key;
     insert into public.rate_limit_usage (subject, subject_id, burst_ring, minute_ring, hour_ring, day_ring)
     values ('key', v_key.id, null, null, null, null);
@@ -327,6 +232,63 @@ declare
     v_user public.users := public.lock_target(p); -- before the clock is read, so that a plan never begins before the one it replaces
 begin
     return public.assign_plan_at(p, clock_timestamp());
+end $$;
+
+-- p: user_id, maker_id, key_id, changes {...}. Outcomes: updated, name_taken, broader, too_many, not_found.
+create or replace function public.update_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p);
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_key public.api_keys_new;
+    v_why text;
+begin
+    select * into v_key from public.api_keys_new k
+    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null for update;
+    if not found or v_maker.id is null then
+        return jsonb_build_object('outcome', 'not_found');
+    end if;
+    v_key := jsonb_populate_record(v_key, p -> 'changes');
+    v_why := public.broader_than(v_key, v_maker);
+    if v_why is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', v_why);
+    elsif exists (select from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
+                  and k.key_name = v_key.key_name and k.id <> v_key.id) then
+        return jsonb_build_object('outcome', 'name_taken');
+    elsif v_key.is_active and (select count(*) from public.api_keys_new k where k.user_id = v_user.id and k.revoked_at is null
+                               and k.is_active and k.id <> v_key.id) >= 50 then
+        return jsonb_build_object('outcome', 'too_many');
+    end if;
+    update public.api_keys_new k set
+        key_name = v_key.key_name, scope_permissions = v_key.scope_permissions, ip_allowlist = v_key.ip_allowlist,
+        domain_referrers = v_key.domain_referrers, allowed_models = v_key.allowed_models, expiration_date = v_key.expiration_date,
+        max_requests = v_key.max_requests, budget_nanos = v_key.budget_nanos, budget_window = v_key.budget_window,
+        cache_ttl_seconds = v_key.cache_ttl_seconds, is_active = v_key.is_active, updated_at = clock_timestamp()
+    where k.id = v_key.id returning * into v_key;
+    perform public.audit_key(p, 'update', v_key, jsonb_build_object('fields', (select jsonb_agg(f) from jsonb_object_keys(p -> 'changes') f)));
+    return jsonb_build_object('outcome', 'updated', 'key', public.key_view(v_key));
+end $$;
+
+-- p: user_id (null: anybody's, for an administrator), maker_id (null: an administrator), key_id. A key of a lesser environment ends none of
+-- a higher one, as it changes and rotates none. Outcomes: revoked, broader, not_found.
+create or replace function public.revoke_key(p jsonb) returns jsonb language plpgsql set search_path = '' as $$
+declare
+    v_user public.users := public.lock_target(p || jsonb_build_object('user_id', coalesce((p ->> 'user_id')::bigint, (
+        select k.user_id from public.api_keys_new k where k.id = (p ->> 'key_id')::bigint))));
+    v_maker public.api_keys_new := public.acting_key(p);
+    v_key public.api_keys_new;
+begin
+    select * into v_key from public.api_keys_new k
+    where k.id = (p ->> 'key_id')::bigint and k.user_id = v_user.id and k.revoked_at is null;
+    if not found or (p ->> 'maker_id' is not null and v_maker.id is null) then
+        return jsonb_build_object('outcome', 'not_found');
+    elsif public.environment_rank(v_key.environment_tag) > public.environment_rank(v_maker.environment_tag) and v_maker.id is not null then
+        return jsonb_build_object('outcome', 'broader', 'field', 'environment_tag');
+    end if;
+    update public.api_keys_new k set is_active = false, is_primary = false, revoked_at = clock_timestamp(), updated_at = clock_timestamp(),
+        encrypted_key = null, previous_key_hash = null, previous_hash_secret_id = null, previous_valid_until = null
+    where k.id = v_key.id returning * into v_key;
+    perform public.audit_key(p, 'delete', v_key, jsonb_build_object('key_name', v_key.key_name));
+    return jsonb_build_object('outcome', 'revoked', 'user_id', v_key.user_id, 'key_id', v_key.id);
 end $$;
 
 create or replace function public.schema_version() returns bigint language sql immutable set search_path = '' as $$

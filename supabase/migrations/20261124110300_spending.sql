@@ -18,17 +18,6 @@ alter table public.webhook_deliveries alter column event_id drop not null;
 create index webhook_deliveries_webhook_idx on public.webhook_deliveries (webhook_id, id desc);
 create index webhook_deliveries_event_idx on public.webhook_deliveries (event_id);
 
-create or replace function public.forget_account() returns trigger language plpgsql set search_path = '' as $$
-begin
-    delete from public.provider_keys where user_id = new.id;
-    delete from public.webhooks where user_id = new.id;
-    delete from public.budget_events where user_id = new.id;
-    delete from public.end_user_budgets where user_id = new.id;
-    delete from public.end_user_usage where user_id = new.id;
-    delete from public.stored_answers where user_id = new.id;
-    return null;
-end $$;
-
 -- What stays open in the books: requests that were settled without a known cost, and those that cost more than was held. Noted off the
 -- hot path, when their part of the journal is closed; what is not closed is looked at as it stands.
 create table public.open_items (
@@ -213,10 +202,14 @@ grant execute on function public.quote_request(jsonb) to service_role;
 
 -- Users' own upstream keys. Orders hold user_id, maker_id and the stamp of whoever acts.
 
+-- Of a URL only where it leads to: path and query often are a secret, and the log is for ever.
 create function public.audit_order(p jsonb, p_action text, p_target text, p_user_id bigint, p_details jsonb) returns void
 language sql set search_path = '' as $$
-    select public.write_audit(p ->> 'actor', p_action, p_target, p_user_id, (p ->> 'maker_id')::bigint, p ->> 'address', p ->> 'user_agent',
-                              (p ->> 'request_id')::uuid, p_details)
+    select public.write_audit(
+        p ->> 'actor', p_action, p_target, p_user_id, (p ->> 'maker_id')::bigint, p ->> 'address', p ->> 'user_agent',
+        (p ->> 'request_id')::uuid,
+        case when p_details ? 'url' then jsonb_set(p_details, '{url}', to_jsonb(substring(p_details ->> 'url' from '^https://[^/?#]*')))
+             else p_details end)
 $$;
 revoke all on function public.audit_order(jsonb, text, text, bigint, jsonb) from public, anon, authenticated;
 grant execute on function public.audit_order(jsonb, text, text, bigint, jsonb) to service_role;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -71,6 +73,11 @@ async def test_schema_sql_says_what_the_migrations_make(client_18: Client, built
     migrated, written = await described(client_18, kind), await described(built, kind)
     assert sorted(migrated) == sorted(written), f"{kind}: change {SCHEMA.name} together with the migrations"
     assert {name for name in migrated if migrated[name] != written[name]} == set()
+
+
+async def test_schema_sql_shows_each_function_once() -> None:
+    found = Counter(re.findall(r"^create function public\.(\w+\(.*?\))", SCHEMA.read_text(), flags=re.M | re.S))
+    assert found and [name for name, times in found.items() if times > 1] == []
 
 
 async def test_the_schemas_version_is_that_of_the_newest_migration(client_18: Client) -> None:

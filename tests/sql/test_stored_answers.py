@@ -498,11 +498,12 @@ async def test_a_receipt_shows_the_record_and_what_was_refunded(client: Client) 
     for number, amount in enumerate((100, 50)):
         order = {"refunded_request_id": request_id, "amount_nanos": amount, "actor": "admin", "idempotency_key": f"{request_id} {number}"}
         assert (await client.call("refund_request", order))["outcome"] == "refunded"
-    receipt = await client.call("get_receipt", account.id, request_id)
-    assert (receipt["refunded_nanos"], receipt["cost_nanos"], receipt["balance_after_nanos"]) == (150, 500, 4_500)
+    receipt = await client.call("read_receipt", account.id, request_id)
+    assert [refund["amount_nanos"] for refund in receipt["refunds"]] == [100, 50]
+    assert (receipt["cost_nanos"], receipt["balance_after_nanos"]) == (500, 4_500)
     assert (receipt["price_basis"], receipt["end_user"], receipt["hold_nanos"]) == (basis, "customer", FULL)
-    assert await client.call("get_receipt", stranger.id, request_id) is None
-    assert await client.call("get_receipt", account.id, new_id()) is None
+    assert await client.call("read_receipt", stranger.id, request_id) is None
+    assert await client.call("read_receipt", account.id, new_id()) is None
     await client.assert_sound()
 
 
