@@ -4,7 +4,9 @@
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r
+# The lists name every package, so nothing is left to resolve: a resolver may take a release that is newer than the list.
+LOCKED := -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r
+PIP := $(PY) $(LOCKED)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -18,6 +20,7 @@ test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
 check: .venv/dev.done ## format, lint, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	$(PY) -m pip check
 	.venv/bin/mypy
 	@root=$$PWD; for part in tests tests/embedded tests/sandbox tests/sql tests/clients; do \
 	  (cd $$part && MYPYPATH=$$root:$$root/tests:$$root/tests/sql:$$root/$$part $$root/.venv/bin/mypy --config-file $$root/pyproject.toml --cache-dir $$root/.mypy_cache/$$part *.py) || exit 1; done
@@ -77,7 +80,7 @@ clean: ## remove what make made; the data folder stays
 .venv-clients/done: requirements-clients.txt | .venv/bin/python
 	@echo "Installing other people's clients for Python (once, about a minute)"
 	@test -x .venv-clients/bin/python || $(PY) -m venv .venv-clients
-	@.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-clients.txt
+	@.venv-clients/bin/python $(LOCKED) requirements-clients.txt
 	@touch $@
 
 tests/clients/node/node_modules/.done: tests/clients/node/package-lock.json | .venv/bin/python

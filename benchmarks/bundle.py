@@ -81,7 +81,7 @@ def build(folder: Path) -> Bundle:
     """Installs and copies what would be deployed."""
     bundle = Bundle(folder / "tree", folder / "venv" / "bin" / "python")
     _must([find_python(), "-m", "venv", str(folder / "venv")])
-    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--only-binary", ":all:"]
+    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
     _must([str(bundle.python), "-m", "pip", "install", *options, "-r", str(ROOT / "requirements.txt")])
     for package in ("pip", "setuptools"):
         shutil.rmtree(bundle.packages / package, ignore_errors=True)

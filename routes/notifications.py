@@ -24,6 +24,7 @@ from models_notifications import (
 )
 from money import credits_from_nanos
 from replies import Reply
+from routes.exact import ExactRoute
 from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
 from routes.spending import forbid_test_key, require_found
 from runtime import Runtime
@@ -33,6 +34,7 @@ from webhooks import new_secret
 router = APIRouter(
     prefix="/user",
     tags=["spending"],
+    route_class=ExactRoute,
     dependencies=Declared,
     responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
 )

@@ -14,11 +14,12 @@ from errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
+from routes.exact import ExactRoute
 from routes.refusals import raise_taken
 from runtime import Runtime, Service
 from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_header, shown_environment
 
-router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
+router = APIRouter(tags=["public"], route_class=ExactRoute, responses={503: {"model": ErrorBody}})
 
 VERSION = "0.1.0"
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."

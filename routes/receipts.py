@@ -29,11 +29,13 @@ from models_spending import (
 from money import credits_from_nanos
 from outgoing import end_user_of
 from replies import Reply
+from routes.exact import ExactRoute
 from runtime import Runtime
 from security import Caller, Declared, may
 
 router = APIRouter(
     tags=["spending"],
+    route_class=ExactRoute,
     dependencies=Declared,
     responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 503)},
 )

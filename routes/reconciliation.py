@@ -13,6 +13,7 @@ import reconciliation
 from models import ErrorBody
 from money import credits_from_nanos
 from replies import Reply, utc_now
+from routes.exact import ExactRoute
 from routes.pages import Cursor, PageSize, cursor_of, request_id_of
 from runtime import Runtime
 from security import AdminOnly, Declared
@@ -20,6 +21,7 @@ from security import AdminOnly, Declared
 router = APIRouter(
     prefix="/admin/reconciliation",
     tags=["admin"],
+    route_class=ExactRoute,
     dependencies=Declared,
     responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
 )

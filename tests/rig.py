@@ -372,6 +372,38 @@ async def stage(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFac
             yield gateway, upstream
 
 
+# The stage's parts, and what needs a database of the test's own beside it, on the loop of the module. A module gives them the names that
+# its tests know them by: `upstream, live_gateway = staged_upstream, staged_gateway`.
+
+
+@pytest.fixture
+def staged_upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
+    return stage[1].forget()
+
+
+@pytest.fixture
+def staged_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
+    return stage[0]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def staged_start(database: Database, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Gateway]]]:
+    """`start_gateway`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> Gateway:
+            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
+
+        yield start
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def staged_link(database: Database) -> AsyncIterator[DatabaseLink]:
+    """A way to the database that can be cut; `start_gateway(database_url=link.url)` uses it."""
+    async with database_link(database) as found:
+        yield found
+
+
 OPERATOR_KEY = "sk-or-v1-operator-secret"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from rig import ADMIN_KEY, Gateway, Upstream, User
+from rig import ADMIN_KEY, Gateway, Upstream, User, staged_gateway, staged_upstream
 
 from security import DEFAULT_SCOPES, key_environment, new_key
 
@@ -41,14 +41,7 @@ PUBLIC = {
 }
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
+upstream, live_gateway = staged_upstream, staged_gateway
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:

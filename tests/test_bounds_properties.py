@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import base64
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import read_models
+from endpoints import ENDPOINTS, endpoint_of
 from errors import GatewayError
+from outgoing import read_request
 from sandbox import SandboxTransport, create_app
 
 BASES: Mapping[str, dict[str, Any]] = {
@@ -182,39 +184,88 @@ completions = st.fixed_dictionaries(
 embeddings = st.fixed_dictionaries(
     {"model": st.just("openai/text-embedding-3-small"), "input": words.filter(bool) | st.lists(words.filter(bool), min_size=1, max_size=4)}
 )
-scenarios = st.sampled_from(["ordinary", "cache-write", "cache-read", "reasoning", "tool-call"])
-asked = st.tuples(st.just(CHAT), chats) | st.tuples(st.just("completions"), completions) | st.tuples(st.just("embeddings"), embeddings)
+texts = words.filter(bool)
+responses = st.fixed_dictionaries(
+    {"model": talkers, "input": texts}, optional={"max_output_tokens": st.integers(16, 3_000), "instructions": texts}
+)
+messages = st.fixed_dictionaries(
+    {"model": talkers, "messages": st.builds(lambda text: [{"role": "user", "content": text}], texts), "max_tokens": st.integers(1, 3_000)},
+    optional={"system": texts},
+)
+rankings = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["cohere/rerank-v3.5", "qwen/qwen3-reranker-8b"]),
+        "query": texts,
+        "documents": st.lists(st.builds(lambda text, times: text * times, texts, st.integers(1, 60)), min_size=1, max_size=30),
+    }
+)
+images = st.fixed_dictionaries(
+    {"model": st.sampled_from(["google/gemini-2.5-flash-image", "openai/gpt-5-image-mini"]), "prompt": texts},
+    optional={"n": st.integers(1, 10), "quality": st.sampled_from(["low", "medium", "high", "auto"])},
+)
+speech = st.fixed_dictionaries(
+    {"model": st.sampled_from(["openai/gpt-4o-mini-tts", "google/gemini-2.5-flash-preview-tts"]), "input": texts, "voice": st.just("alloy")}
+)
+recordings = st.builds(
+    lambda kilobytes, form: {"data": base64.b64encode(bytes(1_000 * kilobytes)).decode(), "format": form},
+    st.integers(1, 300),
+    st.sampled_from(["mp3", "wav"]),
+)
+transcriptions = st.fixed_dictionaries(
+    {"model": st.sampled_from(["openai/whisper-1", "openai/gpt-4o-transcribe"]), "input_audio": recordings}, optional={"prompt": texts}
+)
+ASKED: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    CHAT: chats,
+    "completions": completions,
+    "embeddings": embeddings,
+    "responses": responses,
+    "messages": messages,
+    "rerank": rankings,
+    "images": images,
+    "audio/speech": speech,
+    "audio/transcriptions": transcriptions,
+}
+scenarios = st.sampled_from(["ordinary", "cache-write", "cache-read", "reasoning", "tool-call", "usage-missing", "byok"])
 POLICY_OF_SANDBOX = BoundPolicy(default_max_output_tokens=4_096, free_models=True)
 
 
-@settings(max_examples=150, deadline=None)
-@given(asked=asked, scenario=scenarios)
-def test_the_sandbox_never_bills_more_than_the_bound(asked: tuple[str, dict[str, Any]], scenario: str) -> None:
-    status = asyncio.run(ask_and_compare(*asked, scenario))
+def test_every_endpoint_is_asked() -> None:
+    assert set(ASKED) == {endpoint.name for endpoint in ENDPOINTS}
+
+
+@pytest.mark.parametrize("endpoint", sorted(ASKED))
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), scenario=scenarios, grant=st.sampled_from(["min_output", "max_output"]))
+def test_the_sandbox_never_bills_more_than_the_bound(endpoint: str, data: st.DataObject, scenario: str, grant: str) -> None:
+    status, billed, bound = asyncio.run(ask(endpoint, data.draw(ASKED[endpoint]), scenario, grant))
     event(f"answered {status}")
+    assert billed <= bound
 
 
 @pytest.mark.parametrize(("endpoint", "model"), [(CHAT, "sandbox/fixed-price"), ("completions", "openai/gpt-4o-mini")])
 async def test_the_sandbox_answers_what_was_bounded(endpoint: str, model: str) -> None:
-    body = {**BASES[endpoint], "model": model}
-    assert await ask_and_compare(endpoint, body, "ordinary") == 200
+    status, billed, bound = await ask(endpoint, {**BASES[endpoint], "model": model}, "ordinary")
+    assert status == 200 and 0 < billed <= bound
 
 
 @pytest.mark.parametrize("endpoint", [CHAT])
 async def test_the_sandbox_bills_a_router_within_the_clients_caps(endpoint: str) -> None:
     body = {**BASES[endpoint], "model": "openrouter/auto", "provider": {"max_price": {"prompt": 0.15, "completion": 0.6}}}
-    assert await ask_and_compare(endpoint, body, "ordinary") == 200
+    status, billed, bound = await ask(endpoint, body, "ordinary")
+    assert status == 200 and 0 < billed <= bound
 
 
-async def ask_and_compare(endpoint: str, body: dict[str, Any], scenario: str) -> int:
+async def ask(endpoint: str, body: dict[str, Any], scenario: str, grant: str = "max_output") -> tuple[int, Decimal, Decimal]:
+    """The status, what was billed and what is held for it (nano-dollars), where as much output is granted as this bound of it says."""
     headers = {"Authorization": "Bearer sk-or-v1-test", "x-sandbox-scenario": scenario, "content-type": "application/json"}
-    base_url = "https://openrouter.ai/api/v1"
-    async with httpx2.AsyncClient(transport=SandboxTransport(create_app()), base_url=base_url, headers=headers) as http:
+    sandbox = create_app()
+    async with httpx2.AsyncClient(transport=SandboxTransport(sandbox), base_url="https://openrouter.ai/api/v1", headers=headers) as http:
         index = read_models((await http.get("/models?output_modalities=all")).content)
-        found = bound_request(endpoint, body, len(orjson.dumps(body)), index, POLICY_OF_SANDBOX)
-        for granted in (found.min_output, found.max_output):
-            answer = await http.post(f"/{endpoint}", content=orjson.dumps({**body, **found.apply(granted)}))
-            if answer.status_code == 200:
-                usage = json.loads(answer.content, parse_float=Decimal)["usage"]
-                assert Decimal(usage["cost"]) * 10**9 <= found.fixed_nanos + found.output_nanos * granted
-        return answer.status_code
+        raw = orjson.dumps(body)
+        asked = read_request(endpoint_of(endpoint), raw, "application/json")
+        found = bound_request(endpoint, asked.fields, len(raw), index, POLICY_OF_SANDBOX, seconds=asked.seconds)
+        granted = getattr(found, grant)
+        answer = await http.post(f"/{endpoint}", content=orjson.dumps({**body, **found.apply(granted)}))
+    generations = sandbox.state.generations.values()
+    billed = sum((each.cost + (each.upstream_cost if each.byok else 0) for each in generations), Decimal(0))
+    return answer.status_code, billed.scaleb(9), found.fixed_nanos + found.output_nanos * granted

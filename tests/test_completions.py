@@ -11,19 +11,12 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
-from rig import Gateway, Upstream, User
+from rig import Gateway, Upstream, User, staged_gateway, staged_upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
+upstream, live_gateway = staged_upstream, staged_gateway
 
 
 MINI = "openai/gpt-4o-mini"

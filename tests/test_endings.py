@@ -12,8 +12,19 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-import pytest_asyncio
-from rig import Database, Gateway, Upstream, User, eventually, live, running_gateway, served, settings_for
+from rig import (
+    Database,
+    Gateway,
+    Upstream,
+    User,
+    eventually,
+    live,
+    served,
+    settings_for,
+    staged_gateway,
+    staged_start,
+    staged_upstream,
+)
 
 import app as application
 from config import Configuration
@@ -25,25 +36,7 @@ Start = Callable[..., Awaitable[Gateway]]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Start]:
-    """As the one of conftest, on the loop of the module."""
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
-
-        yield start
+upstream, live_gateway, start_gateway = staged_upstream, staged_gateway, staged_start
 
 
 def body(**changes: Any) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-import pytest_asyncio
 from rig import (
     ADMIN_KEY,
     Database,
@@ -21,13 +19,16 @@ from rig import (
     Gateway,
     Upstream,
     User,
-    database_link,
     eventually,
     live,
     running_gateway,
     running_upstream,
     served,
     settings_for,
+    staged_gateway,
+    staged_link,
+    staged_start,
+    staged_upstream,
 )
 
 import app as application
@@ -40,25 +41,10 @@ Start = Callable[..., Awaitable[Gateway]]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Start]:
-    """As the one of conftest, on the loop of the module."""
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
-
-        yield start
+upstream = staged_upstream
+live_gateway = staged_gateway
+start_gateway = staged_start
+link = staged_link
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -82,13 +68,6 @@ async def assert_settled_exactly(user: User, upstream: Upstream) -> None:
     assert upstream.inferences == 1
     assert (await user.balance())["held"] == 0
     await user.gateway.database.assert_books_balance()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def link(database: Database) -> AsyncIterator[DatabaseLink]:
-    """A way to the database that can be cut; `start_gateway(database_url=link.url)` uses it."""
-    async with database_link(database) as found:
-        yield found
 
 
 # The database is gone.

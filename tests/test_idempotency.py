@@ -8,9 +8,8 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from rig import (
     Gateway,
     Upstream,
     User,
-    database_link,
     eventually,
     is_ready,
     live,
-    running_gateway,
     running_workers,
+    staged_gateway,
+    staged_link,
+    staged_start,
+    staged_upstream,
 )
 from scripted import TEXT, Reply, running_script
 from test_processes import age_holds, workers_of
@@ -50,35 +51,15 @@ SHAPES = [pytest.param(kind, streamed, id=f"{kind.path}{'-streamed' if streamed 
 CHAT = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}]}
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
+upstream = staged_upstream
+gateway = staged_gateway
+start_gateway = staged_start
+link = staged_link
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def user(gateway: Gateway) -> User:
     return await gateway.register(credits=10)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def link(database: Database) -> AsyncIterator[DatabaseLink]:
-    async with database_link(database) as found:
-        yield found
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Start]:
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
-
-        yield start
 
 
 async def ask(user: User, key: str = "a", *, url: str = "/v1/chat/completions", **body: Any) -> httpx.Response:

@@ -10,7 +10,6 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,22 @@ import httpx
 import pytest
 import pytest_asyncio
 from kinds import KINDS, Kind
-from rig import Database, DatabaseLink, Gateway, Upstream, User, database_link, eventually, is_ready, live, running_gateway, running_workers
+from rig import (
+    Database,
+    DatabaseLink,
+    Gateway,
+    Upstream,
+    User,
+    eventually,
+    is_ready,
+    live,
+    running_gateway,
+    running_workers,
+    staged_gateway,
+    staged_link,
+    staged_start,
+    staged_upstream,
+)
 from test_processes import age_holds, workers_of
 
 from endpoints import ENDPOINTS
@@ -39,14 +53,10 @@ async def test_the_table_has_every_billable_endpoint() -> None:
     assert {kind.path for kind in KINDS} == {path for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)}
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def live_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
+upstream = staged_upstream
+live_gateway = staged_gateway
+start_gateway = staged_start
+link = staged_link
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -61,22 +71,6 @@ async def impatient(stage: tuple[Gateway, Upstream], tmp_path_factory: pytest.Te
     async with running_gateway(first.database, **settings) as gateway:
         gateway._users = first._users
         yield gateway
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def link(database: Database) -> AsyncIterator[DatabaseLink]:
-    async with database_link(database) as found:
-        yield found
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Start]:
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
-
-        yield start
 
 
 def body_of(kind: Kind, *, streamed: bool) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -13,7 +11,7 @@ import orjson
 import pytest
 import pytest_asyncio
 from kinds import KINDS, Kind
-from rig import Database, Gateway, Upstream, User, live, running_gateway
+from rig import Gateway, Upstream, User, live, staged_gateway, staged_start, staged_upstream
 from test_receipts import scoped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -26,29 +24,12 @@ ON = {"x-gateway-cache": "true"}
 EVERYTHING = {"read": ["*"], "write": ["*"]}
 
 
-@pytest.fixture
-def upstream(stage: tuple[Gateway, Upstream]) -> Upstream:
-    return stage[1].forget()
-
-
-@pytest.fixture
-def gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
-    return stage[0]
+upstream, gateway, start_gateway = staged_upstream, staged_gateway, staged_start
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def user(gateway: Gateway) -> User:
     return await gateway.register(credits=10)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Start]:
-    async with AsyncExitStack() as stack:
-
-        async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
-
-        yield start
 
 
 async def ask(user: User, headers: dict[str, str] = ON, **body: Any) -> httpx.Response:

@@ -44,12 +44,21 @@ async def test_a_users_own_key_is_sent_with_nobody_elses_request(live_gateway: G
 
 
 async def test_nor_where_they_run_at_the_same_time(live_gateway: Gateway, upstream: Upstream) -> None:
-    one, other = [await live_gateway.register(credits=1) for _ in range(2)]
+    plain, one, other = [await live_gateway.register(credits=1) for _ in range(3)]
     await keep_own_key(one, OWN_KEYS[0])
-    answers = await asyncio.gather(*(user.chat() for _ in range(8) for user in (one, other)))
-    assert {answer.status_code for answer in answers} == {200}
-    assert [answer.headers.get("x-gateway-byok") for answer in answers] == ["true", None] * 8
-    assert sorted(keys_sent(upstream)) == sorted([OWN_KEYS[0], OPERATOR_KEY] * 8)
+    await keep_own_key(other, OWN_KEYS[1])
+    mine = {OPERATOR_KEY: plain, OWN_KEYS[0]: one, OWN_KEYS[1]: other}
+
+    async def ask(key: str, number: int) -> str | None:
+        answer = await mine[key].chat(messages=[{"role": "user", "content": f"{key} {number}"}])  # which key it should come under
+        assert answer.status_code == 200
+        told: str | None = answer.headers.get("x-gateway-byok")
+        return told
+
+    heard = await asyncio.gather(*(ask(key, number) for number in range(8) for key in mine))
+    assert heard == [None, "true", "true"] * 8
+    calls = [call for call in upstream.sandbox.state.calls if call.path == "/chat/completions"]
+    assert len(calls) == 24 and all(key.encode() in call.raw_body for key, call in zip(keys_sent(upstream), calls, strict=True))
 
 
 # What keys that are handed out for trying things, and replaced secrets, may not do.
