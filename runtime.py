@@ -344,4 +344,4 @@ def tune_garbage_collection() -> None:
     """Everything made at start-up stays: collections need not look at it."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 50, 50)
+    gc.set_threshold(5_000, 10, 20)
