@@ -68,7 +68,7 @@ class ModelIndex:
 
     def __init__(self, raw: list[dict[str, Any]], models: Iterable[Model]) -> None:
         self.raw = raw
-        self.json = to_json({"data": raw, "total_count": len(raw), "links": {"next": None}})
+        self.json = upstream_json({"data": raw, "total_count": len(raw), "links": {"next": None}})
         self._by_id = {model.id: model for model in models}
         self._markups: Markups | None = None
 
@@ -89,7 +89,7 @@ class ModelIndex:
         """A part of the list as JSON, with the path and query of the next one, if there is one."""
         end = len(self.raw) if limit is None else offset + limit
         following = f"{path}?offset={end}&limit={limit}" if end < len(self.raw) else None
-        return to_json({"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}})
+        return upstream_json({"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}})
 
     def entry(self, model_id: str) -> dict[str, Any] | None:
         """The model of exactly this id, as the upstream wrote it."""
@@ -230,7 +230,7 @@ def read_models(payload: bytes) -> ModelIndex:
     return ModelIndex(raw, models)
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
+def upstream_json(value: Mapping[str, Any]) -> bytes:
     """JSON of what an upstream wrote. Not orjson: it refuses lone surrogates and long integers: one entry must not take others along."""
     return json.dumps(value, separators=(",", ":")).encode()
 

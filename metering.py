@@ -79,11 +79,11 @@ class Exchange:
             self._delivery.recording = Recording()
         try:
             await self._generate(hold)
-            hold = self.hold  # it may have been raised
+            hold = self.hold
             self.settled = await self._settle(hold)
         except BaseException:
             # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
-            self.runtime.settlements.spawn(self._settle(hold), f"settlement of {hold.request_id}")
+            self.runtime.settlements.spawn(self._settle(self.hold or hold), f"settlement of {hold.request_id}")
             raise
         finally:
             self._delivery.quiet()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from catalog import to_json
+from catalog import upstream_json
 from errors import ModelNotFound
 from models import ErrorBody
 from models_openrouter import CountAnswer
@@ -34,7 +34,7 @@ async def list_models(request: Request, offset: Offset = 0, limit: Limit = None)
 @router.get("/v1/model/{author}/{slug}", summary="One model, as OpenRouter's clients read it", responses={404: {"model": ErrorBody}})
 @router.get("/api/v1/model/{author}/{slug}", include_in_schema=False)
 async def read_model_of_author(request: Request, author: str, slug: str) -> Response:
-    return Response(to_json({"data": await _entry(request, f"{author}/{slug}", "slug")}), media_type="application/json")
+    return Response(upstream_json({"data": await _entry(request, f"{author}/{slug}", "slug")}), media_type="application/json")
 
 
 @router.get("/v1/models/count", summary="How many models there are", response_model=CountAnswer)
@@ -71,7 +71,7 @@ async def list_endpoints(request: Request, author: str, slug: str) -> Response:
 @router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"model": ErrorBody}})
 @router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
 async def read_model(request: Request, model_id: str) -> Response:
-    return Response(to_json(await _entry(request, model_id, "model")), media_type="application/json")
+    return Response(upstream_json(await _entry(request, model_id, "model")), media_type="application/json")
 
 
 async def _entry(request: Request, model_id: str, param: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 import db
 from addresses import address_subject
+from catalog import upstream_json
 from errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
 from models import ErrorBody, Health, Registered, Registration
 from money import credits_from_nanos, nanos_from_credits
@@ -22,6 +23,7 @@ from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses={503: {"model": ErrorBody}})
 
 VERSION = "0.1.0"
+JSON = "application/json"
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [
     "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, plain and streamed",
@@ -116,14 +118,18 @@ def _catalog_health(runtime: Runtime) -> str:
 async def list_models(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
-    return Reply({"status": "success", "total_models": len(index.raw), "models": index.raw, "timestamp": utc_now()})
+    return _of_models({"total_models": len(index.raw), "models": index.raw})
 
 
 @router.get("/models/providers", summary="Who makes the models")
 async def list_providers(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
-    return Reply({"status": "success", "provider_statistics": provider_statistics(index.raw), "timestamp": utc_now()})
+    return _of_models({"provider_statistics": provider_statistics(index.raw)})
+
+
+def _of_models(found: dict[str, Any]) -> Response:
+    return Response(upstream_json({"status": "success", **found, "timestamp": f"{utc_now():%Y-%m-%dT%H:%M:%S.%fZ}"}), media_type=JSON)
 
 
 def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:

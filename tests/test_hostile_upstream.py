@@ -24,7 +24,7 @@ import httpx
 import orjson
 import pytest
 import pytest_asyncio
-from rig import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_database, live, running_gateway
+from rig import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_database, live, running_gateway, staged_start
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import SCENARIOS
@@ -33,6 +33,7 @@ from sandbox.failures import KEY_HASH, USER_ID
 from sandbox.wire import dumps
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+start_gateway = staged_start
 
 SECRETS = (OPERATOR_KEY, "operator-secret", USER_ID, KEY_HASH, KEY_HASH[:16], "Traceback", "openrouter.ai", "elsewhere.invalid")
 
@@ -405,6 +406,18 @@ async def den(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFacto
         folder = tmp_path_factory.mktemp("den")
         async with running_gateway(database, gateway_data_dir=folder, log_level="error", **limits, **live(hostile.url)) as gateway:
             yield gateway, hostile
+
+
+ODD = b'[{"id":"odd/\\ud800","name":"\\udfff: x","created":1e999,"pricing":{"prompt":"0"},"big":1267650600228229401496703205376}]'
+
+
+@pytest.mark.parametrize("path", ["/models", "/models/providers", "/v1/models", "/v1/models?limit=1", "/api/v1/models", "/health"])
+async def test_a_model_list_that_no_strict_encoder_takes_is_shown(path: str, start_gateway: Callable[..., Awaitable[Gateway]]) -> None:
+    async with hostile_server() as hostile:
+        hostile.models = b'{"data":' + ODD + b"}"
+        gateway = await start_gateway(**live(hostile.url))
+        answer = await gateway.http.get(path)
+        assert answer.status_code == 200 and answer.json()
 
 
 TRUE = "0.0000123"
