@@ -14,10 +14,12 @@ from typing import Any, Literal
 from answers import Place, StoredAnswer, open_answer
 from batching import Queue
 from bounds import Bound
+from errors import GatewayError
 from ids import new_request_id
 from money import plain
 from refusals import refusal_error
 from security import Credential, Vault
+from strangers import Strangers
 
 Answer = Mapping[str, Any]
 
@@ -115,14 +117,24 @@ class Admission:
         # Keys (their first hash) seen to use the cache by default. No more than a hint: of others no place is worked out before
         # admission, which would cost every request the reading of its body, so their first request here is never a hit.
         self._caching: set[str] = set()
+        self._strangers = Strangers()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
         item = {**self._common, **credential.item(), "request_id": request_id, "verb": verb, "resource": resource, "holds": False}
         answer = await self._queue.submit(item, group=credential.hashes[0])
         if answer["outcome"] != "verified":
-            raise refusal_error(answer, resource)
+            raise self._refusal(answer, credential, resource)
         return answer
+
+    def is_stranger(self, credential: Credential) -> bool:
+        """Whether the key is to be verified before anything else: invented ones have come from its address lately."""
+        return credential.address in self._strangers
+
+    def _refusal(self, answer: Answer, credential: Credential, resource: str, *, explicit: bool = False) -> GatewayError:
+        if answer["outcome"] == "INVALID_KEY":
+            self._strangers.note(credential.address)
+        return refusal_error(answer, resource, explicit=explicit)
 
     async def admit(self, credential: Credential, order: Order) -> Hold | StoredReply:
         """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then nothing was held and nothing may
@@ -144,7 +156,7 @@ class Admission:
             again = {"request_id": new_request_id(), "idempotency": None, "cache": {**item["cache"], "clear": True}}
             answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
-            raise refusal_error(answer, order.resource, explicit=order.bound.min_output == order.bound.max_output)
+            raise self._refusal(answer, credential, order.resource, explicit=order.bound.min_output == order.bound.max_output)
         if by_default is not None:
             cache = self._default_cache(credential, answer, cache, by_default)
         return _hold(answer, cache)

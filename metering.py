@@ -56,6 +56,7 @@ class Exchange:
     _asked: Request = field(init=False)
     _bound: Bound = field(init=False)
     _keeping: Keeping = field(init=False)
+    _verified: bool = False
     _end_user: str | None = None
     _delivery: Delivery = field(init=False)
     _plain: bytes | None = None  # a whole answer, or the last piece of one in bytes
@@ -101,6 +102,8 @@ class Exchange:
     async def _read_and_bound(self) -> None:
         """The body, bounded. What is wrong with it is said only to those whose key is right, and only they have models fetched."""
         request, catalog = self.request, self.runtime.catalog(self.request.credential.environment)
+        if self.runtime.admission.is_stranger(request.credential):
+            await self._verify()
         try:
             self._asked = read_request(request.endpoint, request.body, request.content_type)
             self._keeping = read_keeping(request, self._asked, self.runtime)
@@ -121,9 +124,10 @@ class Exchange:
         return bound_request(self.request.endpoint.name, asked.fields, len(self.request.body), models, policy, seconds=asked.seconds)
 
     async def _verify(self) -> None:
-        request = self.request
-        resource = request.endpoint.resource
-        await self.runtime.admission.verify(request.credential, request_id=request.request_id, verb="write", resource=resource)
+        if not self._verified:
+            request, resource = self.request, self.request.endpoint.resource
+            await self.runtime.admission.verify(request.credential, request_id=request.request_id, verb="write", resource=resource)
+            self._verified = True
 
     def _order(self) -> Order:
         request = self.request
