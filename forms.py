@@ -25,6 +25,8 @@ MAX_NAME_LENGTH = 128
 MAX_CONTAINERS = 100  # in a field that is an object: reading takes more nesting than writing does
 FILE = "file"
 OBJECTS = frozenset(("provider",))  # fields that are objects, written as JSON
+# OpenAI's lists. No other name has brackets: some servers would read `models[]` or `provider[order]` as what nobody has bounded here.
+LISTS = frozenset(("timestamp_granularities[]", "include[]", "known_speaker_names[]", "known_speaker_references[]"))
 PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
 # The same for every form, so that they share what the upstream's client builds once; random, so that no file can hold it.
 BOUNDARY = "gateway-" + secrets.token_hex(16)
@@ -42,7 +44,7 @@ class FormFile:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A form: its text fields (a name that ends with `[]` has a list), and its file."""
+    """A form: its text fields (one of LISTS has a list), and its file."""
 
     fields: Mapping[str, Any]
     file: FormFile
@@ -123,6 +125,8 @@ def _name(head: Message) -> str:
         raise BadRequest("Every field of a form has a `name` in its Content-Disposition.", param="content-disposition")
     if not name.isprintable():
         raise BadRequest("The name of a field is not printable.", param="content-disposition")
+    if ("[" in name or "]" in name) and name not in LISTS:
+        raise BadRequest(f"`{name}` is no field here. Lists are {', '.join(sorted(LISTS))}; an object is JSON in one field.", param=name)
     if str(head.get("content-transfer-encoding", "")).strip().lower() not in PLAIN_ENCODINGS:
         raise BadRequest(f"`{name}` has a Content-Transfer-Encoding, which forms do not have.", param=name)
     return name
@@ -151,7 +155,7 @@ def _value(name: str, content: bytes) -> Any:
 
 
 def _add(fields: dict[str, Any], name: str, value: Any) -> None:
-    if name.endswith("[]"):
+    if name in LISTS:
         fields.setdefault(name, []).append(value)
     elif name in fields:
         raise BadRequest(f"There is more than one `{name}`.", param=name)

@@ -207,6 +207,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "a field without an end of its headers": (form(FILE, b"Content-Disposition: form-data"), FORM, "content-type"),
     "headers without end": (form(FILE, field("a", b"x", b"\r\nX-More: " + b"y" * 10_000)), FORM, "content-type"),
     "a file in base64": (form(MODEL, field("file", b"eA==", b"\r\nContent-Transfer-Encoding: base64")), FORM, "file"),
+    "a list of models": (form(MODEL, FILE, field("models[]", b"dear/model")), FORM, "models[]"),
+    "an object in pieces": (form(MODEL, FILE, field("provider[order][]", b"dear")), FORM, "provider[order][]"),
     "a stream": (form(MODEL, FILE, field("stream", b"true")), FORM, "stream"),
 }
 
