@@ -16,7 +16,7 @@ from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
 from routes.exact import ExactRoute
 from routes.keys import view
-from routes.pages import NO_NUL, Cursor, PageSize, PathId, cursor_of, id_of
+from routes.pages import BY_ID, NO_NUL, Cursor, PageSize, PathId, id_of
 from routes.refusals import require_found
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -170,7 +170,7 @@ async def list_users(
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    following = BY_ID.following(rows, limit)
     return Reply({"status": "success", "users": [_user(row) for row in rows], "next_cursor": following})
 
 
@@ -210,7 +210,7 @@ async def read_balances(request: Request, admin: AdminOnly, limit: PageSize = 10
         }
         for row in rows
     ]
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    following = BY_ID.following(rows, limit)
     total = await db.count_users(runtime.client)
     return Reply({"status": "success", "total_users": total, "users": users, "next_cursor": following})
 

@@ -7,41 +7,35 @@ refuses in mid-stream is visible: CSV ends with a line that says so, JSON lines 
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import structlog
-from fastapi import Query, Request
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Send
 
-from errors import BadRequest, GatewayError
+from errors import GatewayError
 from money import plain
 from replies import to_json, utc_now
+from routes.pages import Mark, Order, Row
 
 log = structlog.get_logger("exports")
 
 PAGE = 250
 
-Form = Annotated[
-    Literal["json", "csv", "jsonl"], Query(description="`json` is a page; `csv` and `jsonl` (JSON lines) are all of it, streamed")
-]
-Rows = Annotated[int | None, Query(ge=1, le=1000, description="Rows a page, 100 unless said otherwise; of an export the most, all without")]
 CSV, JSON_LINES = "text/csv; charset=utf-8", "application/x-ndjson"
 # What OpenAPI says of a list that can be exported.
 TEXT = {"schema": {"type": "string"}}
 EXPORTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, JSON_LINES: TEXT}}}
 TABULATED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT}}}
 
-Row = dict[str, Any]
 Page = list[Row]
-Mark = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +44,9 @@ class Listing:
 
     name: str
     model: type[BaseModel]
+    order: Order
     fetch: Callable[[Mark | None, int], Awaitable[Page]]
-    mark: Callable[[Row], Mark]
     show: Callable[[Row], BaseModel]
-
-
-def check_range(start: datetime.datetime | None, end: datetime.datetime | None, names: tuple[str, str] = ("start", "end")) -> None:
-    """Raises BadRequest for times in the wrong order."""
-    if start is not None and end is not None and start >= end:
-        raise BadRequest(f"`{names[1]}` must be after `{names[0]}`.", param=names[1])
 
 
 async def export(request: Request, listing: Listing, form: str, *, before: Mark | None, most: int | None) -> StreamingResponse:
@@ -75,7 +63,7 @@ async def _pages(listing: Listing, before: Mark | None, most: int | None) -> Asy
         rows = await listing.fetch(before, PAGE if left is None else min(PAGE, left))
         if not rows:
             return
-        before = listing.mark(rows[-1])
+        before = listing.order.mark(rows[-1])
         left = None if left is None else left - len(rows)
         yield rows
 

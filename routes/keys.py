@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db_security
-from db_security import AuditFilter
 from errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
 from models import ErrorBody
 from models_keys import (
@@ -23,15 +23,14 @@ from models_keys import (
     KeyRules,
     Keys,
     KeyView,
-    Moment,
     Rotation,
 )
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.exports import EXPORTED, Form, Listing, Rows, check_range, export
-from routes.listings import PAGE_ROWS, id_cursor, own_audit
-from routes.pages import NO_NUL, Cursor, PathId, id_of
+from routes.exports import EXPORTED
+from routes.listings import AnyPart, Events, answer, own_audit
+from routes.pages import PathId
 from runtime import Runtime
 from security import DEFAULT_SCOPES, Caller, Declared, masked, may, new_key
 
@@ -98,20 +97,9 @@ async def read_usage(request: Request, caller: Reader) -> Response:
 
 
 @router.get("/audit-logs", summary="Who did what with your keys", response_model=AuditLogs, responses=EXPORTED)
-async def list_audit_logs(
-    request: Request,
-    caller: Annotated[Caller, may("read", "audit")],
-    key_id: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
-    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
-    start_date: Moment | None = None,
-    end_date: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
+async def list_audit_logs(request: Request, caller: Annotated[Caller, may("read", "audit")], asked: Events, part: AnyPart) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    events = AuditFilter(user_id=caller.user_id, key_id=key_id, action=action, start=start_date, end=end_date)
-    return await audit_answer(request, own_audit(runtime, events), events, limit=limit, cursor=cursor, form=format)
+    return await answer(request, own_audit(runtime, replace(asked, user_id=caller.user_id)), part, "logs", counted="total_logs")
 
 
 @router.get("/{key_id}", summary="One key", response_model=KeyView)
@@ -257,14 +245,3 @@ def raise_key_refusal(found: dict[str, Any]) -> None:
     }
     if found["outcome"] in refusals:
         raise refusals[found["outcome"]]
-
-
-async def audit_answer(
-    request: Request, listing: Listing, events: AuditFilter, *, limit: int | None, cursor: str | None, form: str
-) -> Response:
-    """One page of an audit log, or all of it as an export. Raises BadRequest for dates in the wrong order."""
-    check_range(events.start, events.end, ("start_date", "end_date"))
-    if form != "json":
-        return await export(request, listing, form, before=id_of(cursor), most=limit)
-    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
-    return Reply({"status": "success", "total_logs": len(rows), "logs": rows, "next_cursor": id_cursor(rows, limit)})

@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query, Request
+from fastapi.responses import Response
 
 import db
 import db_security
 from db_security import AuditFilter
+from errors import BadRequest
 from models import AdminTransaction, AdminUsageRecord, Transaction, UsageRecord
-from models_keys import AuditLog
+from models_keys import AuditLog, Moment
 from money import credits_from_nanos
-from routes.exports import Listing
-from routes.pages import cursor_of
+from replies import Reply
+from routes.exports import Listing, export
+from routes.pages import BY_ID, BY_MOMENT, NO_NUL, Cursor, QueryId
 from runtime import Runtime
 
 PAGE_ROWS = 100
+Form = Annotated[
+    Literal["json", "csv", "jsonl"], Query(description="`json` is a page; `csv` and `jsonl` (JSON lines) are all of it, streamed")
+]
+Rows = Annotated[int | None, Query(ge=1, le=1000, description="Rows a page, 100 unless said otherwise; of an export the most, all without")]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of a list, and in which form."""
+
+    limit: int | None
+    cursor: str | None
+    form: str
+
+
+def _part(limit: Rows = None, cursor: Cursor = None, format: Form = "json") -> Part:
+    return Part(limit, cursor, format)
+
+
+def check_range(start: datetime.datetime | None, end: datetime.datetime | None, names: tuple[str, str] = ("start", "end")) -> db.Range:
+    """The two as a range. Raises BadRequest for times in the wrong order."""
+    if start is not None and end is not None and start >= end:
+        raise BadRequest(f"`{names[1]}` must be after `{names[0]}`.", param=names[1])
+    return start, end
+
+
+def _within(start: Moment | None = None, end: Moment | None = None) -> db.Range:
+    return check_range(start, end)
+
+
+def _events(
+    key_id: QueryId = None,
+    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
+    start_date: Moment | None = None,
+    end_date: Moment | None = None,
+) -> AuditFilter:
+    start, end = check_range(start_date, end_date, ("start_date", "end_date"))
+    return AuditFilter(key_id=key_id, action=action, start=start, end=end)
+
+
+AnyPart = Annotated[Part, Depends(_part)]
+Within = Annotated[db.Range, Depends(_within)]
+Events = Annotated[AuditFilter, Depends(_events)]
+
+
+async def answer(request: Request, listing: Listing, part: Part, field: str, *, counted: str | None = None) -> Response:
+    """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises BadRequest for the cursor."""
+    before = listing.order.read(part.cursor)
+    if part.form != "json":
+        return await export(request, listing, part.form, before=before, most=part.limit)
+    limit = part.limit or PAGE_ROWS
+    rows = await listing.fetch(before, limit)
+    count = {} if counted is None else {counted: len(rows)}
+    following = listing.order.following(rows, limit)
+    return Reply({"status": "success", **count, field: [listing.show(row) for row in rows], "next_cursor": following})
 
 
 def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
@@ -24,7 +86,7 @@ def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
     async def fetch(before: tuple[str, str] | None, limit: int) -> list[db.Row]:
         return await db.list_usage_records(runtime.client, user_id, within=within, before=before, limit=limit)
 
-    return Listing("usage-records", UsageRecord, fetch, _moment_and_id, show_record)
+    return Listing("usage-records", UsageRecord, BY_MOMENT, fetch, show_record)
 
 
 def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> Listing:
@@ -35,7 +97,7 @@ def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> List
             return await db.list_usage_records(runtime.client, user_id, within=within, before=before, limit=limit)
         return await db.list_all_usage_records(runtime.client, within=within, before=before, limit=limit)
 
-    return Listing("usage-records", AdminUsageRecord, fetch, _moment_and_id, functools.partial(show_record, kind=AdminUsageRecord))
+    return Listing("usage-records", AdminUsageRecord, BY_MOMENT, fetch, functools.partial(show_record, kind=AdminUsageRecord))
 
 
 def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
@@ -44,7 +106,7 @@ def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
     async def fetch(before: int | None, limit: int) -> list[db.Row]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
-    return Listing("transactions", Transaction, fetch, _id, show_transaction)
+    return Listing("transactions", Transaction, BY_ID, fetch, show_transaction)
 
 
 def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) -> Listing:
@@ -53,7 +115,7 @@ def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) ->
     async def fetch(before: int | None, limit: int) -> list[db.Row]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
-    return Listing("transactions", AdminTransaction, fetch, _id, functools.partial(show_transaction, kind=AdminTransaction))
+    return Listing("transactions", AdminTransaction, BY_ID, fetch, functools.partial(show_transaction, kind=AdminTransaction))
 
 
 def own_audit(runtime: Runtime, events: AuditFilter) -> Listing:
@@ -62,7 +124,7 @@ def own_audit(runtime: Runtime, events: AuditFilter) -> Listing:
     async def fetch(before: int | None, limit: int) -> list[db.Row]:
         return await db_security.list_own_audit(runtime.client, events, before=before, limit=limit)
 
-    return Listing("audit-log", AuditLog, fetch, _id, lambda row: AuditLog(**row))
+    return Listing("audit-log", AuditLog, BY_ID, fetch, lambda row: AuditLog(**row))
 
 
 def audit(runtime: Runtime, events: AuditFilter) -> Listing:
@@ -71,26 +133,7 @@ def audit(runtime: Runtime, events: AuditFilter) -> Listing:
     async def fetch(before: int | None, limit: int) -> list[db.Row]:
         return await db_security.list_audit_logs(runtime.client, events, before=before, limit=limit)
 
-    return Listing("audit-log", AuditLog, fetch, _id, lambda row: AuditLog(**row))
-
-
-def _moment_and_id(row: db.Row) -> tuple[str, str]:
-    return row["created_at"], row["request_id"]
-
-
-def _id(row: db.Row) -> int:
-    return int(row["id"])
-
-
-# Where the next page of a list begins.
-
-
-def record_cursor(rows: Sequence[db.Row], limit: int | None) -> str | None:
-    return cursor_of(" ".join(_moment_and_id(rows[-1]))) if len(rows) == (limit or PAGE_ROWS) else None
-
-
-def id_cursor(rows: Sequence[db.Row], limit: int | None) -> str | None:
-    return cursor_of(str(rows[-1]["id"])) if len(rows) == (limit or PAGE_ROWS) else None
+    return Listing("audit-log", AuditLog, BY_ID, fetch, lambda row: AuditLog(**row))
 
 
 # How a row is shown.

@@ -25,7 +25,7 @@ from models_notifications import (
 from money import credits_from_nanos
 from replies import Reply
 from routes.exact import ExactRoute
-from routes.pages import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.pages import BY_ID, Cursor, PageSize, PathId, id_of
 from routes.spending import forbid_test_key, require_found
 from runtime import Runtime
 from security import Caller, Declared, may
@@ -70,7 +70,7 @@ async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookW
 async def list_deliveries(request: Request, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_spending.list_deliveries(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    following = BY_ID.following(rows, limit)
     return Reply(Deliveries(status="success", deliveries=[_delivery(row) for row in rows], next_cursor=following))
 
 
@@ -124,7 +124,7 @@ async def list_budget_events(
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_spending.list_budget_events(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    following = BY_ID.following(rows, limit)
     return Reply(BudgetEvents(status="success", events=[_event(row) for row in rows], next_cursor=following))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -11,7 +11,6 @@ from fastapi.responses import Response
 
 import db
 import db_security
-from db_security import AuditFilter
 from errors import NotFound
 from models import AdminTransactions, AdminUsageRecords, ErrorBody
 from models_accounts import LegacyImport, LegacyKey
@@ -19,10 +18,10 @@ from models_keys import AuditLogs, Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
-from routes.keys import audit_answer, raise_key_refusal, view
-from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
-from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
+from routes.exports import EXPORTED, TABULATED
+from routes.keys import raise_key_refusal, view
+from routes.listings import AnyPart, Events, Within, all_records, all_transactions, answer, audit
+from routes.pages import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
 from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -75,63 +74,23 @@ async def read_usage(
 
 
 @router.get("/usage/records", summary="Everybody's requests, and what they cost", response_model=AdminUsageRecords, responses=EXPORTED)
-async def list_usage_records(
-    request: Request,
-    admin: AdminOnly,
-    user_id: QueryId = None,
-    start: Moment | None = None,
-    end: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
+async def list_usage_records(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    check_range(start, end)
-    listing = all_records(runtime, user_id, (start, end))
-    if format != "json":
-        return await export(request, listing, format, before=moment_and_id_of(cursor), most=limit)
-    rows = await listing.fetch(moment_and_id_of(cursor), limit or PAGE_ROWS)
-    return Reply({"status": "success", "records": [listing.show(row) for row in rows], "next_cursor": record_cursor(rows, limit)})
+    return await answer(request, all_records(runtime, user_id, within), part, "records")
 
 
 @router.get(
     "/transactions", summary="Everybody's grants, purchases, refunds and expiries", response_model=AdminTransactions, responses=EXPORTED
 )
-async def list_transactions(
-    request: Request,
-    admin: AdminOnly,
-    user_id: QueryId = None,
-    start: Moment | None = None,
-    end: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
+async def list_transactions(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    check_range(start, end)
-    listing = all_transactions(runtime, user_id, (start, end))
-    if format != "json":
-        return await export(request, listing, format, before=id_of(cursor), most=limit)
-    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
-    return Reply({"status": "success", "transactions": [listing.show(row) for row in rows], "next_cursor": id_cursor(rows, limit)})
+    return await answer(request, all_transactions(runtime, user_id, within), part, "transactions")
 
 
 @router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs, responses=EXPORTED)
-async def list_audit_logs(
-    request: Request,
-    admin: AdminOnly,
-    user_id: QueryId = None,
-    key_id: QueryId = None,
-    action: Annotated[str | None, Query(max_length=64, pattern=NO_NUL)] = None,
-    start_date: Moment | None = None,
-    end_date: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
+async def list_audit_logs(request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    events = AuditFilter(user_id=user_id, key_id=key_id, action=action, start=start_date, end=end_date)
-    return await audit_answer(request, audit(runtime, events), events, limit=limit, cursor=cursor, form=format)
+    return await answer(request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs")
 
 
 @router.get("/keys", summary="Find keys by what is shown of them, or by name")
@@ -147,7 +106,7 @@ async def find_keys(
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_security.find_keys(runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["id"])) if len(rows) == limit else None
+    following = BY_ID.following(rows, limit)
     keys = [{**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows]
     return Reply({"status": "success", "keys": keys, "next_cursor": following})
 

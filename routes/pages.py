@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import Path, Query
@@ -17,6 +19,8 @@ NO_NUL = r"^[^\x00]*$"
 PathId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 QueryId = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 PageSize = Annotated[int, Query(ge=1, le=1000, description="Rows a page")]
+Row = dict[str, Any]
+Mark = Any
 Cursor = Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="`next_cursor` of the page before")]
 
 
@@ -67,3 +71,20 @@ def id_of(cursor: str | None) -> int | None:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise _foreign()
     return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A keyset order: what marks a row's place in it, and how a cursor says the mark."""
+
+    mark: Callable[[Row], Mark]
+    read: Callable[[str | None], Mark | None]
+    write: Callable[[Mark], str]
+
+    def following(self, rows: Sequence[Row], limit: int) -> str | None:
+        """The cursor of the page after these rows, where there may be one."""
+        return self.write(self.mark(rows[-1])) if len(rows) == limit else None
+
+
+BY_ID = Order(lambda row: int(row["id"]), id_of, lambda mark: cursor_of(str(mark)))
+BY_MOMENT = Order(lambda row: (row["created_at"], row["request_id"]), moment_and_id_of, lambda mark: cursor_of(" ".join(mark)))

@@ -16,9 +16,8 @@ from models_keys import Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
-from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
-from routes.listings import PAGE_ROWS, id_cursor, record_cursor, records, show_record, show_transaction, transactions
-from routes.pages import Cursor, id_of, moment_and_id_of
+from routes.exports import EXPORTED, TABULATED
+from routes.listings import AnyPart, Within, answer, records, transactions
 from routes.refusals import raise_taken
 from routes.reports import Bucket, Format, Group, Zone, usage_report
 from routes.spending import forbid_test_key
@@ -154,41 +153,17 @@ async def read_usage(
 
 
 @router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords, responses=EXPORTED)
-async def list_usage_records(
-    request: Request,
-    caller: UsageReader,
-    start: Moment | None = None,
-    end: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
-) -> Response:
+async def list_usage_records(request: Request, caller: UsageReader, within: Within, part: AnyPart) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    check_range(start, end)
-    listing = records(runtime, caller.user_id, (start, end))
-    if format != "json":
-        return await export(request, listing, format, before=moment_and_id_of(cursor), most=limit)
-    rows = await listing.fetch(moment_and_id_of(cursor), limit or PAGE_ROWS)
-    return Reply({"status": "success", "records": [show_record(row) for row in rows], "next_cursor": record_cursor(rows, limit)})
+    return await answer(request, records(runtime, caller.user_id, within), part, "records")
 
 
 @router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions, responses=EXPORTED)
 async def list_transactions(
-    request: Request,
-    caller: Annotated[Caller, may("read", "transactions")],
-    start: Moment | None = None,
-    end: Moment | None = None,
-    limit: Rows = None,
-    cursor: Cursor = None,
-    format: Form = "json",
+    request: Request, caller: Annotated[Caller, may("read", "transactions")], within: Within, part: AnyPart
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    check_range(start, end)
-    listing = transactions(runtime, caller.user_id, (start, end))
-    if format != "json":
-        return await export(request, listing, format, before=id_of(cursor), most=limit)
-    rows = await listing.fetch(id_of(cursor), limit or PAGE_ROWS)
-    return Reply({"status": "success", "transactions": [show_transaction(row) for row in rows], "next_cursor": id_cursor(rows, limit)})
+    return await answer(request, transactions(runtime, caller.user_id, within), part, "transactions")
 
 
 async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
