@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from endpoint_docs import ERRORS, OPENROUTER_ERROR, OPERATIONS
+from models import ERROR_SCHEMA, ErrorBody
 
 DESCRIPTION = """OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.
 
@@ -24,9 +25,9 @@ What stands here under `/v1` is served under `/api/v1` as well. There errors hav
 status, and our own code `metadata.error_type`."""
 
 
-def _say_400(schema: dict[str, Any]) -> None:
+def _describe_errors(schema: dict[str, Any]) -> None:
     """Wrong input is answered with 400 and our envelope, not with the framework's 422; an oversized body with 413, anywhere."""
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    error = {"application/json": ERROR_SCHEMA}
     for operations in schema["paths"].values():
         for operation in operations.values():
             answers = operation["responses"]
@@ -34,8 +35,11 @@ def _say_400(schema: dict[str, Any]) -> None:
                 answers["400"] = {"description": ERRORS["400"], "content": error}
             if "requestBody" in operation:
                 answers.setdefault("413", {"description": ERRORS["413"], "content": error})
+    known = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
+        known.pop(name, None)
+    described = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    known |= {**described.pop("$defs"), "ErrorBody": described, "OpenRouterErrorBody": OPENROUTER_ERROR}
 
 
 ASSETS = "/docs/assets"
@@ -66,8 +70,7 @@ def document_proxy(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             schema["paths"] |= {f"/v1/{name}": {"post": operation} for name, operation in OPERATIONS.items()}
-            _say_400(schema)
-            schema["components"]["schemas"]["OpenRouterErrorBody"] = OPENROUTER_ERROR
+            _describe_errors(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from models import ERROR_SCHEMA
+
 ERRORS = {
     "400": "The request is not valid; `error.param` names the field",
     "401": "The API key is missing, unknown, revoked or expired",
@@ -17,7 +19,6 @@ ERRORS = {
     "504": "The model provider did not answer in time",
 }
 
-ENVELOPE = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
 ANTHROPIC_ERROR: dict[str, Any] = {
     "schema": {
         "type": "object",
@@ -112,7 +113,7 @@ def _operation(
     content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
     if form is not None:
         content["multipart/form-data"] = {"schema": {"type": "object", "required": ["file", "model"], "properties": form}}
-    error = {"application/json": ANTHROPIC_ERROR if name == "messages" else ENVELOPE}
+    error = {"application/json": ANTHROPIC_ERROR if name == "messages" else ERROR_SCHEMA}
     answers: dict[str, Any] = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
     answers["200"] = _answer(answer, streams="stream" in fields)
     return {

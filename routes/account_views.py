@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 import db_spending
 from errors import NotFound
-from models import ErrorBody
+from models import errors_of
 from models_openrouter import CreditsAnswer, CreditsData, FreeRequests, GenerationAnswer, GenerationData, KeyAnswer, KeyData, KeyRateLimit
 from money import credits_from_nanos
 from replies import Reply
@@ -25,7 +25,7 @@ from security import Caller, Declared, masked, may
 router = APIRouter(
     tags=["account"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 503)},
+    responses=errors_of(400, 401, 403, 404, 503),
 )
 
 RESETS: dict[str | None, Literal["daily", "weekly", "monthly"]] = {"day": "daily", "week": "weekly", "month": "monthly"}

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 import db
 import db_security
 from errors import BadRequest, Conflict, NotFound
-from models import CreditGrant, CreditsGranted, ErrorBody, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target
+from models import CreditGrant, CreditsGranted, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target, errors_of
 from models_accounts import Adjustment, Refund, UserChange
 from money import credits_from_nanos, nanos_from_credits, plain
 from replies import Reply
@@ -27,7 +27,7 @@ router = APIRouter(
     route_class=ExactRoute,
     tags=["admin"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
 )
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from errors import InvalidKey, Misconfigured
-from models import ErrorBody, Swept
+from models import Swept, errors_of
 from replies import Reply
 from runtime import Runtime
 from security import Declared, presented_key, refuse_guesses
@@ -17,7 +17,7 @@ router = APIRouter(
     prefix="/internal",
     tags=["internal"],
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 429, 503)},
+    responses=errors_of(400, 401, 429, 503),
 )
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 import db_security
 from errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
-from models import ErrorBody
+from models import errors_of
 from models_keys import (
     AuditLogs,
     KeyChange,
@@ -39,7 +39,7 @@ router = APIRouter(
     tags=["keys"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
 Reader = Annotated[Caller, may("read", "keys")]

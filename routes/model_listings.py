@@ -9,19 +9,19 @@ from fastapi.responses import Response
 
 from catalog import upstream_json
 from errors import ModelNotFound
-from models import ErrorBody
+from models import errors_of
 from models_openrouter import CountAnswer
 from replies import Reply
 from runtime import Runtime
 from security import shown_environment
 
-router = APIRouter(tags=["public"], responses={503: {"model": ErrorBody}})
+router = APIRouter(tags=["public"], responses=errors_of(503))
 
 Offset = Annotated[int, Query(ge=0, le=2**31 - 1, description="How many models to leave out at the start")]
 Limit = Annotated[int | None, Query(ge=1, le=1000, description="The most models to list; all of them without it")]
 
 
-@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them", responses={400: {"model": ErrorBody}})
+@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them", responses=errors_of(400))
 @router.get("/api/v1/models", include_in_schema=False)
 async def list_models(request: Request, offset: Offset = 0, limit: Limit = None) -> Response:
     """All of them, or a page: `total_count` says how many there are, `links.next` where the next page is."""
@@ -31,7 +31,7 @@ async def list_models(request: Request, offset: Offset = 0, limit: Limit = None)
     return Response(index.json if whole else index.page(offset, limit, request.url.path), media_type="application/json")
 
 
-@router.get("/v1/model/{author}/{slug}", summary="One model, as OpenRouter's clients read it", responses={404: {"model": ErrorBody}})
+@router.get("/v1/model/{author}/{slug}", summary="One model, as OpenRouter's clients read it", responses=errors_of(404))
 @router.get("/api/v1/model/{author}/{slug}", include_in_schema=False)
 async def read_model_of_author(request: Request, author: str, slug: str) -> Response:
     return Response(upstream_json({"data": await _entry(request, f"{author}/{slug}", "slug")}), media_type="application/json")
@@ -52,7 +52,7 @@ async def count_models(request: Request) -> Response:
         200: {
             "content": {"application/json": {"example": {"data": {"id": "openai/gpt-4o-mini", "endpoints": [{"provider_name": "OpenAI"}]}}}}
         },
-        404: {"model": ErrorBody},
+        **errors_of(404),
     },
 )
 @router.get("/api/v1/models/{author}/{slug}/endpoints", include_in_schema=False)
@@ -68,7 +68,7 @@ async def list_endpoints(request: Request, author: str, slug: str) -> Response:
 
 
 # Last, since it takes the paths above for models.
-@router.get("/v1/models/{model_id:path}", summary="One model", responses={404: {"model": ErrorBody}})
+@router.get("/v1/models/{model_id:path}", summary="One model", responses=errors_of(404))
 @router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
 async def read_model(request: Request, model_id: str) -> Response:
     return Response(upstream_json(await _entry(request, model_id, "model")), media_type="application/json")

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 import db_spending
 from errors import Conflict, NotFound, RateLimited
-from models import ErrorBody
+from models import errors_of
 from models_notifications import (
     BudgetEvent,
     BudgetEvents,
@@ -36,7 +36,7 @@ router = APIRouter(
     tags=["spending"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
 )
 
 WebhookReader = Annotated[Caller, may("read", "webhooks")]

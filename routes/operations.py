@@ -12,7 +12,7 @@ from fastapi.responses import Response
 import db
 import db_security
 from errors import NotFound
-from models import AdminTransactions, AdminUsageRecords, ErrorBody
+from models import AdminTransactions, AdminUsageRecords, errors_of
 from models_accounts import LegacyImport, LegacyKey
 from models_keys import AuditLogs, Moment
 from money import credits_from_nanos
@@ -32,7 +32,7 @@ router = APIRouter(
     tags=["admin"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 429, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
 )
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 import db
 from errors import BadRequest, Conflict, NotFound
-from models import ErrorBody
+from models import errors_of
 from models_accounts import Plan, PlanChange, PlanOrderNew
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply
@@ -19,7 +19,7 @@ from routes.spending import forbid_test_key
 from runtime import Runtime
 from security import AdminOnly, Caller, Declared, may
 
-ERRORS: Any = {code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)}
+ERRORS: Any = errors_of(400, 401, 403, 404, 409, 503)
 router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=ERRORS)
 
 LIMITS = ("daily_requests", "daily_tokens", "monthly_requests", "monthly_tokens")

@@ -12,7 +12,7 @@ import db
 from addresses import address_subject
 from catalog import upstream_json
 from errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
-from models import ErrorBody, Health, Registered, Registration
+from models import Health, Registered, Registration, errors_of
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
@@ -20,7 +20,7 @@ from routes.refusals import raise_taken
 from runtime import Runtime, Service
 from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_header, shown_environment
 
-router = APIRouter(tags=["public"], route_class=ExactRoute, responses={503: {"model": ErrorBody}})
+router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 
 VERSION = "0.1.0"
 JSON = "application/json"
@@ -164,7 +164,7 @@ def _created(model: dict[str, Any]) -> float:
     summary="A new account and its first key",
     tags=["accounts"],
     response_model=Registered,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 409, 429)},
+    responses=errors_of(400, 401, 403, 409, 429),
 )
 async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()

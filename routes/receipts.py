@@ -14,7 +14,7 @@ import quotes
 from bounds import BoundPolicy
 from endpoints import endpoint_of
 from errors import NotFound
-from models import ErrorBody
+from models import errors_of
 from models_spending import (
     Quote,
     QuoteOrder,
@@ -37,7 +37,7 @@ router = APIRouter(
     tags=["spending"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 503)},
+    responses=errors_of(400, 401, 403, 404, 503),
 )
 
 MESSAGES = {

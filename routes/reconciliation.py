@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 import db_spending
 import reconciliation
-from models import ErrorBody
+from models import errors_of
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
@@ -23,7 +23,7 @@ router = APIRouter(
     tags=["admin"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
 EXAMPLE: dict[str, Any] = {

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 import db_spending
 from errors import BadRequest, Conflict, Forbidden, NotFound, UpstreamUnavailable
-from models import ErrorBody
+from models import errors_of
 from models_spending import EndUserChange, EndUserOrder, EndUsers, EndUserView, ProviderKeyOrder, ProviderKeyView
 from money import credits_from_nanos, nanos_from_credits
 from replies import Reply, utc_now
@@ -26,7 +26,7 @@ router = APIRouter(
     tags=["spending"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
 AccountReader = Annotated[Caller, may("read", "account")]

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 import db
 import db_security
 from errors import BadRequest, Forbidden, NotFound
-from models import Balance, ErrorBody, Transactions, UsageRecords
+from models import Balance, Transactions, UsageRecords, errors_of
 from models_accounts import AccountDeletion, Profile, ProfileChange
 from models_keys import Moment
 from money import credits_from_nanos
@@ -29,7 +29,7 @@ router = APIRouter(
     tags=["account"],
     route_class=ExactRoute,
     dependencies=Declared,
-    responses={code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 503)},
+    responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
 LIMITS = ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")

@@ -85,8 +85,8 @@ LAYERS: dict[str, set[str]] = {
     "welcome": {"runtime"},
     "heads": set(),
     "serving": {"heads", "runtime"},
-    "endpoint_docs": set(),
-    "documentation": {"endpoint_docs"},
+    "endpoint_docs": {"models"},
+    "documentation": {"endpoint_docs", "models"},
     "migrate": {"config", "embedded", "errors", "supabase_config"},
     "routes": {
         "addresses", "bounds", "catalog", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
