@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from errors import ANTHROPIC_TYPES, GatewayError
-from events import DONE, with_charge, with_field
+from events import DONE, next_number, with_charge, with_field
 from usage import Usage, read_integer, read_text, read_usage
 
 Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -65,6 +65,7 @@ class Said:
     choices: int = 1  # that were asked for
     ended_choices: set[str] = field(default_factory=set)
     counts: dict[str, Any] = field(default_factory=dict)  # a usage object that comes in parts
+    latest: bytes = b""  # the piece of a stream that came last
 
 
 class Place(Enum):
@@ -233,7 +234,8 @@ class Responses(Dialect):
     ) -> bytes:
         parts = [] if held is None else [with_charge(held, gateway_usage)]
         if failure is not None:
-            about = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param}
+            about = {"type": "error", "sequence_number": next_number(said.latest)}
+            about |= {"code": failure.code, "message": failure.message, "param": failure.param}
             about |= self.failure_event(failure, said, request_id)
             data = orjson.dumps(about, default=str)
             parts.append(_event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))

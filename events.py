@@ -12,6 +12,7 @@ from usage import parse_json
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 BOM = b"\xef\xbb\xbf"
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number":\s*(\d{1,15})\b')
 BLANK_LINE = re.compile(rb"\n\n|\r\n\r\n|\r\r|\n\r\n")
 
 
@@ -63,6 +64,12 @@ def data_of(event: bytes) -> Any:
         return parse_json(payload)
     except ValueError:
         return None
+
+
+def next_number(latest: bytes) -> int:
+    """The `sequence_number` after the last one in a piece of a stream, 0 without one. Some clients drop an event that has none."""
+    numbers = SEQUENCE_NUMBER.findall(latest)
+    return int(numbers[-1]) + 1 if numbers else 0
 
 
 def with_field(json_object: bytes, name: str, value: bytes) -> bytes:

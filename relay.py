@@ -50,6 +50,7 @@ class Stream(Said):
     def feed(self, chunk: bytes) -> bytes:
         """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
         passed: list[bytes] = []
+        self.latest = chunk
         if 0 < len(self._rest) < SHORT and not self._has_returns:  # the beginning of an event goes before the rest of it
             chunk, self._scanned = bytes(self._rest) + chunk, 0
             self._rest.clear()

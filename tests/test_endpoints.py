@@ -402,12 +402,15 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_api(scene: Sta
     upstream.say(Reply([raw[: raw.index(b"\n\n") + 2]], content_type="text/event-stream"))
     upstream.known_cost = COST
     answer = await post(user, name, {**REQUESTS[name], "stream": True})
-    (failed,) = [event for event in events_of(answer) if event.get("error")]
-    (charged,) = [event for event in events_of(answer) if "gateway_usage" in event]
+    events = events_of(answer)
+    (failed,) = [event for event in events if event.get("error")]
+    (charged,) = [event for event in events if "gateway_usage" in event]
     assert Decimal(str(charged["gateway_usage"]["cost"])) == Decimal(COST)
     assert failed["error"]["code"] == "upstream_error"
     if name != "completions":
         assert failed["type"] == "error" and "event: error\n" in answer.text and charged == failed
+    if name == "responses":
+        assert [event["sequence_number"] for event in events] == [0, 1]
     assert (await settled(user))["status"] == "failed"
 
 
