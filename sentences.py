@@ -71,13 +71,20 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
 }
 
 
+# The same of a body that is no object at all: its sender needs to know what would be one.
+OBJECT = 'a JSON object, such as {"name": "value"}'
+WHOLE_BODY = {"missing": f"is missing: send {OBJECT}", **dict.fromkeys(("model_attributes_type", "model_type"), f"must be {OBJECT}")}
+
+
 def explain(finding: Mapping[str, Any]) -> tuple[str, str | None]:
     """The sentence for one of pydantic's findings, and the field it is about (dotted), None for the body as a whole."""
     ctx: Context = finding.get("ctx") or {}
-    where = [str(part) for part in finding["loc"] if part not in ("body", "query", "path", "header")]
-    where = [part for part in where if part != "[key]"]
+    # The first part says where in the request: a field may have the same name.
+    where = [str(part) for part in finding["loc"][1:] if part != "[key]"]
     where += [each for each in (getattr(ctx.get("error"), "field", None),) if each is not None]
     field = ".".join(where) or None
     make = SENTENCES.get(finding["type"])
     what = make(ctx) if make is not None else str(finding["msg"])
-    return f"{f'`{field}`' if field else 'The request body'} {what.rstrip('.')}.", field
+    if field is None:
+        return f"The request body {WHOLE_BODY.get(finding['type'], what).rstrip('.')}.", None
+    return f"`{field}` {what.rstrip('.')}.", field

@@ -90,7 +90,7 @@ LAYERS: dict[str, set[str]] = {
     "routes": {
         "addresses", "bounds", "catalog", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
         "models_accounts", "models_keys", "models_notifications", "models_openrouter", "models_spending", "money", "outgoing",
-        "quotes", "reconciliation", "replies", "runtime", "security", "usage", "webhooks",
+        "quotes", "reconciliation", "replies", "runtime", "security", "sentences", "usage", "webhooks",
     },
     "app": {"config", "documentation", "logs", "middleware", "replies", "routes", "runtime", "serving", "welcome"},
     "embedded": set(),
