@@ -75,7 +75,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "webhooks": {"destinations", "money"},
     "reconciliation": {"errors", "money", "db_spending", "openrouter", "settlements", "supabase_config"},
-    "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing"},
+    "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing", "refusals"},
     "runtime": {
         "errors", "config", "db", "db_security", "db_spending", "supabase_config", "admission", "batching", "catalog", "endpoint_lists",
         "first_start", "metering", "openrouter", "security", "settlements", "webhooks",
