@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LEAVES = {"errors", "money", "config", "models", "ids"}
 LAYERS: dict[str, set[str]] = {
     **{name: set() for name in ("errors", "money", "ids")},
-    "config": set(),
+    "config": {"sentences"},
     "models": set(),
     "models_keys": {"models"},
     "models_accounts": {"models", "models_keys"},
