@@ -304,8 +304,8 @@ class EndUserView(BaseModel):
     spent: Credits
     held: Credits
     remaining: Credits
-    created_at: str | None = None
-    updated_at: str | None = None
+    created_at: str
+    updated_at: str
 
 
 class EndUsers(BaseModel):

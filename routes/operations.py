@@ -23,7 +23,7 @@ from routes.exports import EXPORTED, TABULATED, Form, Rows, check_range, export
 from routes.keys import audit_answer, raise_key_refusal, view
 from routes.listings import PAGE_ROWS, all_records, all_transactions, audit, id_cursor, record_cursor
 from routes.pages import NO_NUL, Cursor, PageSize, PathId, QueryId, cursor_of, id_of, moment_and_id_of
-from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
+from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
 from security import DEFAULT_SCOPES, AdminOnly, Declared
@@ -41,7 +41,8 @@ router = APIRouter(
 async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.system_metrics(runtime.client)
-    metrics = shown_metrics(found["metrics"])
+    latest = found["recent"][0]["created_at"] if found["recent"] else None
+    metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
     return Reply(
         {
             "status": "success",
@@ -58,7 +59,7 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     )
 
 
-@router.get("/usage", summary="What everybody has used, by time and group", responses=TABULATED)
+@router.get("/usage", summary="What everybody has used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
 async def read_usage(
     request: Request,
     admin: AdminOnly,
