@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from rig import ADMIN_KEY, Gateway, User
+from rig import ADMIN_KEY, Gateway, Upstream, User, live
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 ROUTES = [
@@ -139,6 +139,15 @@ async def test_a_refund_or_adjustment_that_cannot_be_says_why_and_what_can(gatew
         "There is no such API key; give it in full.",
         "api_key",
     )
+
+
+async def test_play_credits_are_not_refunded_as_real_ones(start_gateway: Any, upstream: Upstream) -> None:
+    sandbox = await start_gateway()
+    request_id = (await (await sandbox.register()).chat(model="sandbox/fixed-price")).headers["x-request-id"]
+    gateway = await start_gateway(**live(upstream.url))
+    answer = await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": request_id})
+    message = "This request was paid with play credits of the sandbox, which are not refunded."
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
 
 
 async def test_concurrent_refunds_of_one_request_give_its_cost_back_once(gateway: Gateway) -> None:

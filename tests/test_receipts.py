@@ -244,9 +244,9 @@ async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal
     user = await gateway.register()
     await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.99994, "reason": "less"})
     long = [{"role": "user", "content": "Say hello. " * (100 if limit is None else 1)}]
-    body = {"model": "openai/gpt-4o-mini", "messages": long} | ({} if limit is None else {"max_tokens": limit})
+    body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": long} | ({} if limit is None else {"max_tokens": limit})
     found = (await quote(user, {"body": body})).json()
-    refused = await user.chat(messages=long, **({} if limit is None else {"max_tokens": limit}))
+    refused = await gateway.http.post("/v1/chat/completions", headers=user.headers, json=body)
     told, error = refused.json()["gateway"], refused.json()["error"]
     assert (found["affordable"], refused.status_code, found["reason"]) == (False, 402, error["code"])
     assert (found["needed"], found["available"], found["affordable_max_tokens"]) == (
