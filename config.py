@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from sentences import predicate
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Words = Annotated[tuple[str, ...], NoDecode]
 Mode = Literal["live", "sandbox"]
@@ -158,17 +160,13 @@ def load_configuration() -> Configuration:
         problems = [".env is not a text file in UTF-8."]
         settings = Settings.model_construct()
     except ValidationError as error:
-        problems = [f"{_names(found['loc'])}: {_sentence(found['msg'])}" for found in error.errors(include_input=False)]
+        problems = list(dict.fromkeys(f"{_names(found['loc'])}: {predicate(found)}." for found in error.errors(include_input=False)))
         settings = Settings.model_construct()
     return Configuration(settings, (*problems, *(_conflicts(settings) if not problems else ())))
 
 
 def _names(loc: tuple[int | str, ...]) -> str:
     return str(loc[0]).upper() if loc else "settings"
-
-
-def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ")
 
 
 def _conflicts(settings: Settings) -> list[str]:

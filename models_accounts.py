@@ -30,6 +30,8 @@ SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 class ProfileChange(RequestModel):
     """At least one of them."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "Ada", "preferences": {"theme": "dark"}}]})
+
     name: Username | None = None
     email: Annotated[EmailStr, Field(max_length=254)] | None = None
     preferences: SmallObject | None = None
@@ -43,6 +45,8 @@ class ProfileChange(RequestModel):
 
 
 class AccountDeletion(RequestModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"confirmation": "DELETE_ACCOUNT"}]})
+
     confirmation: Literal["DELETE_ACCOUNT"]
 
 
@@ -73,6 +77,8 @@ Factor = Annotated[Decimal, Field(ge=0, le=1000)]
 
 class PlanChange(RequestModel):
     """Fields of a plan; null is unlimited, 0 refuses all."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"daily_request_limit": 20000, "allowed_models": ["openai/*"]}]})
 
     name: PlanText | None = None
     description: Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")] | None = None
@@ -115,6 +121,8 @@ class Plan(BaseModel):
 class UserChange(RequestModel):
     """Suspend or restore an account, or change its role."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"is_active": False}]})
+
     is_active: bool | None = None
     role: Literal["user", "admin"] | None = None
 
@@ -126,6 +134,12 @@ class UserChange(RequestModel):
 
 
 class Refund(RequestModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"request_id": "0199f0a0-0000-7000-8000-000000000000", "credits": 0.01, "reason": "a broken answer"}]
+        }
+    )
+
     request_id: UUID
     credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="null: all of it")
     reason: Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")] = ""
@@ -133,6 +147,8 @@ class Refund(RequestModel):
 
 
 class Adjustment(Target):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "credits": -2.5, "reason": "granted twice"}]})
+
     credits: Annotated[Decimal, Field(ge=-1_000_000_000, le=1_000_000_000, decimal_places=9)]
     reason: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
@@ -156,4 +172,8 @@ class LegacyKey(RequestModel):
 
 
 class LegacyImport(RequestModel):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"keys": [{"user_id": 1, "api_key": "a-key-of-the-old-system", "key_name": "Imported key"}]}]}
+    )
+
     keys: Annotated[list[LegacyKey], Field(min_length=1, max_length=1000)]

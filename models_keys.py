@@ -120,12 +120,16 @@ class KeyChange(KeyRules):
 
 
 class Rotation(RequestModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_period": 3600}]})
+
     grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * 86400)] = Field(
         default=0, description="Seconds that the old secret still works"
     )
 
 
 class KeyRevocation(RequestModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"confirmation": "DELETE_KEY"}]})
+
     confirmation: Literal["DELETE_KEY"]
 
 

@@ -177,10 +177,12 @@ class Quote(BaseModel):
     model_config = _example(
         models=["openai/gpt-4o-mini"],
         would_hold=0.0000729,
-        estimated_cost=0.00002490,
+        needed=0.0000729,
+        estimated_cost=0.0000151,
         estimated_output_tokens=20,
         prompt_tokens_estimate=21,
         max_output_tokens=100,
+        affordable_max_tokens=None,
         affordable=True,
         reason=None,
         available=9.99998,
@@ -192,11 +194,17 @@ class Quote(BaseModel):
     )
 
     models: list[str] = Field(description="Every model that the body can reach; the dearest of them counts")
-    would_hold: Credits
-    estimated_cost: Credits
+    would_hold: Credits = Field(description="Where it would be refused: what it would hold if nothing stood in its way")
+    needed: Credits = Field(
+        description="The least that has to be available: `would_hold`, or the hold of a short answer where the body sets no output limit"
+    )
+    estimated_cost: Credits = Field(description="With `estimated_output_tokens`; never more than `would_hold`")
     estimated_output_tokens: int
     prompt_tokens_estimate: int
     max_output_tokens: int = Field(description="What admission would grant; 0 where it would refuse")
+    affordable_max_tokens: int | None = Field(
+        description="Where credits or a budget are short: the largest output limit that they cover, 0 for none. Else null"
+    )
     affordable: bool
     reason: str | None = Field(description="The code of the refusal, null where it would be let through")
     available: Credits | None = Field(description="What the account, the key's budget and the end user's leave; null where none counts")
@@ -296,8 +304,8 @@ class EndUserView(BaseModel):
     spent: Credits
     held: Credits
     remaining: Credits
-    created_at: str | None = None
-    updated_at: str | None = None
+    created_at: str
+    updated_at: str
 
 
 class EndUsers(BaseModel):

@@ -31,6 +31,7 @@ REFUSED = {
     "messages": {"container": "The gateway keeps no containers."},
 }
 DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user", "safety_identifier"))}
+OBJECT = 'a JSON object, such as {"model": "openai/gpt-4o-mini", ...}'
 JSON_FORMATS = (None, "json", "verbose_json")
 
 
@@ -67,12 +68,14 @@ def read_json(raw: bytes) -> dict[str, Any]:
     """The parsed body. Raises BadRequest; before parsing where that would take more memory and time than any honest body."""
     if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
         raise BadRequest("The request body has too many parts.", code="invalid_json")
+    if not raw:
+        raise BadRequest(f"The request body is missing: send {OBJECT}.", code="invalid_json")
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
+        raise BadRequest(f"The request body is not valid JSON ({error}). Send {OBJECT}.", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise BadRequest("The request body must be a JSON object.", code="invalid_json")
+        raise BadRequest(f"The request body must be {OBJECT}.", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
         try:
             orjson.dumps(body)  # which takes less nesting than reading does

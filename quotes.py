@@ -11,20 +11,13 @@ import orjson
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from endpoints import Endpoint
-from errors import BadRequest
+from errors import BadRequest, GatewayError
 from money import EXACT, credits_from_nanos, plain
 from outgoing import read_request
+from refusals import MONEY, refusal_error
 
 USUAL_OUTPUT_TOKENS = 256
-REFUSALS = {
-    "credits": "insufficient_credits",
-    "budget": "budget_exceeded",
-    "end_user_budget": "end_user_budget_exceeded",
-    "MODEL_NOT_ALLOWED": "model_not_allowed",
-    "REQUEST_LIMIT_EXCEEDED": "key_request_limit_exceeded",
-    "trial_expired": "trial_expired",
-    "not_found": "invalid_api_key",
-}
+ESTIMATE = "An estimate of this moment: nothing is held or counted, and rate limits are not looked at."
 
 
 def bound_of(endpoint: Endpoint, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
@@ -52,26 +45,45 @@ def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
 
 def answer(bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_tokens: int | None) -> dict[str, Any]:
     """The fields of a Quote; `found` is what the database says of it."""
-    granted = found["outcome"] == "granted"
+    granted, short = found["outcome"] == "granted", found["outcome"] in MONEY
     most = found["granted_output"] if granted else bound.max_output
     expected = min(USUAL_OUTPUT_TOKENS if output_tokens is None else output_tokens, most)
-    pays = not (found.get("free") or found.get("byok"))
-    estimate = EXACT.multiply(bound.typical_nanos(expected), markup) if pays else Decimal(0)
+    rate = Decimal(0) if found.get("free") or found.get("byok") else markup
+    needed = _charged(_most_nanos(bound, bound.min_output), rate)
+    refusal = None if granted else _refusal(found, bound, needed)
     available = found.get("available_nanos")
-    hold = int(found.get("hold_nanos") or 0)
     return {
         "models": list(bound.models),
-        "would_hold": credits_from_nanos(hold),
-        "estimated_cost": credits_from_nanos(int(estimate.to_integral_value(rounding=ROUND_CEILING))),
+        "would_hold": credits_from_nanos(_charged(_most_nanos(bound, most), rate)),
+        "needed": credits_from_nanos(needed),
+        "estimated_cost": credits_from_nanos(_charged(bound.typical_nanos(expected), rate)),
         "estimated_output_tokens": expected,
         "prompt_tokens_estimate": bound.prompt_estimate,
-        "max_output_tokens": found["granted_output"] if granted else 0,
+        "max_output_tokens": most if granted else 0,
+        "affordable_max_tokens": found["granted_output"] if short else None,
         "affordable": granted,
-        "reason": None if granted else REFUSALS[found["outcome"]],
+        "reason": None if refusal is None else refusal.code,
         "available": None if available is None else credits_from_nanos(available),
         "byok": bool(found.get("byok")),
         "free": bool(found.get("free")),
         "markup": markup,
         "price_basis": bound.price_basis,
-        "message": "An estimate of this moment: nothing is held or counted, and rate limits are not looked at.",
+        "message": ESTIMATE if refusal is None else f"{refusal.message} {ESTIMATE}",
     }
+
+
+def _most_nanos(bound: Bound, output_tokens: int) -> Decimal:
+    """What a hold for this much output covers, without markup."""
+    return EXACT.add(bound.fixed_nanos, EXACT.multiply(bound.output_nanos, Decimal(output_tokens)))
+
+
+def _charged(nanos: Decimal, markup: Decimal) -> int:
+    """Whole nano-dollars, rounded up as the database rounds them."""
+    return int(EXACT.multiply(nanos, markup).to_integral_value(rounding=ROUND_CEILING))
+
+
+def _refusal(found: Mapping[str, Any], bound: Bound, needed: int) -> GatewayError:
+    """What the request would be told instead of an answer."""
+    outcome = "INVALID_KEY" if found["outcome"] == "not_found" else found["outcome"]
+    amounts = {"needed_nanos": needed, "held_nanos": 0, "affordable_output": found.get("granted_output")}
+    return refusal_error({**found, **amounts, "outcome": outcome}, "chat", explicit=bound.min_output == bound.max_output)

@@ -114,7 +114,8 @@ def _money_error(answer: Answer, *, explicit: bool) -> GatewayError:
     needed, available = (credits_from_nanos(answer[name]) for name in ("needed_nanos", "available_nanos"))
     affordable = answer["affordable_output"]
     kind, what = MONEY[answer["outcome"]]
-    message = f"This request may cost up to {plain(needed)} credits. {what} {plain(available)} available"
+    request = "This request" if explicit else "Even a short answer to this request"
+    message = f"{request} may cost up to {plain(needed)} credits. {what} {plain(available)} available"
     if answer["held_nanos"] and answer["outcome"] == "credits":
         message += f" ({plain(credits_from_nanos(answer['held_nanos']))} more are held for running requests)"
     message += "."

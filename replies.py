@@ -94,13 +94,8 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     """Pydantic's findings as a 400 that names the first field that is wrong."""
     if not isinstance(error, RequestValidationError):
         raise error
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        refusal = BadRequest("The request body is not valid JSON.", code="invalid_json")
-    else:
-        message, param = explain(first)
-        refusal = BadRequest(message, param=param)
-    return error_reply(refusal, _request_id(request), request.url.path)
+    message, param = explain(error.errors()[0])
+    return error_reply(BadRequest(message, param=param), _request_id(request), request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -33,6 +33,10 @@ SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
 WRONG_SECRETS_PER_MINUTE = 10
+REGISTRATION_KEYS = (
+    "Registration takes no key, or an administrator's (ADMIN_API_KEY, or the key of an admin user with scope `admin`): "
+    "leave out the one that you sent."
+)
 ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
 NOT_IN_GRACE = ("keys", "account", "profile", "plan", "budgets", "webhooks")
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
@@ -306,7 +310,10 @@ async def optional_admin(request: Request) -> Admin | None:
     """The administrator whose key this request carries, None without a key. Raises for a key that is not an administrator's."""
     if "authorization" not in request.headers and "x-api-key" not in request.headers:
         return None
-    return await require_admin(request)
+    try:
+        return await require_admin(request)
+    except (InvalidKey, MissingScope) as refusal:
+        raise type(refusal)(REGISTRATION_KEYS) from refusal
 
 
 async def require_admin(request: Request) -> Admin:

@@ -1,4 +1,4 @@
-"""What is wrong with a field, as a sentence that names it? Pydantic's findings in the words of somebody who uses the API."""
+"""What is wrong with a field, as a sentence that names it? Pydantic's findings in the words of somebody who uses the API, or sets it up."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
     "int_parsing": lambda ctx: "must be a whole number",
     "int_parsing_size": lambda ctx: "is a number beyond all limits",
     "int_from_float": lambda ctx: "must be a whole number",
+    "float_type": lambda ctx: "must be a number",
+    "float_parsing": lambda ctx: "must be a number",
+    **dict.fromkeys(
+        ("ip_v4_network", "ip_v6_network"), lambda ctx: "must be addresses or networks such as 203.0.113.0/24, comma-separated"
+    ),
     "decimal_type": lambda ctx: "must be a number",
     "decimal_parsing": lambda ctx: "must be a number",
     "finite_number": lambda ctx: "must be a finite number",
@@ -71,13 +76,24 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
 }
 
 
+# The same of a body that is no object at all: its sender needs to know what would be one.
+OBJECT = 'a JSON object, such as {"name": "value"}'
+WHOLE_BODY = {"missing": f"is missing: send {OBJECT}", **dict.fromkeys(("model_attributes_type", "model_type"), f"must be {OBJECT}")}
+
+
+def predicate(finding: Mapping[str, Any]) -> str:
+    """What one of pydantic's findings says of its field, without the field's name."""
+    make = SENTENCES.get(finding["type"])
+    return (str(finding["msg"]) if make is None else make(finding.get("ctx") or {})).rstrip(".")
+
+
 def explain(finding: Mapping[str, Any]) -> tuple[str, str | None]:
     """The sentence for one of pydantic's findings, and the field it is about (dotted), None for the body as a whole."""
     ctx: Context = finding.get("ctx") or {}
-    where = [str(part) for part in finding["loc"] if part not in ("body", "query", "path", "header")]
-    where = [part for part in where if part != "[key]"]
+    # The first part says where in the request: a field may have the same name.
+    where = [str(part) for part in finding["loc"][1:] if part != "[key]"]
     where += [each for each in (getattr(ctx.get("error"), "field", None),) if each is not None]
     field = ".".join(where) or None
-    make = SENTENCES.get(finding["type"])
-    what = make(ctx) if make is not None else str(finding["msg"])
-    return f"{f'`{field}`' if field else 'The request body'} {what.rstrip('.')}.", field
+    if field is None:
+        return f"The request body {WHOLE_BODY.get(finding['type']) or predicate(finding)}.", None
+    return f"`{field}` {predicate(finding)}.", field

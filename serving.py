@@ -1,4 +1,7 @@
-"""How is the gateway served on this machine, by itself? On 127.0.0.1 and PORT, or one sentence why not."""
+"""How is the gateway served on this machine, by itself? On 127.0.0.1 and PORT, or one sentence why not.
+
+Under somebody else's server a wrong setting becomes an answer; here it ends the process, since nobody but its starter can put it right.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ HOST = "127.0.0.1"
 
 
 def serve(app: FastAPI, service: Service) -> None:
-    """Serves until it is interrupted. Ends the process with a sentence where the port cannot be had."""
+    """Serves until it is interrupted. Ends the process with a sentence where a setting is wrong or the port cannot be had."""
+    if service.configuration.problems:
+        sys.exit("\n".join(service.configuration.problems))
     listener = _listen(service.settings.port)
     service.url = f"http://{HOST}:{listener.getsockname()[1]}"
     from heads import BoundedHeads  # where it is served by somebody else, its parser may not be there

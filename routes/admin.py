@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 import db
 import db_security
+import db_spending
 from errors import BadRequest, Conflict, NotFound
 from models import CreditGrant, CreditsGranted, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target, errors_of
 from models_accounts import Adjustment, Refund, UserChange
@@ -29,6 +30,10 @@ router = APIRouter(
     dependencies=Declared,
     responses=errors_of(400, 401, 403, 404, 409, 429, 503),
 )
+
+
+KEY_USED = "This idempotency_key was used for another order. Give a new order a new one."
+TOO_LARGE = "`credits`: the balance would exceed 9,000,000,000 credits, the most that an account can have."
 
 
 def _whom(target: Target, runtime: Runtime) -> dict[str, Any]:
@@ -54,9 +59,9 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
         },
     )
     if found["outcome"] == "too_large":
-        raise BadRequest("`credits`: the balance would exceed what can be stored.", param="credits")
+        raise BadRequest(TOO_LARGE, param="credits")
     if found["outcome"] == "conflict":
-        raise Conflict("This idempotency_key belongs to another order.", param="idempotency_key")
+        raise Conflict(KEY_USED, param="idempotency_key")
     require_found(found, _named(order))
     return Reply(
         CreditsGranted(
@@ -132,22 +137,39 @@ async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
         },
     )
     if found["outcome"] == "not_found":
-        raise NotFound("There is no request of this id.", param="request_id")
+        raise NotFound("There is no request with this id. It is the `x-request-id` of the request's answer.", param="request_id")
     if found["outcome"] == "not_settled":
-        raise Conflict("This request has not been settled yet.", param="request_id")
+        message = "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
+        raise Conflict(message, param="request_id")
+    if found["outcome"] == "too_much":
+        raise await _too_much_to_refund(runtime, order, found["refundable_nanos"])
     _raise_correction_refusal(found)
     return Reply({**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])})
+
+
+async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) -> BadRequest:
+    row = await db_spending.get_record(runtime.client, str(order.request_id))
+    cost = credits_from_nanos(row["cost_nanos"] if row else 0)
+    if left_nanos:
+        left = plain(credits_from_nanos(left_nanos))
+        return BadRequest(f"`credits`: at most {left} of the {plain(cost)} that this request cost can still be refunded.", param="credits")
+    if not cost:
+        return BadRequest("Nothing was charged for this request, so there is nothing to refund.", param="request_id")
+    if row and row["mode"] != runtime.mode:
+        return BadRequest("This request was paid with play credits of the sandbox, which are not refunded.", param="request_id")
+    return BadRequest(f"All {plain(cost)} credits that this request cost have been refunded already.", param="request_id")
 
 
 def _raise_correction_refusal(found: db.Row) -> None:
     outcome = found["outcome"]
     if outcome == "conflict":
-        raise Conflict("This idempotency_key belongs to another order.", param="idempotency_key")
+        raise Conflict(KEY_USED, param="idempotency_key")
     if outcome == "too_large":
-        raise BadRequest("`credits`: the balance would exceed what can be stored.", param="credits")
+        raise BadRequest(TOO_LARGE, param="credits")
     if outcome == "too_much":
-        most: int = found["refundable_nanos"] if "refundable_nanos" in found else found["available_nanos"]
-        raise BadRequest(f"`credits`: at most {plain(credits_from_nanos(most))} are possible.", param="credits")
+        most = plain(credits_from_nanos(found["available_nanos"]))
+        message = f"`credits`: at most {most} can be taken from this account; what running requests hold cannot."
+        raise BadRequest(message, param="credits")
 
 
 def _corrected(found: db.Row, done: str) -> dict[str, Any]:

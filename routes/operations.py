@@ -22,7 +22,7 @@ from routes.exports import EXPORTED, TABULATED
 from routes.keys import raise_key_refusal, view
 from routes.listings import AnyPart, Events, Within, all_records, all_transactions, answer, audit
 from routes.pages import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
-from routes.reports import AdminGroup, Bucket, Format, Zone, usage_report
+from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
 from security import DEFAULT_SCOPES, AdminOnly, Declared
@@ -40,7 +40,8 @@ router = APIRouter(
 async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.system_metrics(runtime.client)
-    metrics = shown_metrics(found["metrics"])
+    latest = found["recent"][0]["created_at"] if found["recent"] else None
+    metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
     return Reply(
         {
             "status": "success",
@@ -57,7 +58,7 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     )
 
 
-@router.get("/usage", summary="What everybody has used, by time and group", responses=TABULATED)
+@router.get("/usage", summary="What everybody has used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
 async def read_usage(
     request: Request,
     admin: AdminOnly,

@@ -19,4 +19,5 @@ def raise_taken(found: Mapping[str, Any], *, name_field: str) -> None:
 def require_found(found: Mapping[str, Any], field: str) -> None:
     """Raises NotFound for an order whose user or key does not exist; `field` named it."""
     if found["outcome"] == "not_found":
-        raise NotFound("There is no such user or key.", code="user_not_found", param=field)
+        what = "API key; give it in full" if field == "api_key" else "user"
+        raise NotFound(f"There is no such {what}.", code="user_not_found", param=field)

@@ -42,6 +42,10 @@ def _zone(name: str) -> str:
 
 
 Zone = Annotated[str, Query(max_length=64, description="IANA name"), AfterValidator(_zone)]
+ABOUT_LATENCY = (
+    "Latencies are counted in buckets (up to 25, 50, 100, 150, 200, 300, ... ms). So the percentiles (`latency_p50_ms`, `latency_p95_ms`, "
+    "`latency_p99_ms`) are estimates within a bucket, and may be off by its width; the average is not, and neither are the usage records."
+)
 AMOUNTS = ("cost", "upstream_cost", "overrun")
 COLUMNS = (
     "bucket",
@@ -107,7 +111,10 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     shown = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS}
     requests = row["requests"]
     average = round(row["latency_ms_total"] / requests) if requests else None
-    return {name: {**row, **shown, "latency_average_ms": average}.get(name) for name in COLUMNS}
+    # Of one request every percentile is known, and not only its bucket.
+    latencies = dict.fromkeys((name for name in COLUMNS if name.startswith("latency") and requests == 1), average)
+    found = {**row, **shown, "latency_average_ms": average, **latencies}
+    return {name: found.get(name) for name in COLUMNS}
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:

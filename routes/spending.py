@@ -172,6 +172,6 @@ def _view(row: db_spending.Row) -> EndUserView:
         spent=credits_from_nanos(spent),
         held=credits_from_nanos(held),
         remaining=credits_from_nanos(max(0, budget - spent - held)),
-        created_at=row.get("created_at"),
-        updated_at=row.get("updated_at"),
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
     )

@@ -19,7 +19,7 @@ from routes.exact import ExactRoute
 from routes.exports import EXPORTED, TABULATED
 from routes.listings import AnyPart, Within, answer, records, transactions
 from routes.refusals import raise_taken
-from routes.reports import Bucket, Format, Group, Zone, usage_report
+from routes.reports import ABOUT_LATENCY, Bucket, Format, Group, Zone, usage_report
 from routes.spending import forbid_test_key
 from runtime import Runtime
 from security import Caller, Declared, may
@@ -135,7 +135,7 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     return Reply({"status": "success", "environment_usage": found})
 
 
-@router.get("/usage", summary="What you have used, by time and group", responses=TABULATED)
+@router.get("/usage", summary="What you have used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
 async def read_usage(
     request: Request,
     caller: UsageReader,

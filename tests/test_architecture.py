@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LEAVES = {"errors", "money", "config", "models", "ids"}
 LAYERS: dict[str, set[str]] = {
     **{name: set() for name in ("errors", "money", "ids")},
-    "config": set(),
+    "config": {"sentences"},
     "models": set(),
     "models_keys": {"models"},
     "models_accounts": {"models", "models_keys"},
@@ -76,7 +76,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "webhooks": {"destinations", "money"},
     "reconciliation": {"errors", "money", "db_spending", "openrouter", "settlements", "supabase_config"},
-    "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing"},
+    "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing", "refusals"},
     "runtime": {
         "errors", "config", "db", "db_security", "db_spending", "supabase_config", "admission", "batching", "catalog", "endpoint_lists",
         "first_start", "metering", "openrouter", "security", "settlements", "webhooks",
@@ -91,7 +91,7 @@ LAYERS: dict[str, set[str]] = {
     "routes": {
         "addresses", "bounds", "catalog", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
         "models_accounts", "models_keys", "models_notifications", "models_openrouter", "models_spending", "money", "outgoing",
-        "quotes", "reconciliation", "replies", "runtime", "security", "usage", "webhooks",
+        "quotes", "reconciliation", "replies", "runtime", "security", "sentences", "usage", "webhooks",
     },
     "app": {"config", "documentation", "logs", "middleware", "replies", "routes", "runtime", "serving", "welcome"},
     "embedded": set(),

@@ -165,6 +165,40 @@ async def test_no_body_is_taken_that_is_no_order(world: World, endpoint: Endpoin
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "misspelt")
 
 
+@pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain"])
+async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> None:
+    """What `curl -d` sends is called a form unless somebody says otherwise."""
+    found = []
+    for endpoint in (*WITH_BODY, REGISTER):
+        headers = {**(ADMIN if endpoint.scope is None else world.user.headers), **({"content-type": kind} if kind else {})}
+        assert endpoint.body is not None
+        wrong_field = {"username": 5} if endpoint is REGISTER else {"misspelt": 1}
+        for content, param, said in (
+            (json.dumps({**endpoint.body(world), **wrong_field}).encode(), next(iter(wrong_field)), next(iter(wrong_field))),
+            (b"name=value", None, 'is not valid JSON (Expecting value: line 1 column 1 (char 0)). Send a JSON object, such as {"name"'),
+            (b"[1]", None, 'The request body must be a JSON object, such as {"name": "value"}.'),
+        ):
+            answer = await world.gateway.http.request(endpoint.method, world.fill(endpoint.path), headers=headers, content=content)
+            error = answer.json()["error"]
+            if (answer.status_code, error["param"]) != (400, param) or said not in error["message"]:
+                found.append((str(endpoint), content[:20], error))
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (b"{}", "`body` is missing."),
+        (b'{"body": {}, "query": 1}', "`query` is not known here; check its spelling."),
+        (b"", 'The request body is missing: send a JSON object, such as {"name": "value"}.'),
+    ],
+)
+async def test_a_field_may_have_the_name_of_a_part_of_the_request(world: World, order: bytes, message: str) -> None:
+    headers = {**world.user.headers, "content-type": "application/x-www-form-urlencoded"}
+    answer = await world.gateway.http.post("/v1/quote", headers=headers, content=order)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
 # Parameters of paths and queries.
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import shlex
 
-from rig import Gateway
+import httpx
+import pytest
+from rig import ADMIN_KEY, ROOT, Gateway
 
 from endpoints import ENDPOINTS
 
@@ -48,11 +52,21 @@ async def test_every_operation_has_a_summary_and_every_closed_one_its_security(g
             assert "422" not in operation["responses"], (method, path)
 
 
-async def test_every_order_has_an_example_or_fields_that_explain_themselves(gateway: Gateway) -> None:
+async def test_every_json_body_has_an_example_of_its_own_fields(gateway: Gateway) -> None:
     schema = (await gateway.http.get("/openapi.json")).json()
-    chat = schema["paths"]["/v1/chat/completions"]["post"]
-    assert chat["requestBody"]["content"]["application/json"]["example"]["model"]
-    assert {"401", "402", "429", "502"} <= chat["responses"].keys()
+    seen = 0
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if content is None:
+                continue
+            seen += 1
+            named = re.search(r"#/components/schemas/(\w+)", str(content["schema"]))
+            fields = schema["components"]["schemas"][named.group(1)] if named else content["schema"]
+            for example in [content["example"]] if "example" in content else fields.get("examples", [{}]):
+                assert example and example.keys() <= fields["properties"].keys(), (method, path)
+                assert set(fields.get("required", ())) <= example.keys(), (method, path)
+    assert seen > 25
 
 
 async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_every_status(gateway: Gateway) -> None:
@@ -78,6 +92,38 @@ async def test_the_form_of_errors_under_openrouter_s_prefix_is_documented_as_it_
     for body in ((await gateway.http.get("/api/v1/nowhere")).json(), *form["examples"]):
         assert set(form["required"]) == body.keys()
         assert set(form["properties"]["error"]["required"]) == body["error"].keys() and type(body["error"]["code"]) is int
+
+
+DOCUMENTS = ("README.md", "docs/spending.md", "docs/management.md")
+
+
+def documented_calls(text: str) -> list[list[str]]:
+    """The lines of shell that ask a gateway at its default address, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("curl ") and "http://127.0.0.1:8000" in line]
+
+
+async def send(gateway: Gateway, words: list[str], values: dict[str, str]) -> httpx.Response:
+    """What curl would send; in double quotes or beside single ones, names of variables have their values."""
+    known = [re.sub(r"\$(\w+)", lambda found: values[found[1]], word) for word in words]
+    given = [(option, known[place + 1]) for place, option in enumerate(known[:-1]) if option in ("-H", "-d", "-X")]
+    headers = dict(text.split(": ", 1) for option, text in given if option == "-H")
+    content = next((text for option, text in given if option == "-d"), None)
+    url = next(word for word in known if word.startswith("http://")).replace("http://127.0.0.1:8000", gateway.url)
+    return await gateway.http.request("GET" if content is None else "POST", url, headers=headers, content=content)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: str) -> None:
+    user = await gateway.register(credits=5)
+    request_id = (await user.chat()).headers["x-request-id"]
+    values = {"API_KEY": user.key, "ADMIN_API_KEY": ADMIN_KEY, "REQUEST_ID": request_id}
+    calls = documented_calls(await asyncio.to_thread((ROOT / name).read_text))
+    assert len(calls) >= 3
+    for words in calls:
+        answer = await send(gateway, words, values)
+        assert answer.is_success or "x-sandbox-scenario: error-429-upstream" in words, (words, answer.text)
 
 
 async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +17,7 @@ import orjson
 import pytest
 from rig import (
     ADMIN_KEY,
+    ROOT,
     Database,
     DatabaseLink,
     Gateway,
@@ -238,7 +242,9 @@ RIGHT = {
     "GATEWAY_MODE": "sandbox",
 }
 WRONG = [
-    ({"PORT": "many"}, "PORT"),
+    ({"PORT": "many"}, "PORT: must be a whole number."),
+    ({"LOG_FORMAT": "loud"}, "LOG_FORMAT: must be 'json' or 'console'."),
+    ({"UPSTREAM_TIMEOUT_SECONDS": "long"}, "UPSTREAM_TIMEOUT_SECONDS: must be a number."),
     ({"HOLD_TTL_SECONDS": "100"}, "HOLD_TTL_SECONDS (100) must be at least REQUEST_DEADLINE_SECONDS + 60"),
     ({"GATEWAY_MODE": "live"}, "OPENROUTER_API_KEY is missing"),
     ({"GATEWAY_MODE": ""}, "set GATEWAY_MODE=sandbox"),
@@ -251,8 +257,8 @@ WRONG = [
     ({"ADMIN_API_KEY": ""}, "ADMIN_API_KEY is missing"),
     ({"ADMIN_API_KEY": "short-one"}, "ADMIN_API_KEY is too short"),
     ({"OPENROUTER_BASE_URL": "openrouter.ai"}, "OPENROUTER_BASE_URL: must start with https://"),
-    ({"PRICE_MARKUP": "0"}, "PRICE_MARKUP"),
-    ({"TRUSTED_PROXIES": "10.0.0.1/33"}, "TRUSTED_PROXIES"),
+    ({"PRICE_MARKUP": "0"}, "PRICE_MARKUP: must be greater than 0."),
+    ({"TRUSTED_PROXIES": "10.0.0.1/33"}, "TRUSTED_PROXIES: must be addresses or networks such as 203.0.113.0/24, comma-separated."),
 ]
 
 
@@ -283,6 +289,21 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
             assert answer.headers["x-should-retry"] == "false"
         assert (await http.get("/health/live")).status_code == 200
         assert "secret-of-supabase" not in health.text and "short-one" not in health.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"PORT": "abc"}, "PORT: must be a whole number."),
+        ({"LOG_LEVEL": "loud"}, "LOG_LEVEL: must be 'debug', 'info', 'warning' or 'error'."),
+        ({"ADMIN_API_KEY": "short-one"}, "ADMIN_API_KEY is too short: use at least 16 characters."),
+    ],
+)
+async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PORT": "0", **RIGHT, **changes}
+    process = await asyncio.create_subprocess_exec(sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE)
+    said = await process.communicate()
+    assert (process.returncode, *said) == (1, b"", f"{sentence}\n".encode())
 
 
 # The request is wrong.

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from rig import ADMIN_KEY, Gateway, User
+from rig import ADMIN_KEY, Gateway, Upstream, User, live
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 ROUTES = [
@@ -100,6 +100,56 @@ async def test_a_request_is_refunded_at_most_its_cost(gateway: Gateway) -> None:
     await gateway.database.assert_books_balance()
 
 
+async def test_a_refund_or_adjustment_that_cannot_be_says_why_and_what_can(gateway: Gateway) -> None:
+    user = await gateway.register()
+
+    async def refused(path: str, order: dict[str, Any], status: int = 400) -> tuple[str, str | None]:
+        answer = await gateway.http.post(f"/admin/{path}", headers=ADMIN, json=order)
+        assert answer.status_code == status, answer.text
+        return answer.json()["error"]["message"], answer.json()["error"]["param"]
+
+    request_id = (await user.chat(model="sandbox/fixed-price")).headers["x-request-id"]
+    assert await refused("refund", {"request_id": request_id, "credits": 0.6}) == (
+        "`credits`: at most 0.5 of the 0.5 that this request cost can still be refunded.",
+        "credits",
+    )
+    await gateway.admin("POST", "/admin/refund", json={"request_id": request_id})
+    assert await refused("refund", {"request_id": request_id}) == (
+        "All 0.5 credits that this request cost have been refunded already.",
+        "request_id",
+    )
+    failed = (await user.chat(scenario="error-500")).headers["x-request-id"]
+    assert await refused("refund", {"request_id": failed}) == (
+        "Nothing was charged for this request, so there is nothing to refund.",
+        "request_id",
+    )
+    pending = await user.chat(scenario="cost-missing, generation-lost")
+    assert pending.headers["x-gateway-settlement"] == "pending"
+    message, param = await refused("refund", {"request_id": pending.headers["x-request-id"]}, 409)
+    assert message.endswith("It can be refunded once it is settled.") and param == "request_id"
+    message, param = await refused("refund", {"request_id": "0199f0a0-0000-7000-8000-000000000000"}, 404)
+    assert "x-request-id" in message and param == "request_id"
+    available = (await user.balance())["available"]
+    assert await refused("adjust_credits", {"user_id": user.id, "credits": -11, "reason": "x"}) == (
+        f"`credits`: at most {available} can be taken from this account; what running requests hold cannot.",
+        "credits",
+    )
+    assert await refused("adjust_credits", {"user_id": 9**9, "credits": 1, "reason": "x"}, 404) == ("There is no such user.", "user_id")
+    assert await refused("adjust_credits", {"api_key": "gw_live", "credits": 1, "reason": "x"}, 404) == (
+        "There is no such API key; give it in full.",
+        "api_key",
+    )
+
+
+async def test_play_credits_are_not_refunded_as_real_ones(start_gateway: Any, upstream: Upstream) -> None:
+    sandbox = await start_gateway()
+    request_id = (await (await sandbox.register()).chat(model="sandbox/fixed-price")).headers["x-request-id"]
+    gateway = await start_gateway(**live(upstream.url))
+    answer = await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": request_id})
+    message = "This request was paid with play credits of the sandbox, which are not refunded."
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
 async def test_concurrent_refunds_of_one_request_give_its_cost_back_once(gateway: Gateway) -> None:
     user = await gateway.register()
     await user.chat(model="sandbox/fixed-price")
@@ -186,6 +236,7 @@ async def test_the_monitor_shows_the_busiest_and_the_latest(gateway: Gateway) ->
     for _ in range(2):
         await busy.chat()
     found = await gateway.admin("GET", "/admin/monitor")
+    assert found["system_usage_metrics"]["last_request_time"] == found["recent_activity"][0]["created_at"]
     assert (found["total_users"], found["active_users_today"], found["requests_today"]) == (2, 2, 3)
     assert [row["user_id"] for row in found["top_users_by_usage"]] == [busy.id, quiet.id]
     assert len(found["recent_activity"]) == 3
@@ -217,6 +268,15 @@ async def test_every_grouping_adds_up_to_the_ledger(gateway: Gateway, group: str
     assert report["total"]["requests"] == sum(row["requests"] for row in report["rows"]) == 4
     assert round(report["total"]["cost"], 9) == round(spent, 9)
     assert await gateway.database.rows("select * from public.audit_usage()") == []
+
+
+async def test_the_percentiles_of_one_request_are_its_own_latency(gateway: Gateway) -> None:
+    user = await gateway.register()
+    await user.chat()
+    await gateway.database.value("alter table public.usage_records disable trigger all")
+    await gateway.database.value("update public.usage_records set latency_ms = 4")
+    (row,) = (await gateway.http.get("/user/usage", headers=user.headers)).json()["rows"]
+    assert {row[name] for name in row if name.startswith("latency")} == {4}
 
 
 async def test_usage_is_exported_as_csv(gateway: Gateway) -> None:

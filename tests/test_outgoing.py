@@ -100,6 +100,12 @@ def test_a_form_where_json_belongs_is_refused(name: str) -> None:
     assert refusal(BY_NAME[name], b"--xyz--", FORM).param == "content-type"
 
 
+@pytest.mark.parametrize("raw", [b"", b"name=value", b"[1]", b'"x"', b"null"])
+def test_a_body_that_is_no_object_is_told_what_would_be_one(raw: bytes) -> None:
+    error = refusal(BY_NAME["chat/completions"], raw)
+    assert error.code == "invalid_json" and 'a JSON object, such as {"model": "openai/gpt-4o-mini"' in error.message
+
+
 def test_a_transcript_has_a_format_that_the_upstream_writes() -> None:
     for raw, kind in ((b'{"response_format":"srt"}', "application/json"), (form(field("response_format", b"srt"), FILE), FORM)):
         assert refusal(TRANSCRIPTIONS, raw, kind).param == "response_format"

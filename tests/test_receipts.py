@@ -239,6 +239,39 @@ async def test_a_quote_says_what_could_be_afforded(gateway: Gateway) -> None:
     assert (await quote(user, {"body": BODY})).json()["reason"] == "insufficient_credits"
 
 
+@pytest.mark.parametrize("limit", [50, 16_000, None])
+async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal_does(gateway: Gateway, limit: int | None) -> None:
+    user = await gateway.register()
+    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.99994, "reason": "less"})
+    long = [{"role": "user", "content": "Say hello. " * (100 if limit is None else 1)}]
+    body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": long} | ({} if limit is None else {"max_tokens": limit})
+    found = (await quote(user, {"body": body})).json()
+    refused = await gateway.http.post("/v1/chat/completions", headers=user.headers, json=body)
+    told, error = refused.json()["gateway"], refused.json()["error"]
+    assert (found["affordable"], refused.status_code, found["reason"]) == (False, 402, error["code"])
+    assert (found["needed"], found["available"], found["affordable_max_tokens"]) == (
+        told["needed"],
+        told["available"],
+        told["affordable_max_tokens"],
+    )
+    assert 0 < found["estimated_cost"] <= found["would_hold"] and found["available"] < found["needed"] <= found["would_hold"]
+    assert found["message"].startswith(error["message"])
+    if found["affordable_max_tokens"]:
+        again = (await quote(user, {"body": {**body, "max_tokens": found["affordable_max_tokens"]}})).json()
+        assert (again["affordable"], again["affordable_max_tokens"]) == (True, None)
+
+
+async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_hold(gateway: Gateway) -> None:
+    user = await gateway.register()
+    narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])
+    found, allowed = (await quote(narrow, {"body": BODY})).json(), (await quote(user, {"body": BODY})).json()
+    assert (found["affordable"], found["affordable_max_tokens"], found["would_hold"]) == (False, None, allowed["would_hold"])
+    assert found["message"].startswith("This API key or plan does not allow this model.")
+    testing = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"], environment_tag="test")
+    free = (await quote(testing, {"body": BODY})).json()
+    assert (free["reason"], free["free"], free["would_hold"]) == ("model_not_allowed", True, 0)
+
+
 async def test_a_quote_knows_the_keys_models_and_its_number_of_requests(gateway: Gateway) -> None:
     user = await gateway.register()
     narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])

@@ -214,6 +214,8 @@ async def test_the_default_stands_for_each_who_has_no_budget(gateway: Gateway) -
     assert (known["budget_of"], known["spent"], known["remaining"]) == ("customer-17", 0, 5)
     listed = (await ask(user, "GET", "/user/end-users?limit=1")).json()
     assert [view["end_user"] for view in listed["end_users"]] == ["customer-17"]
+    assert [known[name] for name in ("created_at", "updated_at")] == [listed["end_users"][0][name] for name in ("created_at", "updated_at")]
+    assert known["created_at"] > stranger["created_at"]
     rest = (await ask(user, "GET", f"/user/end-users?cursor={listed['next_cursor']}")).json()
     assert [view["end_user"] for view in rest["end_users"]] == ["*"]
 

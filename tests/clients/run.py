@@ -36,7 +36,7 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "langchain": ("python/test_langchain.py",),
     "litellm": ("python/test_litellm.py",),
     "openai-node": ("node/openai.test.mjs", "node/openai-more.test.mjs"),
-    "vercel-ai": ("node/vercel-ai.test.mjs",),
+    "vercel-ai": ("node/vercel-ai.test.mjs", "node/vercel-ai-more.test.mjs"),
     "openrouter-sdk": ("node/openrouter-sdk.test.mjs", "node/openrouter-sdk-more.test.mjs"),
     "documents": ("python/test_documents.py",),
 }
