@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dialects import CHAT, FOR_OPENROUTER, MESSAGES, RESPONSES, Dialect
+from dialects import CHAT, Dialect
+from dialects_named import FOR_OPENROUTER, MESSAGES, RESPONSES
 
 OPENROUTER_PREFIX = "/api/v1"
 PREFIXES = ("/v1", OPENROUTER_PREFIX)

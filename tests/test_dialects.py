@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from decimal import Decimal
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from answering import read_answer
-from dialects import CHAT, FOR_OPENROUTER, MESSAGES, RESPONSES, STATUSES, Dialect, Said, read_message_usage
+from dialects import CHAT, STATUSES, Dialect, Said
+from dialects_named import FOR_OPENROUTER, MESSAGES, RESPONSES, read_message_usage
 from ending import Ending
 from errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from events import with_charge
@@ -461,3 +463,14 @@ def test_busy_models_are_overloaded_and_a_broken_gateway_is_not() -> None:
         if 400 <= status < 500:
             assert UpstreamRefused(status=status).anthropic_type == name
     assert UpstreamRefused(status=422).anthropic_type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, str]) -> None:
+    found = {"type": "char_location", "cited_text": "x"}
+    tool = {"type": "tool_use", "id": "t", "name": "n", "input": {"type": "text", "citations": None}}
+    content = [{"type": "text", "text": '"citations":null', "citations": None}, {"type": "text", "text": "b", "citations": [found]}, tool]
+    message = {"id": "gen-1", "type": "message", "content": content, "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9}}
+    raw = json.dumps(message, separators=separators).encode()
+    shown = json.loads(read_answer(raw, MESSAGES, Ending(), invented=False))
+    assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
