@@ -17,6 +17,7 @@ import structlog
 
 from admission import StoredReply
 from answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
+from betas import beta_headers
 from ending import Client, Proxied
 from errors import BadRequest
 from outgoing import Request
@@ -72,14 +73,15 @@ def _said(request: Proxied, asked: Request) -> bytes:
 def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:
     variant = hashlib.sha256(asked.file.content).hexdigest() if asked.file is not None else ""
     name, environment = request.endpoint.name, request.credential.environment
-    scenario = request.scenario or ""  # of the sandbox: it decides the answer, too
+    # What decides the answer, too: the scenario of the sandbox, and features that stand in no body.
+    also = "\0".join((request.scenario or "", *beta_headers(request.headers).values()))
     return cache_place(
         runtime.mode,
         environment,
         name,
         asked.fields,
         runtime.vault,
-        variant=f"{variant}\0{scenario}",
+        variant=f"{variant}\0{also}",
         ttl_seconds=ttl_seconds,
         clear=clear,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from admission import Hold, Order, StoredReply
 from answering import bytes_type, read_answer
 from answers import CHARGE_MARK, Recording
+from betas import beta_headers
 from bounds import Bound, BoundPolicy, bound_request
 from catalog import ModelIndex
 from delivery import Delivery
@@ -197,8 +198,8 @@ class Exchange:
         body, headers = write_request(
             endpoint, self._asked, self._bound.apply(hold.granted_output), lambda text: self.runtime.pseudonym(hold.user_id, text)
         )
-        if scenario and scenario.isascii() and self._upstream.suffixes:
-            headers = {**headers, "x-sandbox-scenario": scenario}
+        said = {"x-sandbox-scenario": scenario} if scenario and scenario.isascii() and self._upstream.suffixes else {}
+        headers = {**headers, **said, **beta_headers(self.request.headers)}
         answer = await self._upstream.send("/" + endpoint.name, body, headers, api_key=self._own_key(hold))
         try:
             self._learn_generation(hold, answer.generation_id)

@@ -43,8 +43,8 @@ def _messages(said: object) -> Iterator[dict[str, object]]:
     if not isinstance(said, list) or not said:
         raise _wrong("messages: at least one message is required")
     for place, message in enumerate(said):
-        if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
-            raise _wrong(f'messages.{place}.role: Input should be "user" or "assistant"')
+        if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant", "system"):
+            raise _wrong(f'messages.{place}.role: Input should be "user", "assistant" or "system"')
         content = message.get("content")
         if isinstance(content, list):
             yield from _blocks(str(message["role"]), _objects(content))

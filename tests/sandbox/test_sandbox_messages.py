@@ -195,13 +195,18 @@ async def test_a_max_price_refusal_names_its_constraint(client: Client) -> None:
     assert body["error"]["availability"]["excluded_by"] == ["max_price"]
 
 
+async def test_the_system_may_speak_in_the_middle(client: Client) -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "system", "content": "Be brief."}]
+    assert (await ask(client, messages=said)).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "named"),
     [
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": 4000}}, "`max_tokens`"),

@@ -76,11 +76,12 @@ async def test_crlf_ends_every_line(client: Client) -> None:
 
 
 async def test_characters_and_json_are_split_over_pieces(client: Client) -> None:
-    response = await client.open_stream("split-chunks")
+    said = {"messages": [{"role": "user", "content": "漢" * 40}]}  # pieces of 7 bytes cut characters of 3 wherever they begin
+    response = await client.open_stream("split-chunks", **said)
     pieces = [piece async for piece in response.aiter_raw()]
     assert max(map(len, pieces)) == 7
     assert any(piece.decode(errors="ignore").encode() != piece for piece in pieces)
-    assert spoken(b"".join(pieces).decode()) == spoken((await client.ask(stream=True)).text)
+    assert spoken(b"".join(pieces).decode()) == spoken((await client.ask(stream=True, **said)).text)
 
 
 async def test_tool_calls_come_in_fragments(client: Client) -> None:
