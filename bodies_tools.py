@@ -15,6 +15,7 @@ from money import EXACT
 
 MAX_SEARCH_RESULTS = 25
 DEFAULT_SEARCH_RESULTS = 5
+DEFAULT_SEARCHES = 1  # every one more is held with the whole context
 # The most steps of one request: https://openrouter.ai/docs/guides/features/server-tools#tool-call-limits
 MAX_TOOL_STEPS = 30
 # Anthropic's own loop around its web search pauses after ten rounds (`pause_turn`), whatever `max_uses` is.
@@ -100,8 +101,9 @@ def _read_anthropic_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mappin
 
 def _read_search_tool(settings: Mapping[str, Any], ask: Ask, *, has_engine: bool = True) -> Mapping[str, Any]:
     uses = integer(settings, "max_uses", MAX_TOOL_STEPS, "tools.")
-    if uses is None:
-        raise UnboundedCost(f"A web search tool needs `max_uses`, from 1 to {MAX_TOOL_STEPS}, to have a bound.", param="tools")
+    if uses is None:  # as most clients send it, that know of no bound
+        uses = DEFAULT_SEARCHES
+        settings = {**settings, "max_uses": uses}
     results = integer(settings, "max_results", MAX_SEARCH_RESULTS, "tools.") or DEFAULT_SEARCH_RESULTS
     ask.tool_searches += uses
     ask.tool_results = max(ask.tool_results, results)
@@ -130,7 +132,7 @@ def _end_the_loop(body: Mapping[str, Any], ask: Ask) -> None:
 
 
 def _no_bound(kind: object) -> UnboundedCost:
-    known = "function tools, and web searches with `max_uses`"
+    known = "function tools and web searches"
     return UnboundedCost(f"A tool of type {str(kind)[:40]!r} has no bound here. These have one: {known}.", param="tools")
 
 

@@ -382,7 +382,6 @@ def test_free_models_cost_nothing_where_they_are_on() -> None:
         ({"speed": "fast"}, "speed"),
         ({"provider": {"order": ["openai/fast"]}}, "provider.order"),
         ({"provider": {"only": ["google-vertex/Priority"]}}, "provider.only"),
-        ({"tools": [{"type": "openrouter:web_search"}]}, "tools"),
         ({"tools": [{}]}, "tools"),
         ({"modalities": ["video"]}, "modalities"),
         ({"plugins": [{"id": "fusion"}]}, "plugins"),

@@ -152,7 +152,6 @@ def test_items_of_unknown_cost_are_refused(item: dict[str, Any]) -> None:
         ({"service_tier": "priority"}, "service_tier"),
         ({"modalities": ["video"]}, "modalities"),
         ({"plugins": [{"id": "fusion"}]}, "plugins"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "web_search_preview", "max_uses": 2, "engine": "native"}]}, "tools"),
         ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "tools"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools"),
@@ -220,6 +219,14 @@ def test_a_hosted_search_with_its_uses_is_held_like_openrouters(kind: str) -> No
     found = bound(response(tools=[{"type": kind, "max_uses": 2}]), RESPONSES)
     assert found.fixed_nanos == 4 * CONTEXT + 2 * 20_000_000
     assert found.apply(1)["tools"] == [{"type": kind, "max_uses": 2, "engine": "exa"}]
+
+
+def test_a_hosted_search_without_its_uses_may_be_used_once() -> None:
+    found = bound(response(tools=[{"type": "web_search", "external_web_access": False}]), RESPONSES)
+    assert found.fixed_nanos == 3 * CONTEXT + 20_000_000
+    assert found.apply(1)["tools"] == [{"type": "web_search", "external_web_access": False, "max_uses": 1, "engine": "exa"}]
+    native = {"type": "web_search_20250305", "name": "web_search"}
+    assert bound(message(tools=[native], model="anthropic/model"), MESSAGES).apply(1)["tools"] == [{**native, "max_uses": 1}]
 
 
 def test_fallbacks_and_plugins_of_a_response_count() -> None:
@@ -337,7 +344,6 @@ def test_blocks_of_unknown_cost_are_refused(block: dict[str, Any]) -> None:
         ({"service_tier": "priority"}, "service_tier"),
         ({"speed": "fast"}, "speed"),
         ({"system": [{"type": "image", "source": {}}]}, "system"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
         ({"tools": [{"type": "web_search_20260209", "name": "web_search", "max_uses": 1}]}, "tools"),
         ({"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}, "tools"),
         ({"tools": [{"type": "advisor_20260301", "name": "advisor", "max_uses": 1}]}, "tools"),

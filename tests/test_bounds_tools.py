@@ -41,6 +41,13 @@ def test_a_search_tool_goes_out_with_an_engine_and_an_end_of_the_loop() -> None:
     assert sent["stop_server_tools_when"] == [{"type": "step_count_is", "step_count": 3}]
 
 
+@pytest.mark.parametrize("tool", [search(), {"type": "openrouter:web_search", "max_uses": 3}])
+def test_a_search_tool_that_does_not_say_how_often_may_be_used_once(tool: dict[str, Any]) -> None:
+    found = bound(chat(tools=[tool], max_tokens=100))
+    assert amounts(found) == (3 * CONTEXT + SEARCH, 3 * OUTPUT)
+    assert found.apply(1)["tools"] == [{**tool, "parameters": {"max_uses": 1, "engine": "exa"}}]
+
+
 def test_more_results_make_every_search_dearer() -> None:
     found = bound(chat(tools=[search(max_uses=2, max_results=25, engine="parallel")]))
     assert found.fixed_nanos == 4 * CONTEXT + 2 * 100_000_000
@@ -97,10 +104,8 @@ def test_conditions_that_only_stop_earlier_stay() -> None:
 @pytest.mark.parametrize(
     "tool",
     [
-        search(),
         search(max_uses=1, engine="native"),
         search(max_uses=1, engine="firecrawl"),
-        {"type": "openrouter:web_search", "max_uses": 3},
         {"type": "openrouter:web_fetch", "parameters": {"max_uses": 1}},
         {"type": "openrouter:image_generation"},
         {"type": "openrouter:fusion"},
