@@ -13,6 +13,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 from rig import Gateway, Upstream, User, staged_gateway, staged_upstream
 
+from security import new_key
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -253,7 +255,7 @@ async def test_a_wrong_request_is_a_bad_request_error(live_gateway: Gateway, ups
 
 async def test_a_wrong_key_is_an_authentication_error(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register(credits=1)
-    error = await fails(User(live_gateway, user.id, user.key[:-1] + "x"), openai.AuthenticationError)
+    error = await fails(User(live_gateway, user.id, new_key("live")), openai.AuthenticationError)
     assert error.code == "invalid_api_key" and upstream.inferences == 0
 
 

@@ -76,7 +76,9 @@ async def test_crlf_ends_every_line(client: Client) -> None:
 
 
 async def test_characters_and_json_are_split_over_pieces(client: Client) -> None:
-    said = {"messages": [{"role": "user", "content": "漢" * 40}]}  # pieces of 7 bytes cut characters of 3 wherever they begin
+    said: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "漢" * 40}]
+    }  # pieces of 7 bytes cut characters of 3 wherever they begin
     response = await client.open_stream("split-chunks", **said)
     pieces = [piece async for piece in response.aiter_raw()]
     assert max(map(len, pieces)) == 7
