@@ -131,10 +131,10 @@ class Admission:
         """Whether the key is to be verified before anything else: invented ones have come from its address lately."""
         return credential.address in self._strangers
 
-    def _refusal(self, answer: Answer, credential: Credential, resource: str, *, explicit: bool = False) -> GatewayError:
+    def _refusal(self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None) -> GatewayError:
         if answer["outcome"] == "INVALID_KEY":
             self._strangers.note(credential.address)
-        return refusal_error(answer, resource, explicit=explicit)
+        return refusal_error(answer, resource, own_limit=own_limit)
 
     async def admit(self, credential: Credential, order: Order) -> Hold | StoredReply:
         """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then nothing was held and nothing may
@@ -156,7 +156,7 @@ class Admission:
             again = {"request_id": new_request_id(), "idempotency": None, "cache": {**item["cache"], "clear": True}}
             answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
-            raise self._refusal(answer, credential, order.resource, explicit=order.bound.min_output == order.bound.max_output)
+            raise self._refusal(answer, credential, order.resource, own_limit=order.bound.own_limit)
         if by_default is not None:
             cache = self._default_cache(credential, answer, cache, by_default)
         return _hold(answer, cache)
@@ -167,7 +167,7 @@ class Admission:
         item = {"request_id": hold.request_id, **_bound_item(bound), "price_basis": price_basis}
         answer = await self._raises.submit(item, group=hold.user_id)
         if answer["outcome"] != "raised":
-            raise refusal_error(answer, "", explicit=bound.min_output == bound.max_output)
+            raise refusal_error(answer, "", own_limit=bound.own_limit)
         return replace(
             hold, granted_output=answer["granted_output"], hold_nanos=answer["hold_nanos"], balance_nanos=answer["balance_nanos"]
         )

@@ -91,6 +91,12 @@ class Bound:
         fixed, output = plain(self.fixed_nanos), plain(self.output_nanos)
         return {"fixed_nanos": fixed, "output_nanos": output, "max_price": dict(self.max_price)}
 
+    @property
+    def own_limit(self) -> str | None:
+        """The field of the client's own output limit, which is all that may be granted; None where less will do."""
+        own = next((name for name, limit in self.limits if limit is not None), "max_tokens")
+        return own if self.min_output == self.max_output else None
+
     def apply(self, granted_output: int) -> dict[str, Any]:
         """The top-level fields to set in the body, so that the upstream keeps to what was granted."""
         caps = {name: granted_output if own is None else min(own, granted_output) for name, own in self.limits}

@@ -56,8 +56,8 @@ KEY_TROUBLE = {
 }
 
 
-def refusal_error(answer: Answer, resource: str, *, explicit: bool = False) -> GatewayError:
-    """The error that a refusal of the database means. `explicit`: the client had set the output limit itself."""
+def refusal_error(answer: Answer, resource: str, *, own_limit: str | None = None) -> GatewayError:
+    """The error that a refusal of the database means. `own_limit`: the field in which the client set an output limit."""
     outcome = answer["outcome"]
     if outcome in KEY_TROUBLE:
         return InvalidKey(KEY_TROUBLE[outcome])
@@ -70,7 +70,7 @@ def refusal_error(answer: Answer, resource: str, *, explicit: bool = False) -> G
     if outcome.startswith("idempotency_"):
         return _idempotency_error(answer)
     if outcome in MONEY:
-        return _money_error(answer, explicit=explicit)
+        return _money_error(answer, own_limit=own_limit)
     if outcome == "wrong_mode":
         return Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
     log.error("admission_failed", outcome=outcome, sqlstate=answer.get("sqlstate"), reason=answer.get("message"))
@@ -110,20 +110,20 @@ def _idempotency_error(answer: Answer) -> GatewayError:
     return AnswerNotKept(param="Idempotency-Key", original_request_id=first, cost=cost)
 
 
-def _money_error(answer: Answer, *, explicit: bool) -> GatewayError:
+def _money_error(answer: Answer, *, own_limit: str | None) -> GatewayError:
     needed, available = (credits_from_nanos(answer[name]) for name in ("needed_nanos", "available_nanos"))
     affordable = answer["affordable_output"]
     kind, what = MONEY[answer["outcome"]]
-    request = "This request" if explicit else "Even a short answer to this request"
+    request = "This request" if own_limit else "Even a short answer to this request"
     message = f"{request} may cost up to {plain(needed)} credits. {what} {plain(available)} available"
     if answer["held_nanos"] and answer["outcome"] == "credits":
         message += f" ({plain(credits_from_nanos(answer['held_nanos']))} more are held for running requests)"
     message += "."
-    if explicit and affordable > 0:
-        message += f" With `max_tokens` of at most {affordable} it would be let through."
+    if own_limit and affordable > 0:
+        message += f" With `{own_limit}` of at most {affordable} it would be let through."
     return kind(
         message,
-        param="max_tokens" if explicit and affordable > 0 else None,
+        param=own_limit if affordable > 0 else None,
         needed=needed,
         available=available,
         affordable_max_tokens=affordable,

@@ -299,6 +299,26 @@ async def test_what_can_be_afforded_is_said_where_the_client_asked_for_more(live
     assert answer.choices
 
 
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("chat/completions", "max_tokens"),
+        ("chat/completions", "max_completion_tokens"),
+        ("responses", "max_output_tokens"),
+        ("messages", "max_tokens"),
+    ],
+)
+async def test_what_is_affordable_is_told_by_the_name_of_the_clients_own_limit(
+    live_gateway: Gateway, upstream: Upstream, path: str, limit: str
+) -> None:
+    user = await live_gateway.register(credits=0.001)
+    question = {"input": "Hi"} if path == "responses" else {"messages": [{"role": "user", "content": "Hi"}]}
+    answer = await live_gateway.http.post(f"/v1/{path}", headers=user.headers, json={"model": MINI, **question, limit: 16_000})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (402, limit) and f"With `{limit}` of at most" in error["message"]
+    assert upstream.inferences == 0
+
+
 async def test_a_rate_limit_is_a_rate_limit_error_that_says_when(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register(credits=1)
     await live_gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 1}})
