@@ -38,6 +38,7 @@ AMOUNTS = tuple(f"{kind}usage{window}" for kind in ("", "byok_") for window in (
 
 @router.get("/v1/key", summary="The key that asks, as OpenRouter's clients read it", response_model=KeyAnswer)
 @router.get("/api/v1/key", include_in_schema=False)
+@router.get("/api/v1/auth/key", include_in_schema=False)  # its older name, which clients still ask for
 async def read_key(request: Request, caller: Annotated[Caller, may("read", "usage")]) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     row = await db_spending.read_key(runtime.client, caller.user_id, caller.key_id)

@@ -45,6 +45,11 @@ async def test_strangers_and_keys_without_the_scope_see_nothing(gateway: Gateway
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
 
 
+async def test_the_older_name_of_the_key_still_works(gateway: Gateway) -> None:
+    user = await gateway.register()
+    assert await exact(user, "/api/v1/auth/key") == await exact(user, "/api/v1/key")
+
+
 @pytest.mark.parametrize("path", ["/v1/key", "/v1/credits", "/v1/models/count", "/v1/models/openai/gpt-4o-mini/endpoints"])
 async def test_openrouters_paths_work_too(gateway: Gateway, path: str) -> None:
     user = await gateway.register()
