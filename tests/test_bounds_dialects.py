@@ -384,6 +384,12 @@ def test_wrong_fields_of_a_message_are_named(fields: dict[str, Any], param: str)
     assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
 
 
+@pytest.mark.parametrize("schema", [{"output_config": {"format": {"type": "json_schema"}}}, {"output_format": {"type": "json_schema"}}])
+def test_a_schema_of_a_message_gets_an_allowance(schema: dict[str, Any]) -> None:
+    body = {**message(), **schema}
+    assert fixed(body, MESSAGES) == (len(json.dumps(body)) + 256 + 1_024 + 16) * 1_000
+
+
 @pytest.mark.parametrize(
     "fields",
     [
