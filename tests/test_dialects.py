@@ -186,6 +186,14 @@ def test_a_response_that_breaks_off_ends_with_an_error_that_sdks_raise() -> None
     assert data["gateway_usage"] == {"cost": 0.5} and data["gateway"]["request_id"] == "request-1"
 
 
+@pytest.mark.parametrize("rest", [[], [b": OPENROUTER PROCESSING\n\n"], [b"event: response.output_text.delta\n", b"data: {"]])
+def test_an_error_of_ours_is_numbered_after_the_last_event_whatever_came_since(rest: list[bytes]) -> None:
+    numbered = [event("response.output_text.delta", sequence_number=number, delta="a") for number in (6, 7)]
+    _, tail, _ = run(RESPONSES, [*OPENING, *numbered, *rest], UpstreamTimeout())
+    (error,) = datas(tail)
+    assert error["sequence_number"] == 8
+
+
 def test_a_charge_that_no_event_can_carry_has_one_of_its_own() -> None:
     after = event("response.output_text.delta", delta="?")
     passed, tail, _ = run(RESPONSES, [*OPENING, COMPLETED, after])
