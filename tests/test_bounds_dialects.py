@@ -153,6 +153,7 @@ def test_items_of_unknown_cost_are_refused(item: dict[str, Any]) -> None:
         ({"modalities": ["video"]}, "modalities"),
         ({"plugins": [{"id": "fusion"}]}, "plugins"),
         ({"tools": [{"type": "web_search_preview", "max_uses": 2, "engine": "native"}]}, "tools"),
+        ({"tools": [{"type": "web_search", "parameters": {"max_uses": 30, "engine": "native"}}]}, "tools"),
         ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "tools"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools"),
         ({"tools": [{"type": "computer_use_preview"}]}, "tools"),
