@@ -125,11 +125,12 @@ class Admission:
         answer = await self._queue.submit(item, group=credential.hashes[0])
         if answer["outcome"] != "verified":
             raise self._refusal(answer, credential, resource)
+        self._strangers.found(credential.hashes[0])
         return answer
 
     def is_stranger(self, credential: Credential) -> bool:
-        """Whether the key is to be verified before anything else: invented ones have come from its address lately."""
-        return credential.address in self._strangers
+        """Whether the key is to be verified before anything else: it is not known, and invented ones have come from its address lately."""
+        return self._strangers.are(credential.address, credential.hashes[0])
 
     def _refusal(self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None) -> GatewayError:
         if answer["outcome"] == "INVALID_KEY":

@@ -30,7 +30,8 @@ def read_messages(body: Mapping[str, Any], ask: Ask) -> None:
     refuse_unbounded(body, UNBOUNDED)
     _read_context_edits(body)
     _read_thinking(body)
-    if object_of(body.get("output_config"), "output_config").get("format") is not None:
+    # `output_format` is its name under the beta feature that passes (structured outputs).
+    if object_of(body.get("output_config"), "output_config").get("format") is not None or body.get("output_format") is not None:
         ask.allowance += SCHEMA_TOKENS
     _read_blocks(body.get("system"), "system", SYSTEM_BLOCKS, ask)
     messages = list_of(body, "messages")

@@ -78,6 +78,8 @@ def _read_server_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[s
 
 def _read_responses_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
     if kind in SEARCH_TOOLS:
+        if tool.get("parameters") is not None:  # OpenRouter's form of it takes them there, and may prefer them
+            raise UnboundedCost(f"The settings of {kind!r} stand beside its `type`, and not in `parameters`.", param="tools")
         return _read_search_tool(tool, ask)
     if kind != "namespace":
         raise _no_bound(kind)

@@ -62,7 +62,7 @@ class Said:
     choices: int = 1  # that were asked for
     ended_choices: set[str] = field(default_factory=set)
     counts: dict[str, Any] = field(default_factory=dict)  # a usage object that comes in parts
-    latest: bytes = b""  # the piece of a stream that came last
+    latest: bytes = b""  # the piece of a stream that came last, of those whose events are numbered
 
 
 class Place(Enum):

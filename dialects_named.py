@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from usage import Usage, read_text, read_usage
 
 # Those of Anthropic's error types that speak of the request, and not of the operator's account.
 SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentication_error", "billing_error"}
+NO_CITATIONS = (b'"citations":null', b'"citations": null')
 
 
 class Responses(Dialect):
@@ -93,7 +95,6 @@ class Messages(Dialect):
 
     starts = (b"event:", b"data:")
     remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
-    marks = (*MARKS, b'"citations":null', b'"citations": null')
     is_anthropic = True
 
     def plain_until(self, chunk: bytes) -> int:
@@ -142,16 +143,9 @@ class Messages(Dialect):
         yield data
         if isinstance(data.get("message"), dict):
             yield data["message"]
-        content = data.get("content")
-        yield from (block for block in (content if isinstance(content, list) else ()) if isinstance(block, dict))
 
-    def _clean(self, part: dict[str, Any], sanitise: Sanitise) -> list[str]:
-        changed = super()._clean(part, sanitise)
-        if part.get("type") == "text" and "citations" in part and part["citations"] is None:
-            # OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients take no null (Vercel's AI SDK).
-            del part["citations"]
-            changed.append("citations")
-        return changed
+    def without_secrets(self, raw: bytes, sanitise: Sanitise) -> bytes:
+        return without_null_citations(super().without_secrets(raw, sanitise))
 
     def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
         shown = sanitise(self.error_of(error))
@@ -170,6 +164,26 @@ class Messages(Dialect):
         elif not parts:  # a ping, which every client takes
             parts.append(_event(b"ping", with_field(b'{"type":"ping"}', "gateway_usage", gateway_usage)))
         return b"".join((*parts, last))
+
+
+def without_null_citations(raw: bytes) -> bytes:
+    """A whole message whose text blocks name no citations where they have none; everything else as it came.
+
+    OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients take no null (Vercel's AI SDK).
+    """
+    if not any(mark in raw for mark in NO_CITATIONS):
+        return raw
+    try:
+        # Numbers stay as they are written: what a tool is called with may be longer than a float.
+        data = json.loads(raw, parse_int=orjson.Fragment, parse_float=orjson.Fragment)
+        content = data.get("content")
+        blocks = [block for block in (content if isinstance(content, list) else ()) if isinstance(block, dict)]
+        bare = [block for block in blocks if block.get("type") == "text" and "citations" in block and block["citations"] is None]
+        for block in bare:
+            del block["citations"]
+        return orjson.dumps(data) if bare else raw
+    except (orjson.JSONEncodeError, RecursionError):  # half surrogates, and depths, that no strict encoder takes
+        return raw
 
 
 def read_message_usage(value: Mapping[str, Any]) -> Usage | None:

@@ -12,6 +12,7 @@ from usage import parse_json
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 BOM = b"\xef\xbb\xbf"
+NUMBERED = b'"sequence_number"'
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number":\s*(\d{1,15})\b')
 BLANK_LINE = re.compile(rb"\n\n|\r\n\r\n|\r\r|\n\r\n")
 

@@ -23,11 +23,18 @@ ESTIMATE = "An estimate of this moment: nothing is held or counted, and rate lim
 def bound_of(endpoint: Endpoint, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
     """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest, ModelNotFound, ..."""
     try:
-        raw = orjson.dumps(body)
+        raw = orjson.dumps(body, default=_as_written)
     except TypeError as error:
         raise BadRequest(f"The request body cannot be read: {error}.", param="body", code="invalid_json") from None
     asked = read_request(endpoint, raw, "application/json")
     return bound_request(endpoint.name, asked.fields, len(raw), models, policy)
+
+
+def _as_written(value: object) -> orjson.Fragment:
+    """Orders are read with exact decimals; the proxy reads the text."""
+    if isinstance(value, Decimal):
+        return orjson.Fragment(str(value))
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from dialects import CHAT, Dialect, Place, Said, Sanitise
 from errors import GatewayError
-from events import BOM, DONE, data_of, event_end, first_end, has_data, is_done, payload_of, with_payload
+from events import BOM, DONE, NUMBERED, data_of, event_end, first_end, has_data, is_done, payload_of, with_payload
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 SHORTCUTS = 4
@@ -50,7 +50,8 @@ class Stream(Said):
     def feed(self, chunk: bytes) -> bytes:
         """What goes on to the client now that this has arrived; nothing after `[DONE]`. Raises EventTooLarge."""
         passed: list[bytes] = []
-        self.latest = chunk
+        if NUMBERED in chunk:
+            self.latest = chunk
         if 0 < len(self._rest) < SHORT and not self._has_returns:  # the beginning of an event goes before the rest of it
             chunk, self._scanned = bytes(self._rest) + chunk, 0
             self._rest.clear()

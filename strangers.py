@@ -17,19 +17,32 @@ MAX_REMEMBERED = 10_000
 
 
 class Strangers:
-    """The addresses, for a minute each; of more than ten thousand the latest."""
+    """The addresses, for a minute each; of more than ten thousand the latest. So are keys that were looked up there and found, since
+    honest ones may share an address with invented ones: they are looked up first once a minute."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._until: OrderedDict[str, float] = OrderedDict()
+        self._addresses: OrderedDict[str, float] = OrderedDict()
+        self._keys: OrderedDict[str, float] = OrderedDict()
 
     def note(self, address: str) -> None:
         """An invented key came from here."""
-        subject = address_subject(address)
-        self._until[subject] = self._clock() + REMEMBERED_SECONDS
-        self._until.move_to_end(subject)
-        if len(self._until) > MAX_REMEMBERED:
-            self._until.popitem(last=False)
+        self._remember(self._addresses, address_subject(address))
 
-    def __contains__(self, address: str) -> bool:
-        return bool(self._until) and self._until.get(address_subject(address), 0.0) > self._clock()
+    def found(self, key_hash: str) -> None:
+        """A key exists."""
+        if self._addresses:
+            self._remember(self._keys, key_hash)
+
+    def are(self, address: str, key_hash: str) -> bool:
+        """Whether this key is to be looked up first."""
+        if not self._addresses:
+            return False
+        now = self._clock()
+        return self._addresses.get(address_subject(address), 0.0) > now >= self._keys.get(key_hash, 0.0)
+
+    def _remember(self, kept: OrderedDict[str, float], name: str) -> None:
+        kept[name] = self._clock() + REMEMBERED_SECONDS
+        kept.move_to_end(name)
+        if len(kept) > MAX_REMEMBERED:
+            kept.popitem(last=False)

@@ -153,6 +153,7 @@ def test_items_of_unknown_cost_are_refused(item: dict[str, Any]) -> None:
         ({"modalities": ["video"]}, "modalities"),
         ({"plugins": [{"id": "fusion"}]}, "plugins"),
         ({"tools": [{"type": "web_search_preview", "max_uses": 2, "engine": "native"}]}, "tools"),
+        ({"tools": [{"type": "web_search", "parameters": {"max_uses": 30, "engine": "native"}}]}, "tools"),
         ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "tools"),
         ({"tools": [{"type": "code_interpreter"}]}, "tools"),
         ({"tools": [{"type": "computer_use_preview"}]}, "tools"),
@@ -382,6 +383,12 @@ def test_fields_of_a_message_without_a_bound_are_refused_by_name(fields: dict[st
 def test_wrong_fields_of_a_message_are_named(fields: dict[str, Any], param: str) -> None:
     found = refusal({**message(), **fields}, MESSAGES)
     assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+
+
+@pytest.mark.parametrize("schema", [{"output_config": {"format": {"type": "json_schema"}}}, {"output_format": {"type": "json_schema"}}])
+def test_a_schema_of_a_message_gets_an_allowance(schema: dict[str, Any]) -> None:
+    body = {**message(), **schema}
+    assert fixed(body, MESSAGES) == (len(json.dumps(body)) + 256 + 1_024 + 16) * 1_000
 
 
 @pytest.mark.parametrize(

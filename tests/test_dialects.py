@@ -186,6 +186,14 @@ def test_a_response_that_breaks_off_ends_with_an_error_that_sdks_raise() -> None
     assert data["gateway_usage"] == {"cost": 0.5} and data["gateway"]["request_id"] == "request-1"
 
 
+@pytest.mark.parametrize("rest", [[], [b": OPENROUTER PROCESSING\n\n"], [b"event: response.output_text.delta\n", b"data: {"]])
+def test_an_error_of_ours_is_numbered_after_the_last_event_whatever_came_since(rest: list[bytes]) -> None:
+    numbered = [event("response.output_text.delta", sequence_number=number, delta="a") for number in (6, 7)]
+    _, tail, _ = run(RESPONSES, [*OPENING, *numbered, *rest], UpstreamTimeout())
+    (error,) = datas(tail)
+    assert error["sequence_number"] == 8
+
+
 def test_a_charge_that_no_event_can_carry_has_one_of_its_own() -> None:
     after = event("response.output_text.delta", delta="?")
     passed, tail, _ = run(RESPONSES, [*OPENING, COMPLETED, after])
@@ -474,3 +482,24 @@ def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, s
     raw = json.dumps(message, separators=separators).encode()
     shown = json.loads(read_answer(raw, MESSAGES, Ending(), invented=False))
     assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1" + "0" * 60, "1e999", "-0.12345678901234567890123", '"\\ud83d\\ude00 \\u0000 é"'],
+    ids=["long", "huge", "fine", "text"],
+)
+def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str) -> None:
+    usage = '"usage":{"input_tokens":1,"output_tokens":1,"cost":0.000000001}'
+    text, tool = '{"type":"text","text":"a"%s}', f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
+    raw, kept = (f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}' for name in (',"citations":null', ""))
+    shown = read_answer(raw.encode(), MESSAGES, Ending(), invented=False)
+    written = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    assert written.decode(shown.decode()) == written.decode(kept)
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "[" * 300 + "]" * 300], ids=["half a surrogate", "deep"])
+def test_what_cannot_be_written_anew_goes_as_it_came(value: str) -> None:
+    blocks = f'{{"type":"text","text":"a","citations":null}},{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
+    raw = f'{{"id":"gen-1","type":"message","content":[{blocks}],"usage":{{"input_tokens":1,"output_tokens":1}}}}'.encode()
+    assert read_answer(raw, MESSAGES, Ending(), invented=False) == raw

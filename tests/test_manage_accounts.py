@@ -181,7 +181,7 @@ async def test_the_monitor_counts_what_was_used(gateway: Gateway) -> None:
     assert round(10 - metrics["total_cost"], 9) == found["current_credits"]
 
 
-@pytest.mark.parametrize("preferences", [{"a": "x" * 9000}, {"a": "\x00"}])
+@pytest.mark.parametrize("preferences", [{"a": "x" * 9000}, {"a": "\x00"}, {"a": [{"b": 1e300}]}, {"a": -1e19}, {"a": 2**64}])
 async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, Any]) -> None:
     user = await gateway.register()
     answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": preferences})
@@ -190,8 +190,8 @@ async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, 
 
 async def test_preferences_may_hold_fractions(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": {"a": 1.5}})
-    assert answer.json()["preferences"] == {"a": 1.5}
+    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": {"a": 1.5, "b": 9e18, "c": 2**64 - 1}})
+    assert answer.json()["preferences"] == {"a": 1.5, "b": 9e18, "c": 2**64 - 1}
 
 
 async def test_names_of_deleted_accounts_are_reserved(gateway: Gateway) -> None:

@@ -313,6 +313,17 @@ async def test_every_endpoint_that_takes_json_can_be_quoted(gateway: Gateway, en
     assert receipt["hold"]["amount"] == Decimal(str(found["would_hold"]))
 
 
+async def test_a_body_with_fractions_is_quoted_as_it_would_be_held(gateway: Gateway) -> None:
+    user = await gateway.register()
+    body = b'{"model":"openai/gpt-4o-mini","messages":[{"role":"user","content":"Hi"}],"max_tokens":20,"temperature":0.70,"top_p":0.5}'
+    headers = {**user.headers, "content-type": "application/json"}
+    found = await gateway.http.post("/v1/quote", headers=headers, content=b'{"body":' + body + b"}")
+    assert found.status_code == 200, found.text
+    sent = await gateway.http.post("/v1/chat/completions", headers=headers, content=body)
+    receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
+    assert receipt["hold"]["amount"] == json.loads(found.text, parse_float=Decimal)["would_hold"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"model": "nobody/nothing"}, {"model": None}, {"model": "openrouter/auto"}, {"max_tokens": -1}, {"messages": "hello"}, {"n": 0}],
