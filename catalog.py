@@ -73,6 +73,11 @@ class ModelIndex:
         self._markups: Markups | None = None
 
     @property
+    def listed(self) -> bytes:
+        """The list alone, as JSON."""
+        return self.json[len(b'{"data":') : self.json.rindex(b',"total_count":')]
+
+    @property
     def markups(self) -> Markups:
         """How far the bill of any model can exceed the prices that can be capped: what a router may meet."""
         if self._markups is None:

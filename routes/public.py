@@ -118,18 +118,19 @@ def _catalog_health(runtime: Runtime) -> str:
 async def list_models(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
-    return _of_models({"total_models": len(index.raw), "models": index.raw})
+    about = _about_models({"total_models": len(index.raw)})
+    return Response(about[:-1] + b',"models":' + index.listed + b"}", media_type=JSON)
 
 
 @router.get("/models/providers", summary="Who makes the models")
 async def list_providers(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
-    return _of_models({"provider_statistics": provider_statistics(index.raw)})
+    return Response(_about_models({"provider_statistics": provider_statistics(index.raw)}), media_type=JSON)
 
 
-def _of_models(found: dict[str, Any]) -> Response:
-    return Response(upstream_json({"status": "success", **found, "timestamp": f"{utc_now():%Y-%m-%dT%H:%M:%S.%fZ}"}), media_type=JSON)
+def _about_models(found: dict[str, Any]) -> bytes:
+    return upstream_json({"status": "success", **found, "timestamp": f"{utc_now():%Y-%m-%dT%H:%M:%S.%fZ}"})
 
 
 def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
