@@ -41,6 +41,11 @@ async def create_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
     return Row(await call(client, "create_key", {"p": order}))
 
 
+async def issue_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """An administrator's key for a user. Outcome created (with key), name_taken, too_many or not_found."""
+    return Row(await call(client, "issue_key", {"p": order}))
+
+
 async def update_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
     """Outcome updated, name_taken, too_many, broader or not_found."""
     return Row(await call(client, "update_key", {"p": order}))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from models import Credits, Environment, FieldError, KeyName, RequestModel
+from models import Credits, Environment, FieldError, Id, KeyName, RequestModel
 
 # So far from the calendar's ends that sums of days stay within it.
 EARLIEST, LATEST = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1970, 9999))
@@ -94,6 +94,16 @@ class KeyOrder(KeyRules):
     key_name: KeyName
     environment_tag: Environment = Environment.LIVE
     revealable: bool = Field(default=False, description="Keep it encrypted, so that it can be shown again")
+
+
+class KeyIssue(KeyOrder):
+    """A key for a user, whose scopes and restrictions are the administrator's to choose."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "key_name": "operations", "scope_permissions": {"read": ["*"], "admin": ["*"]}}]}
+    )
+
+    user_id: Id
 
 
 class KeyChange(KeyRules):

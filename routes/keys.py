@@ -56,6 +56,12 @@ async def list_keys(request: Request, caller: Reader) -> Response:
 @router.post("", summary="Make a key", response_model=KeyMade)
 async def create_key(request: Request, order: KeyOrder, caller: Writer) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
+    key, stored = new_key_of(runtime, order)
+    return made(order, key, await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored}))
+
+
+def new_key_of(runtime: Runtime, order: KeyOrder) -> tuple[str, dict[str, Any]]:
+    """A new key for an order, and its columns."""
     environment = order.environment_tag.value
     key = new_key(environment)
     stored = {
@@ -66,9 +72,13 @@ async def create_key(request: Request, order: KeyOrder, caller: Writer) -> Respo
         "encrypted_key": runtime.vault.encrypt(key) if order.revealable else None,
         **_rules(order),
     }
-    found = await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored})
+    return key, stored
+
+
+def made(order: KeyOrder, key: str, found: dict[str, Any]) -> Response:
+    """The key as it is shown to whoever asked for it. Raises what a refusal means."""
     raise_key_refusal(found)
-    made = view(found["key"])
+    shown = view(found["key"])
     return Reply(
         KeyMade(
             status="success",
@@ -77,13 +87,13 @@ async def create_key(request: Request, order: KeyOrder, caller: Writer) -> Respo
             key_name=order.key_name,
             environment_tag=order.environment_tag,
             security_features={
-                "ip_allowlist": made.ip_allowlist,
-                "domain_referrers": made.domain_referrers,
-                "expiration_date": made.expiration_date,
-                "max_requests": made.max_requests,
-                "scope_permissions": made.scope_permissions,
+                "ip_allowlist": shown.ip_allowlist,
+                "domain_referrers": shown.domain_referrers,
+                "expiration_date": shown.expiration_date,
+                "max_requests": shown.max_requests,
+                "scope_permissions": shown.scope_permissions,
             },
-            key=made,
+            key=shown,
         )
     )
 

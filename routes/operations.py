@@ -14,14 +14,15 @@ import db_security
 from errors import NotFound
 from models import AdminTransactions, AdminUsageRecords, errors_of
 from models_accounts import LegacyImport, LegacyKey
-from models_keys import AuditLogs, Moment
+from models_keys import AuditLogs, KeyIssue, KeyMade, Moment
 from money import credits_from_nanos
 from replies import Reply, utc_now
 from routes.exact import ExactRoute
 from routes.exports import EXPORTED, TABULATED
-from routes.keys import raise_key_refusal, view
+from routes.keys import made, new_key_of, raise_key_refusal, view
 from routes.listings import AnyPart, Events, Within, all_records, all_transactions, answer, audit
 from routes.pages import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
+from routes.refusals import require_found
 from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
 from routes.users import shown_metrics
 from runtime import Runtime
@@ -110,6 +111,15 @@ async def find_keys(
     following = BY_ID.following(rows, limit)
     keys = [{**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows]
     return Reply({"status": "success", "keys": keys, "next_cursor": following})
+
+
+@router.post("/keys", summary="Give a user a key: to replace a lost one, or with the scope `admin`", response_model=KeyMade)
+async def issue_key(request: Request, order: KeyIssue, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    key, stored = new_key_of(runtime, order)
+    found = await db_security.issue_key(runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored})
+    require_found(found, "user_id")
+    return made(order, key, found)
 
 
 @router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")

@@ -258,6 +258,14 @@ TABLE = [
     Endpoint("GET", "/admin/audit-logs", None, {"status", "total_logs", "logs", "next_cursor"}),
     Endpoint("GET", "/admin/keys", None, {"status", "keys", "next_cursor"}),
     Endpoint(
+        "POST",
+        "/admin/keys",
+        None,
+        {"status", "message", "api_key", "key_name", "environment_tag", "security_features"},
+        lambda w: {"user_id": w.user.id, "key_name": "issued"},
+        (of_body(user_id=UNKNOWN, key_name="x"),),
+    ),
+    Endpoint(
         "DELETE", "/admin/keys/{key_id}", None, {"status", "message", "user_id", "deleted_key_id"}, missing=(of_path(key_id=UNKNOWN),)
     ),
     Endpoint(

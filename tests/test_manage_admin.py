@@ -17,6 +17,7 @@ ROUTES = [
     ("GET", "/admin/monitor"),
     ("GET", "/admin/usage"),
     ("GET", "/admin/keys"),
+    ("POST", "/admin/keys"),
     ("DELETE", "/admin/keys/1"),
     ("POST", "/admin/keys/import"),
     ("GET", "/admin/audit-logs"),
@@ -195,6 +196,43 @@ async def test_an_admin_finds_and_revokes_anybodys_key(gateway: Gateway) -> None
     await gateway.admin("DELETE", f"/admin/keys/{found['keys'][0]['id']}")
     assert (await user.chat()).status_code == 401
     assert (await gateway.http.delete(f"/admin/keys/{found['keys'][0]['id']}", headers=ADMIN)).status_code == 404
+
+
+async def test_who_has_lost_their_last_key_gets_another(gateway: Gateway) -> None:
+    user = await gateway.register(credits=1)
+    (own,) = (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"]
+    revoked = await gateway.http.request("DELETE", f"/user/api-keys/{own['id']}", headers=user.headers, json={"confirmation": "DELETE_KEY"})
+    assert revoked.status_code == 200 and (await user.chat()).status_code == 401
+    issued = await gateway.admin("POST", "/admin/keys", json={"user_id": user.id, "key_name": "again", "ip_allowlist": ["127.0.0.0/8"]})
+    again = User(gateway, user.id, issued["api_key"])
+    assert (await again.chat()).status_code == 200
+    assert issued["security_features"]["ip_allowlist"] == ["127.0.0.0/8"]
+    logs = (await gateway.http.get("/user/api-keys/audit-logs", headers=again.headers)).json()["logs"]
+    assert (logs[0]["action"], logs[0]["actor"], logs[0]["ip"]) == ("create", "admin", None)
+    twice = await gateway.http.post("/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "again"})
+    assert (twice.status_code, twice.json()["error"]["param"]) == (409, "key_name")
+
+
+async def test_an_administrators_own_key_is_issued_by_one(gateway: Gateway) -> None:
+    user = await gateway.register()
+    await gateway.admin("PUT", f"/admin/users/{user.id}", json={"role": "admin"})
+    scopes = {"read": ["*"], "write": ["*"], "admin": ["*"]}
+    asked = {"key_name": "operations", "scope_permissions": scopes}
+    itself = await gateway.http.post("/user/api-keys", headers=user.headers, json=asked)
+    assert itself.status_code == 403
+    issued = await gateway.admin("POST", "/admin/keys", json={**asked, "user_id": user.id})
+    headers = {"authorization": f"Bearer {issued['api_key']}"}
+    assert (await gateway.http.get("/admin/balance", headers=headers)).status_code == 200
+    await gateway.admin("PUT", f"/admin/users/{user.id}", json={"role": "user"})
+    assert (await gateway.http.get("/admin/balance", headers=headers)).status_code == 403
+
+
+async def test_a_user_has_fifty_active_keys_whoever_makes_them(gateway: Gateway) -> None:
+    user = await gateway.register()
+    for number in range(49):
+        await gateway.admin("POST", "/admin/keys", json={"user_id": user.id, "key_name": f"key{number}"})
+    answer = await gateway.http.post("/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "one more"})
+    assert answer.status_code == 409
 
 
 async def test_every_action_is_in_the_audit_log_with_its_request(gateway: Gateway) -> None:
