@@ -219,7 +219,8 @@ class Catalog:
             self._loaded_at = self._clock()
         else:
             self._retry_at = self._clock() + min(self._ttl, RETRY_SECONDS)
-            log.warning("The model list cannot be refreshed: %r", self.last_error)
+            cause = self.last_error.__cause__ or self.last_error
+            log.warning("The model list cannot be refreshed: %s: %s", type(cause).__name__, cause.__cause__ or cause)
 
 
 def read_models(payload: bytes) -> ModelIndex:

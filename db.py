@@ -44,6 +44,12 @@ async def enter_mode(client: AsyncClient, mode: str) -> Row:
     return Row(await call(client, "enter_mode", {"p_mode": mode}))
 
 
+async def get_mode(client: AsyncClient) -> str:
+    """The mode that the database is in: sandbox or live."""
+    (state,) = await execute(client.table("gateway_state").select("mode"))
+    return str(state["mode"])
+
+
 async def count_users(client: AsyncClient) -> int:
     """How many accounts there are."""
     return int(await call(client, "count_users", {}))

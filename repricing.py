@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("repricing")
 
 # However many requests meet a changed price, the list is fetched for them no oftener.
-REFRESH_SECONDS = 30.0
+REFRESH_SECONDS = 5.0
 
 
 async def reprice(

@@ -27,6 +27,7 @@ from errors import DatabaseUnavailable, GatewayError, Misconfigured
 from first_start import Secrets, keep_secrets
 from metering import Exchange
 from openrouter import Upstream, open_live, open_sandbox
+from refusals import refusal_error
 from security import Credential, Keyring, Vault
 from settlements import Journal, Settlements
 from supabase_config import SCHEMA_VERSION, AsyncClient, open_database
@@ -128,6 +129,12 @@ class Runtime:
     async def note_wrong_secret(self, attempt: dict[str, Any]) -> dict[str, Any]:
         """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too many."""
         return await db_security.note_wrong_secret(self.client, attempt)
+
+    async def check(self) -> None:
+        """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance took the database live."""
+        await db.get_schema_version(self.client)
+        if await db.get_mode(self.client) != self.mode:
+            raise refusal_error({"outcome": "wrong_mode"}, "")
 
     async def count_users(self) -> int:
         """How many accounts there are, at most ten seconds ago: a health check must not count a large table each time."""

@@ -5,9 +5,12 @@ Under somebody else's server a wrong setting becomes an answer; here it ends the
 
 from __future__ import annotations
 
+import logging
+import signal
 import socket
 import sys
 from contextlib import suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,7 +31,22 @@ def serve(app: FastAPI, service: Service) -> None:
     config = uvicorn.Config(app, http=BoundedHeads, proxy_headers=False, access_log=False, log_level="warning")
     # After an orderly end uvicorn raises the signal once more.
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says what an interrupt waits for. A second one ends it at once, and without a traceback for everything that it drops."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        running = len(self.server_state.tasks)
+        if self.should_exit and sig == signal.SIGINT:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+            print("Stopped. What was running is charged when it is known what it cost, by the sweep.", file=sys.stderr, flush=True)
+        elif running:
+            print(
+                f"Waiting for {running} that {'is' if running == 1 else 'are'} running. Ctrl-C stops at once.", file=sys.stderr, flush=True
+            )
+        super().handle_exit(sig, frame)
 
 
 def _listen(port: int) -> socket.socket:

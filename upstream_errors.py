@@ -93,7 +93,8 @@ def error_of(
     if status >= 500:
         return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
     if _is_price_change(status, error) and not own_limit:
-        return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=1)
+        # By then the model list may be read anew for a changed price (repricing.REFRESH_SECONDS).
+        return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=5)
     fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
     return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))
 

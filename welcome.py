@@ -47,7 +47,12 @@ def _admin_key(runtime: Runtime) -> list[str]:
 def _lines_to_paste(runtime: Runtime, url: str) -> list[str]:
     is_open = runtime.settings.registration_open
     parts = {"url": url, "json": JSON, "key_only": KEY_ONLY, "admin": "" if is_open else ADMIN}
-    register = "Register a user:" if is_open else "Register a user (with your admin key in ADMIN_API_KEY):"
+    kept = (
+        f", which is in {runtime.settings.gateway_data_dir / 'secrets.json'}"
+        if runtime.secrets and not runtime.settings.admin_api_key
+        else ""
+    )
+    register = "Register a user:" if is_open else f"Register a user (ADMIN_API_KEY is your admin key{kept}):"
     lines = [register, "", REGISTER.format(**parts), ""]
     if not runtime.settings.credits_at_signup:
         lines += ["Grant them a credit:", "", GRANT.format(**{**parts, "admin": ADMIN}), ""]

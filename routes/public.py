@@ -79,10 +79,10 @@ async def read_live() -> Response:
     return Reply({"status": "alive"})
 
 
-@router.get("/health/ready", summary="Whether it can serve")
+@router.get("/health/ready", summary="Whether its database is there, and in its mode")
 async def read_ready(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    await db.get_schema_version(runtime.client)
+    await runtime.check()
     return Reply({"status": "ready"})
 
 
@@ -91,7 +91,7 @@ async def _health(service: Service) -> Health:
     try:
         runtime = await service.ready()
         found["database"] = "unavailable"
-        await db.get_schema_version(runtime.client)
+        await runtime.check()
         found["user_count"] = await runtime.count_users()
         found["database"] = "connected"
         found["openrouter"] = _catalog_health(runtime)

@@ -81,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
     "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing", "refusals"},
     "runtime": {
         "errors", "config", "db", "db_security", "db_spending", "supabase_config", "admission", "batching", "catalog", "endpoint_lists",
-        "first_start", "metering", "openrouter", "security", "settlements", "webhooks",
+        "first_start", "metering", "openrouter", "refusals", "security", "settlements", "webhooks",
     },
     "middleware": {"errors", "ids", "refusals", "replies"},
     "welcome": {"runtime"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import re
+import signal
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Awaitable, Callable
@@ -304,6 +306,41 @@ async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(tmp_path: Path
     process = await asyncio.create_subprocess_exec(sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE)
     said = await process.communicate()
     assert (process.returncode, *said) == (1, b"", f"{sentence}\n".encode())
+
+
+async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_path: Path) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "PORT": "0",
+        "GATEWAY_DATA_DIR": str(tmp_path),
+        "LOG_LEVEL": "error",
+    }
+    process = await asyncio.create_subprocess_exec(sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    url = ""
+    while not url:
+        url = next(iter(re.findall(r"http://127\.0\.0\.1:\d+", (await process.stdout.readline()).decode())), "")
+    async with httpx.AsyncClient(base_url=url) as http:
+        key = (await http.post("/auth/register", json={"username": "ada", "email": "ada@example.com"})).json()["api_key"]
+        body = {**GOOD, "model": "openai/gpt-4o-mini:slow;ms=100;tokens=400", "stream": True}
+        async with http.stream("POST", "/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json=body) as answer:
+            await anext(answer.aiter_raw())
+            process.send_signal(signal.SIGINT)
+            assert await process.stderr.readline() == b"Waiting for 1 that is running. Ctrl-C stops at once.\n"
+            process.send_signal(signal.SIGINT)
+            rest = await asyncio.wait_for(process.stderr.read(), 20)
+    assert rest == b"Stopped. What was running is charged when it is known what it cost, by the sweep.\n"
+    await process.wait()
+
+
+async def test_an_instance_whose_database_went_live_is_not_healthy(start_gateway: Start, upstream: Upstream) -> None:
+    playing = await start_gateway()
+    assert (await playing.http.get("/health/ready")).status_code == 200
+    await start_gateway(**live(upstream.url))
+    for path in ("/health", "/health/ready"):
+        answer = await playing.http.get(path)
+        assert answer.status_code == 503 and "disagree on live or sandbox mode" in answer.text
 
 
 # The request is wrong.
