@@ -10,7 +10,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
 
 from models import AuthMethod, Credits, FieldError, Id, KeyName, RequestModel, Target, Username
-from models_keys import ModelPattern, Moment, Scopes
+from models_keys import ImportedScopes, ModelPattern, Moment
 
 
 def _small(value: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class LegacyKey(RequestModel):
     api_key: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{16,256}$")]
     key_name: KeyName = "Imported key"
     environment_tag: Literal["live", "staging", "development"] = "live"
-    scope_permissions: Scopes | None = None
+    scope_permissions: ImportedScopes | None = None
     expiration_date: Moment | None = None
     max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None
     is_active: bool = True

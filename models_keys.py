@@ -15,8 +15,16 @@ from models import Credits, Environment, FieldError, Id, KeyName, RequestModel
 # So far from the calendar's ends that sums of days stay within it.
 EARLIEST, LATEST = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1970, 9999))
 ISO = "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z"
+# What a key may read or write: the endpoints that cost, and the parts of an account.
+Resource = Literal[
+    "*", "account", "audio", "audit", "balance", "budgets", "chat", "completions", "embeddings", "images", "keys", "messages", "plan",
+    "profile", "rerank", "responses", "transactions", "usage", "webhooks",
+]  # fmt: skip
+Verb = Literal["read", "write", "admin"]
+Scopes = dict[Verb, Annotated[list[Resource], Field(max_length=64)]]
+# Another system's may have had names of its own: they give nothing here.
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
-Scopes = dict[Literal["read", "write", "admin"], Annotated[list[ScopeName], Field(max_length=64)]]
+ImportedScopes = dict[Verb, Annotated[list[ScopeName], Field(max_length=64)]]
 ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x20*]*\*?$")]
 Domain = Annotated[
     str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -15,6 +15,8 @@ import pytest_asyncio
 from rig import ADMIN_KEY, Gateway, Upstream, User
 from test_reconciliation import make_unknown
 
+from endpoints import ENDPOINTS
+from models_keys import Resource
 from security import new_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -397,6 +399,11 @@ async def test_the_table_is_complete(gateway: Gateway) -> None:
     schema = (await gateway.http.get("/openapi.json")).json()
     listed = [*((each.method, each.path) for each in TABLE), *((each.method, each.path) for each in PUBLIC)]
     assert sorted(listed) == sorted(documented(schema))
+
+
+async def test_scopes_name_what_there_is() -> None:
+    asked = {*RESOURCES} | {endpoint.resource for endpoint in ENDPOINTS}
+    assert asked == {*get_args(Resource)} - {"*"}
 
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)

@@ -111,6 +111,7 @@ async def test_an_update_changes_the_key_of_the_path_and_no_other(gateway: Gatew
         ({"domain_referrers": ["http://example.com"]}, "domain_referrers.0"),
         ({"scope_permissions": {"fly": ["*"]}}, "scope_permissions.fly"),
         ({"scope_permissions": {"read": ["a b"]}}, "scope_permissions.read.0"),
+        ({"scope_permissions": {"write": ["chat", "foo"]}}, "scope_permissions.write.1"),
         ({"environment_tag": "moon"}, "environment_tag"),
         ({"budget": -1, "budget_window": "day"}, "budget"),
         ({"unknown": 1}, "unknown"),
