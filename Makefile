@@ -65,7 +65,7 @@ clean: ## remove what make made; the data folder stays
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv .venv || { echo "This Python cannot make virtual environments (on Debian: apt-get install python3-venv)."; rm -rf .venv; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "No .venv could be made, for the reason above (on Debian it may lack: apt-get install python3-venv)."; rm -rf .venv; exit 1; }
 
 .venv/local.done: requirements-local.txt | .venv/bin/python
 	@echo "Installing what the gateway needs (once, about half a minute)"

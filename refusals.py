@@ -82,7 +82,7 @@ def _limit_error(answer: Answer) -> GatewayError:
     headers = limit_headers(answer["limits"])
     if window == "concurrency":
         kind: type[RateLimited] = ConcurrencyExceeded
-        message = f"{limit} requests are running already, and more are not allowed at a time."
+        message = f"{limit} {'request is' if limit == 1 else 'requests are'} running already, and more are not allowed at a time."
     else:
         kind = PlanLimitExceeded if answer["outcome"] == "plan_limit" else RateLimited
         message = f"The limit of {limit} {unit} per {window.removeprefix('plan ')} is reached."

@@ -23,7 +23,7 @@ from batching import Queue
 from catalog import Catalog
 from config import Configuration, Settings
 from endpoint_lists import EndpointLists
-from errors import DatabaseUnavailable, GatewayError, Misconfigured
+from errors import DatabaseUnavailable, GatewayError, Misconfigured, UpstreamUnavailable
 from first_start import Secrets, keep_secrets
 from metering import Exchange
 from openrouter import Upstream, open_live, open_sandbox
@@ -59,6 +59,7 @@ class Runtime:
         self.admin_key = _admin_key(settings, secrets)
         self.exchanges: set[asyncio.Task[Any]] = set()
         self.keep_alive_seconds = KEEP_ALIVE_SECONDS
+        self.goes_live = False  # this start is the database's first in live mode
         self._user_count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
@@ -132,7 +133,6 @@ class Runtime:
 
     async def check(self) -> None:
         """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance took the database live."""
-        await db.get_schema_version(self.client)
         if await db.get_mode(self.client) != self.mode:
             raise refusal_error({"outcome": "wrong_mode"}, "")
 
@@ -237,6 +237,9 @@ async def _check_database(runtime: Runtime) -> None:
     missing = await db_security.list_key_secrets_in_use(runtime.client) - set(runtime.keyring.ids)
     if missing:
         raise Misconfigured("KEY_HASH_SECRETS lacks a secret that stored API keys still need: put the old one back, after the new one.")
+    runtime.goes_live = runtime.mode == "live" and await db.get_mode(runtime.client) != "live"
+    if runtime.goes_live:
+        await _check_upstream_key(runtime)
     # Last, as there is no way back.
     mode = await db.enter_mode(runtime.client, runtime.mode)
     if mode["outcome"] == "refused":
@@ -244,6 +247,16 @@ async def _check_database(runtime: Runtime) -> None:
             "This database has been live and refuses sandbox mode: it would answer paying users with invented text. "
             "Set OPENROUTER_API_KEY, or, for a sandbox beside it, another database (GATEWAY_DATA_DIR or DATABASE_URL)."
         )
+
+
+async def _check_upstream_key(runtime: Runtime) -> None:
+    """Refuses to go live with a key that the upstream refuses: it would end all play credits, for nothing."""
+    try:
+        account = await runtime.upstream(None).read_account()
+    except UpstreamUnavailable:
+        return
+    if account is None:
+        raise Misconfigured("OpenRouter refuses OPENROUTER_API_KEY. The database stays in sandbox mode until it takes the key.")
 
 
 class Service:

@@ -168,7 +168,9 @@ def presented_key(headers: Headers) -> str:
     if bearer and other and not hmac.compare_digest(bearer.encode(), other.encode()):
         raise BadRequest("`Authorization` and `x-api-key` hold different keys. Send one.", param="x-api-key")
     if not (bearer or other):
-        raise InvalidKey("No API key. Send it as `Authorization: Bearer gw_...`.")
+        raise InvalidKey(
+            f"{'No API key' if not scheme else '`Authorization` has no `Bearer` key'}. Send it as `Authorization: Bearer gw_...`."
+        )
     return bearer or other
 
 

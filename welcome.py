@@ -20,6 +20,7 @@ MODES = {
     "               (set OPENROUTER_API_KEY to go live)",
     "live": "live: requests go to OpenRouter and cost credits",
 }
+WENT_LIVE = "\n               (from now on, for good: play credits have ended)"
 
 
 def welcome(service: Service) -> str:
@@ -28,7 +29,7 @@ def welcome(service: Service) -> str:
     if runtime is None:
         reason = service.problem.message if service.problem else "unknown"
         return "\n".join(["", "The gateway is up, but cannot serve:", *(f"  {line}" for line in reason.splitlines()), ""])
-    mode = f"  mode         {MODES[runtime.mode]}"
+    mode = f"  mode         {MODES[runtime.mode]}{WENT_LIVE if runtime.goes_live else ''}"
     url = service.url
     if url is None:
         return "\n".join(["", "AI Gateway", mode, *_admin_key(runtime), ""])

@@ -36,6 +36,7 @@ from rig import (
     staged_start,
     staged_upstream,
 )
+from starlette.responses import PlainTextResponse
 
 import app as application
 from config import Configuration, load_configuration
@@ -343,6 +344,23 @@ async def test_an_instance_whose_database_went_live_is_not_healthy(start_gateway
         assert answer.status_code == 503 and "disagree on live or sandbox mode" in answer.text
 
 
+async def test_a_database_does_not_go_live_for_a_key_that_the_upstream_refuses(start_gateway: Start, upstream: Upstream) -> None:
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await PlainTextResponse("no such key", status_code=401)(scope, receive, send)
+
+    playing = await start_gateway()
+    user = await playing.register()
+    async with served(refuse) as url:
+        gateway = await start_gateway(**live(url))
+        health = await gateway.http.get("/health")
+        assert health.status_code == 503 and "OpenRouter refuses OPENROUTER_API_KEY" in health.json()["problem"]
+    assert (await user.balance())["credits"] == 10
+    gateway = await start_gateway(**live(upstream.url))
+    assert (await gateway.http.get("/health")).status_code == 200
+    assert (await gateway.http.get("/user/balance", headers=user.headers)).json()["credits"] == 0
+
+
 # The request is wrong.
 
 GOOD = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
@@ -416,6 +434,7 @@ STRANGERS: list[tuple[dict[str, str], int, str]] = [
 
 async def test_strangers_get_nothing_and_cause_nothing(start_gateway: Start, upstream: Upstream) -> None:
     gateway = await start_gateway(**live(upstream.url))
+    upstream.forget()  # it was asked whether it takes the operator's key
     for headers, status, code in STRANGERS:
         for content in (orjson.dumps(GOOD), b"{", orjson.dumps({**GOOD, "model": "no/model"})):
             answer = await gateway.http.post("/v1/chat/completions", headers=headers, content=content)

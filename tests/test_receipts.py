@@ -372,6 +372,7 @@ async def test_a_models_endpoints_are_the_upstreams_and_fetched_once(live_gatewa
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "openai/..%2F..%2Fkey", "openai/gpt-4o-mini%3Fx=1", "%2e%2e/key"])
 async def test_an_unknown_model_is_not_found_and_not_asked_for(live_gateway: Gateway, upstream: Upstream, model: str) -> None:
+    upstream.forget()
     answer = await live_gateway.http.get(f"/v1/models/{model}/endpoints")
     assert answer.status_code == 404
     assert {call.path for call in upstream.sandbox.state.calls} <= {"/models"}

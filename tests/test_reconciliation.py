@@ -118,7 +118,8 @@ async def test_an_upstream_that_cannot_be_reached_leaves_our_numbers(start_gatew
     assert (found["windows"]["daily"]["upstream_cost"], found["windows"]["daily"]["drift"]) == (0, None)
 
 
-async def test_an_upstream_that_refuses_the_operators_key_is_said_so(start_gateway: Any, refusing: Any) -> None:
+async def test_an_upstream_that_refuses_the_operators_key_is_said_so(start_gateway: Any, upstream: Upstream, refusing: Any) -> None:
+    await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
     found = await reconciled(gateway)
     assert (found["upstream"], found["upstream_problem"]) == (None, "The upstream refuses the operator's key.")

@@ -124,7 +124,8 @@ async def test_a_live_gateway_asks_openrouter_about_the_key(live_gateway: Gatewa
     assert (b"authorization", f"Bearer {KEY}".encode()) in call.raw_headers
 
 
-async def test_a_key_that_openrouter_refuses_is_not_kept(start_gateway: Any, refusing: Any) -> None:
+async def test_a_key_that_openrouter_refuses_is_not_kept(start_gateway: Any, upstream: Upstream, refusing: Any) -> None:
+    await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
     user = await gateway.register()
     refused = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
