@@ -36,11 +36,11 @@ def answer_speech(body: Body, ask: Ask) -> tuple[Plan, Speech]:
     text, form = body.get("input"), body.get("response_format", "pcm")
     if not isinstance(text, str) or not 1 <= len(text) <= MAX_CHARACTERS:
         raise refusal(400, f"input: expected 1 to {MAX_CHARACTERS} characters", error_type="invalid_request")
-    if form not in MEDIA_TYPES:
+    if not isinstance(form, str) or form not in MEDIA_TYPES:
         raise refusal(400, 'response_format: Invalid option: expected one of "mp3"|"pcm"', error_type="invalid_request")
     plan = plan_media(body, ask, "speech", "tts", lambda route: _tokens(text, route), streamed=True)
     _require_voice(body.get("voice"), plan)
-    return plan, Speech(text, str(form), ask.limits.answer_bytes)
+    return plan, Speech(text, form, ask.limits.answer_bytes)
 
 
 class Speech(Whole):
