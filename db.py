@@ -263,6 +263,11 @@ async def report_usage(client: AsyncClient, *, user_id: int | None, report: Mapp
     return list(await call(client, "report_usage", {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}}))
 
 
+async def report_end_users(client: AsyncClient, *, user_id: int, report: Mapping[str, Any]) -> list[Row]:
+    """The same of one user, by their end users; `report` without group."""
+    return list(await call(client, "report_end_users", {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}}))
+
+
 async def sum_up_usage(client: AsyncClient) -> bool:
     """Sums up what is closed, at most a day of it; whether there is more."""
     return bool(await call(client, "sum_up_usage", {}))

@@ -149,6 +149,9 @@ class UsageRecord(BaseModel):
     generation_id: str | None
     created_at: str
     settled_at: str | None
+    end_user: str | None
+    byok: bool = Field(description="It went out under the account's own OpenRouter key")
+    cache_hit: bool = Field(description="It was answered from the response cache")
 
 
 class AdminUsageRecord(UsageRecord):

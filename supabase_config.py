@@ -25,7 +25,7 @@ __all__ = ["AsyncClient", "call", "execute", "migrate_database", "open_database"
 
 MIGRATIONS = Path(__file__).parent / "supabase" / "migrations"
 # The newest migration that the code relies on; `schema_version()` says what the database has.
-SCHEMA_VERSION = 20261130100000
+SCHEMA_VERSION = 20261130100100
 TIMEOUT_SECONDS = 10.0
 # Connection trouble, lack of resources, shutdown, cancelled statements, lock timeouts; PGRST0xx are PostgREST's own connection errors.
 UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006", "XX", "PGRST00")

@@ -24,8 +24,8 @@ FAR = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 SLOT = datetime.timedelta(minutes=15)
 
 Bucket = Literal["hour", "day", "month", "none"]
-Group = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "none"]
-AdminGroup = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "none"]
+Group = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"]
+AdminGroup = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "end_user", "none"]
 Format = Literal["json", "csv"]
 
 
@@ -96,8 +96,13 @@ async def usage_report(
 ) -> Response:
     """The report as an answer."""
     since, until = read_range(start, end)
-    report = {"start": since.isoformat(), "end": until.isoformat(), "zone": zone, "bucket": bucket, "group": group, "limit": MAX_ROWS + 1}
-    found = await db.report_usage(runtime.client, user_id=user_id, report=report)
+    report = {"start": since.isoformat(), "end": until.isoformat(), "zone": zone, "bucket": bucket, "limit": MAX_ROWS + 1}
+    if group != "end_user":
+        found = await db.report_usage(runtime.client, user_id=user_id, report={**report, "group": group})
+    elif user_id is None:
+        raise BadRequest("`user_id` is missing: end users are one user's.", param="user_id")
+    else:
+        found = await db.report_end_users(runtime.client, user_id=user_id, report=report)
     if len(found) > MAX_ROWS:
         raise BadRequest(f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.", param="bucket")
     rows = [_row(row) for row in found]

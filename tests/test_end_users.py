@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from rig import Gateway, User, eventually
+from rig import ADMIN_KEY, Gateway, User, eventually
 from test_receipts import scoped
 from test_spending import KEY
 from test_spending import ask as manage
@@ -249,3 +249,21 @@ async def test_a_level_that_is_reached_is_told_once_and_delivered_by_the_sweep(
     assert {data["end_user"] for data in told} == {"ann"}
     await user.gateway.admin("POST", "/internal/sweep")
     assert len(receiver.got) == 2
+
+
+async def test_a_report_says_what_each_has_used(gateway: Gateway) -> None:
+    tenant, other = await gateway.register(credits=1), await gateway.register(credits=1)
+    for name in ("ann", "ann", "bob", None):
+        assert (await ask(tenant, name)).status_code == 200
+    assert (await ask(other, "ann")).status_code == 200
+    report = (await manage(tenant, "GET", "/user/usage?group_by=end_user&bucket=none")).json()
+    assert {row["group"]: row["requests"] for row in report["rows"]} == {"ann": 2, "bob": 1, None: 1}
+    whole = (await manage(tenant, "GET", "/user/usage?group_by=none&bucket=none")).json()["rows"][0]
+    for name in ("requests", "prompt_tokens", "completion_tokens", "cost", "upstream_cost"):
+        assert round(sum(row[name] for row in report["rows"]), 9) == round(whole[name], 9) > 0
+    seen = await gateway.admin("GET", f"/admin/usage?group_by=end_user&bucket=none&user_id={tenant.id}")
+    assert seen["rows"] == report["rows"]
+    everybody = await gateway.http.get("/admin/usage?group_by=end_user", headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    assert (everybody.status_code, everybody.json()["error"]["param"]) == (400, "user_id")
+    records = (await manage(tenant, "GET", "/user/usage/records")).json()["records"]
+    assert [record["end_user"] for record in records] == [None, "bob", "ann", "ann"]

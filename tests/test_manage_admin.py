@@ -295,7 +295,7 @@ async def spend(user: User) -> None:
     await user.chat(model="sandbox/fixed-price", stream=True)
 
 
-@pytest.mark.parametrize("group", ["model", "key", "provider", "environment", "endpoint", "status", "error_code", "none"])
+@pytest.mark.parametrize("group", ["model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"])
 @pytest.mark.parametrize("bucket", ["hour", "day", "month", "none"])
 async def test_every_grouping_adds_up_to_the_ledger(gateway: Gateway, group: str, bucket: str) -> None:
     user = await gateway.register()
