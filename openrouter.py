@@ -20,7 +20,6 @@ from openai._models import FinalRequestOptions
 
 from config import Settings
 from errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
-from sandbox import SCENARIOS, SandboxTransport, create_app
 from upstream_errors import TIMEOUT_STATUSES
 from usage import parse_json
 
@@ -319,6 +318,8 @@ def open_live(settings: Settings) -> Upstream:
 
 def open_sandbox(*, for_test_keys: bool) -> Upstream:
     """The built-in simulator, in process; for test keys with bounded answers."""
+    from sandbox import SCENARIOS, SandboxTransport, create_app  # most live instances never need it
+
     app = create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS) if for_test_keys else create_app()
     http = httpx2.AsyncClient(transport=SandboxTransport(app), follow_redirects=False)
     client = OpenRouterClient(api_key="sandbox", base_url="http://sandbox.invalid/api/v1", max_retries=0, timeout=300, http_client=http)
