@@ -34,7 +34,6 @@ class _Waiting:
     future: asyncio.Future[Answer]
     weight: int = 0
     since: float = field(default_factory=time.monotonic)
-    abandoned: bool = False
 
 
 class Queue:
@@ -61,9 +60,11 @@ class Queue:
         self._waiting.append(waiting)
         self._wake()
         try:
-            return await asyncio.shield(waiting.future)
+            return await waiting.future
         except asyncio.CancelledError:
-            self._give_up(waiting)
+            # The future is cancelled with its caller, and `_deliver` sees that, unless the answer had just come.
+            if not waiting.future.cancelled() and waiting.future.exception() is None:
+                self._hand_over(waiting, waiting.future.result())
             raise
 
     async def drain(self) -> None:
@@ -71,16 +72,9 @@ class Queue:
         while self._sender is not None:
             await asyncio.wait([self._sender])
 
-    def _give_up(self, waiting: _Waiting) -> None:
-        waiting.abandoned = True
-        if waiting.future.done():
-            self._hand_over(waiting)
-        else:
-            waiting.future.add_done_callback(lambda _: self._hand_over(waiting))
-
-    def _hand_over(self, waiting: _Waiting) -> None:
-        if self._abandoned is not None and not waiting.future.cancelled() and waiting.future.exception() is None:
-            self._abandoned(waiting.item, waiting.future.result())
+    def _hand_over(self, waiting: _Waiting, answer: Answer) -> None:
+        if self._abandoned is not None:
+            self._abandoned(waiting.item, answer)
 
     def _wake(self) -> None:
         if self._sender is None:
@@ -165,7 +159,10 @@ class Queue:
             if answer is None:
                 _fail([waiting], LookupError(f"no answer for request {waiting.item['request_id']}"))
             elif answer["outcome"] != "busy":
-                waiting.future.set_result(answer)
+                if waiting.future.cancelled():
+                    self._hand_over(waiting, answer)
+                else:
+                    waiting.future.set_result(answer)
             elif time.monotonic() - waiting.since < PATIENCE_SECONDS:
                 again.append(waiting)
             else:

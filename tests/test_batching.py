@@ -276,21 +276,21 @@ async def test_an_admission_is_handed_over_once_when_its_caller_left_while_it_wa
 
 
 async def test_an_admission_is_handed_over_once_when_its_caller_left_after_the_answer() -> None:
-    server, abandoned = Server(), list[tuple[Item, Item]]()
-    queue = Queue(server, abandoned=lambda *pair: abandoned.append(pair))
+    server, abandoned, callers = Server(), list[str](), list[asyncio.Task[Item]]()
+
+    def note(item: Item, _: Item) -> None:
+        abandoned.append(item["request_id"])
+        callers[0].cancel()  # its answer is there, and it has not run yet
+
+    queue = Queue(server, abandoned=note)
     first = await flying(queue, server)
-    (future,) = (waiter for waiter in _inner_futures(first))
-    future.add_done_callback(lambda _: first.cancel())  # the answer is there, the caller has not run yet
+    callers += await submitted(queue, range(2))
+    callers[1].cancel()
     server.gate.set()
     with pytest.raises(asyncio.CancelledError):
-        await first
-    await queue.drain()
-    assert [item["request_id"] for item, _ in abandoned] == ["first"]
-
-
-def _inner_futures(task: asyncio.Task[Any]) -> list[asyncio.Future[Any]]:
-    frame: Any = task.get_coro().cr_frame  # type: ignore[union-attr]
-    return [frame.f_locals["waiting"].future]
+        await callers[0]
+    await asyncio.gather(first, queue.drain())
+    assert abandoned == ["1", "0"]
 
 
 async def test_a_caller_that_leaves_before_a_failure_is_not_handed_over() -> None:
