@@ -76,11 +76,7 @@ async def list_end_user_budgets(client: AsyncClient, user_id: int, *, before: in
 
 async def end_user_standing(client: AsyncClient, user_id: int, end_user: str, *, now: str) -> Row | None:
     """The budget that applies to an end user, their own or that of `*`, and what is used of it; None where none does."""
-    found = _row(await call(client, "end_user_standing", {"p_user_id": user_id, "p_end_user": end_user, "p_now": now}))
-    if found is None:
-        return None
-    dates = await execute(client.table("end_user_budgets").select("created_at,updated_at").eq("id", found["budget_id"]).limit(1))
-    return {**found, **dates[0]} if dates else None
+    return _row(await call(client, "end_user_standing", {"p_user_id": user_id, "p_end_user": end_user, "p_now": now}))
 
 
 async def create_end_user_budget(client: AsyncClient, order: Mapping[str, Any]) -> Row:

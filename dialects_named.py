@@ -18,20 +18,25 @@ SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentica
 NO_CITATIONS = (b'"citations":null', b'"citations": null')
 
 
-class Responses(Dialect):
-    """OpenAI's Responses: named events, the answer within `response`, which the event that ends the stream holds whole."""
+class Named(Dialect):
+    """Events with names: what stands in `remarkable` tells all that we would have to look at."""
 
     starts = (b"event:", b"data:")
-    remarkable = (*Dialect.remarkable, b'"response"', b"response.completed", b"response.incomplete", b"response.failed", b"response.error")
-    marks = (*MARKS, b"response.error")
-    ends = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
-    errors = frozenset(("error", "response.error"))
 
     def plain_until(self, chunk: bytes) -> int:
         return self._marked(chunk)
 
     def is_plain(self, event: bytes) -> bool:
         return not any(mark in event for mark in self.remarkable if mark != b"\r")
+
+
+class Responses(Named):
+    """OpenAI's Responses: named events, the answer within `response`, which the event that ends the stream holds whole."""
+
+    remarkable = (*Dialect.remarkable, b'"response"', b"response.completed", b"response.incomplete", b"response.failed", b"response.error")
+    marks = (*MARKS, b"response.error")
+    ends = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
+    errors = frozenset(("error", "response.error"))
 
     def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
         answer, kind = _envelope(data, "response"), read_text(data.get("type"))
@@ -90,18 +95,11 @@ class OpenRouterResponses(Responses):
         return failure.openrouter_body(request_id)
 
 
-class Messages(Dialect):
+class Messages(Named):
     """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then `message_stop`."""
 
-    starts = (b"event:", b"data:")
     remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
     is_anthropic = True
-
-    def plain_until(self, chunk: bytes) -> int:
-        return self._marked(chunk)
-
-    def is_plain(self, event: bytes) -> bool:
-        return not any(mark in event for mark in self.remarkable if mark != b"\r")
 
     def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
         answer, kind = _envelope(data, "message"), read_text(data.get("type"))

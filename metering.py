@@ -81,7 +81,7 @@ class Exchange:
             self._delivery.recording = Recording()
         try:
             await self._generate(hold)
-            hold = self.hold
+            hold = self.hold  # it may have been raised
             self.settled = await self._settle(hold)
         except BaseException:
             # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.

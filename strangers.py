@@ -1,7 +1,7 @@
 """Whose key is looked up before their body is read? That of an address which has presented invented keys lately.
 
-To read and bound a large body takes a hundred times as long as to look a key up, and to look it up with the admission is one round trip
-less. So everybody is read first, except from where a key came that does not exist: nobody can keep this process busy that way.
+To read and bound a large body takes far longer than to look a key up, and to look it up with the admission is one round trip less. So
+everybody is read first, except from where a key came that does not exist: one address cannot keep this process busy that way.
 """
 
 from __future__ import annotations

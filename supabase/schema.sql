@@ -3989,14 +3989,14 @@ end $$;
 revoke all on function public.find_generation(bigint, text, timestamptz) from public, anon, authenticated;
 grant execute on function public.find_generation(bigint, text, timestamptz) to service_role;
 
--- What this end user's budget is and what is used of it in the present window; null where none applies.
+-- As before, and since when the budget is there.
 create function public.end_user_standing(p_user_id bigint, p_end_user text, p_now timestamptz) returns jsonb
 language sql stable set search_path = '' as $$
     select jsonb_build_object(
         'end_user', p_end_user, 'budget_id', b.id, 'budget_end_user', b.end_user, 'budget_nanos', b.budget_nanos,
         'budget_window', b.budget_window, 'window_start', nullif(public.budget_start(b.budget_window, p_now), '-infinity'),
         'spent_nanos', case when u.budget_since >= public.budget_start(b.budget_window, p_now) then u.budget_spent_nanos else 0 end,
-        'held_nanos', coalesce(u.budget_held_nanos, 0))
+        'held_nanos', coalesce(u.budget_held_nanos, 0), 'created_at', b.created_at, 'updated_at', b.updated_at)
     from public.end_user_budgets b
     left join public.end_user_usage u on u.user_id = p_user_id and u.end_user = p_end_user
     where b.user_id = p_user_id and b.end_user in (p_end_user, '*')
