@@ -30,7 +30,7 @@ format: .venv/dev.done ## put the code into its form
 	.venv/bin/ruff format .
 
 migrate: .venv/local.done ## bring DATABASE_URL (or the embedded database) up to date
-	@$(PY) migrate.py
+	@$(PY) -m gateway.runtime.migrate
 
 sandbox: .venv/local.done ## the OpenRouter simulator alone, on 127.0.0.1:8787
 	@$(PY) -m sandbox

@@ -12,16 +12,16 @@ from functools import partial
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from common.logs import configure_logging
 from config import Configuration, load_configuration
-from documentation import DESCRIPTION, add_documentation_page, document_proxy
-from logs import configure_logging
-from middleware import Application, RequestLog
-from replies import HANDLERS
+from gateway.runtime.banner import print_welcome
+from gateway.runtime.server import serve
+from gateway.runtime.service import Service
 from routes import proxy, public
-from routes.areas import ROUTERS
-from runtime import Service
-from serving import serve
-from welcome import print_welcome
+from routes.http.error_handlers import HANDLERS
+from routes.http.middleware import Application, RequestLog
+from routes.http.openapi import DESCRIPTION, add_documentation_page, document_proxy
+from routes.routers import ROUTERS
 
 EXPOSED_HEADERS = [
     "x-request-id",

@@ -1,4 +1,4 @@
-"""What is this instance told to do? The settings, and the only place that reads the environment.
+"""Settings from the environment and .env, checked; the only reader of the environment. The settings, and the only place that reads the environment.
 
 Importing this module never fails: a wrong or missing setting becomes one sentence in `Configuration.problems`, which `/health`
 shows and every other route answers with 503.
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from sentences import predicate
+from common.validation_messages import predicate
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Words = Annotated[tuple[str, ...], NoDecode]

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from db import Row, _row
 from supabase_config import AsyncClient, call, execute
-
-Row = dict[str, Any]
 
 AUDIT_COLUMNS = "id,actor,action,target,user_id,key_id,ip,user_agent,request_id,details,occurrences,created_at"
 
@@ -115,3 +114,52 @@ async def list_audit_logs(client: AsyncClient, events: AuditFilter, *, before: i
     if before is not None:
         query = query.lt("id", before)
     return list(await execute(query.order("id", desc=True).limit(limit)))
+
+
+# A key, an account and a request.
+
+
+async def read_key(client: AsyncClient, user_id: int, key_id: int) -> Row | None:
+    """A key with what it has used in all and in the UTC day, week and month."""
+    return _row(await call(client, "read_key", {"p_user_id": user_id, "p_key_id": key_id}))
+
+
+# Users' own upstream keys.
+
+
+async def get_provider_key(client: AsyncClient, user_id: int) -> Row | None:
+    """What may be shown of it."""
+    query = client.table("provider_keys").select("label,is_active,created_at,updated_at").eq("user_id", user_id).limit(1)
+    rows = await execute(query)
+    return rows[0] if rows else None
+
+
+async def set_provider_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome set or not_found."""
+    return Row(await call(client, "set_provider_key", {"p": order}))
+
+
+async def delete_provider_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
+    """Outcome deleted or not_found."""
+    return Row(await call(client, "delete_provider_key", {"p": order}))
+
+
+async def write_audit(
+    client: AsyncClient, stamp: Mapping[str, Any], *, action: str, target: str, user_id: int | None, details: Mapping[str, Any]
+) -> None:
+    """One entry of the audit log, for an action that is not a single SQL function."""
+    await call(
+        client,
+        "write_audit",
+        {
+            "p_actor": stamp["actor"],
+            "p_action": action,
+            "p_target": target,
+            "p_user_id": user_id,
+            "p_key_id": None,
+            "p_address": stamp["address"],
+            "p_user_agent": stamp["user_agent"],
+            "p_request_id": stamp["request_id"],
+            "p_details": dict(details),
+        },
+    )

@@ -1,4 +1,4 @@
-"""What do requests and answers look like? The models of the management API; proxied bodies pass through and have none.
+"""Types that request and response bodies share: money, enums, error body. The models of the management API; proxied bodies pass through and have none.
 
 Amounts are credits (US dollars) as exact decimals, written as plain JSON numbers. Texts are bounded.
 """

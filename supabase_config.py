@@ -1,4 +1,4 @@
-"""How is the database reached? Builds the Supabase client: hosted, any PostgreSQL by its URL, or the embedded one.
+"""Opens the database client: hosted, by URL, or embedded; the only importer of supabase. Builds the Supabase client: hosted, any PostgreSQL by its URL, or the embedded one.
 
 The only importer of `supabase`. Its errors, and the network's, leave this module as GatewayErrors.
 """
@@ -16,8 +16,8 @@ import structlog
 from postgrest import APIError
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
+from common.errors import Conflict, DatabaseUnavailable, GatewayError, Misconfigured
 from config import Settings
-from errors import Conflict, DatabaseUnavailable, GatewayError, Misconfigured
 
 log = structlog.get_logger("database")
 

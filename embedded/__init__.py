@@ -3,6 +3,6 @@
 Nothing in here imports another module of the project, and nothing reads the environment.
 """
 
-from embedded.errors import EmbeddedDatabaseError
+from .errors import EmbeddedDatabaseError
 
 __all__ = ["EmbeddedDatabaseError"]

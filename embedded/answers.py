@@ -1,4 +1,4 @@
-"""How does PostgREST word an answer: statuses, error bodies, Content-Range?
+"""Statuses, error bodies, Content-Range.
 
 The facts are PostgREST 14's: https://docs.postgrest.org/en/v14/references/errors.html
 """

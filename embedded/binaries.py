@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from embedded.errors import EmbeddedDatabaseError
+from .errors import EmbeddedDatabaseError
 
 OLDEST_MAJOR = 15
 SYSTEM_INSTALLATIONS = Path("/usr/lib/postgresql")

@@ -1,4 +1,4 @@
-"""Which tables, columns and functions does the exposed schema have?
+"""Tables, columns and functions exposed.
 
 Read from PostgreSQL once, and again when a name is missing.
 """

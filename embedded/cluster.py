@@ -1,4 +1,4 @@
-"""What state is a PostgreSQL data folder in, and how does it get to the next: created, launched, shut down?
+"""The data folder's states.
 
 Callers hold the lock that keeps two processes from doing this at once.
 """
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedded.binaries import Binaries, ProcessIdentity
-from embedded.errors import EmbeddedDatabaseError
-from embedded.roles import bootstrap_statements
+from .binaries import Binaries, ProcessIdentity
+from .errors import EmbeddedDatabaseError
+from .roles import bootstrap_statements
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.002

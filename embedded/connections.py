@@ -1,4 +1,4 @@
-"""How does the transport get at PostgreSQL?
+"""The pool.
 
 A pool whose connections act as one role; where there is no connection, the errors that a network would cause.
 """
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import asyncpg
 import httpx
 
-from embedded.answers import Refusal
-from embedded.catalog import Catalog, load_catalog
-from embedded.errors import EmbeddedDatabaseError
+from .answers import Refusal
+from .catalog import Catalog, load_catalog
+from .errors import EmbeddedDatabaseError
 
 if TYPE_CHECKING:
     Proxy = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]

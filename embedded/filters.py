@@ -1,4 +1,4 @@
-"""What SQL does PostgREST's query string mean: columns, conditions, order?
+"""PostgREST's query string as SQL.
 
 Names are looked up in the catalog and quoted; every value travels as a parameter. No text of a client becomes SQL, with
 the exception of a cast's type name, which may hold nothing but words.
@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from embedded.answers import Refusal, bad_request, not_implemented
-from embedded.catalog import Column, Relation, quote_identifier
+from .answers import Refusal, bad_request, not_implemented
+from .catalog import Column, Relation, quote_identifier
 
 COMPARISONS = {
     "eq": "=",

@@ -1,4 +1,4 @@
-"""Which migrations does a database lack, and how are they applied? As the Supabase CLI does it, in the same table.
+"""Applies migrations as the Supabase CLI does. As the Supabase CLI does it, in the same table.
 
 `supabase/migrations/<14 digits>_name.sql`, in order, one transaction per file, never twice; a lock makes concurrent
 callers wait.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from embedded.errors import EmbeddedDatabaseError
-from embedded.roles import ensure_roles
+from .errors import EmbeddedDatabaseError
+from .roles import ensure_roles
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]

@@ -1,4 +1,4 @@
-"""Is the embedded PostgreSQL running, and how does one connect to it?
+"""The embedded server: running, and how to connect.
 
 The server listens on no port and knows no password: a UNIX socket in a 0700 folder, and `peer` for exactly our user.
 Every process that uses it holds a shared lock on `users.lock`; whoever can make that lock exclusive is the last and
@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedded.binaries import borrowed_identity, find_binaries
-from embedded.cluster import Cluster
-from embedded.errors import EmbeddedDatabaseError
+from .binaries import borrowed_identity, find_binaries
+from .cluster import Cluster
+from .errors import EmbeddedDatabaseError
 
 # 108 bytes with the closing zero on Linux, 104 on macOS, see unix(7).
 SOCKET_PATH_LIMIT = 103

@@ -1,4 +1,4 @@
-"""How is a request of the Supabase client answered without a PostgREST? Its wire protocol, in process, over a pool.
+"""PostgREST's wire protocol as an httpx transport. Its wire protocol, in process, over a pool.
 
 Everything acts as one role (`service_role`), which connections take on as they start. Connection failures surface as
 the httpx errors that a network would cause; what is not implemented answers 501.
@@ -13,27 +13,11 @@ import asyncpg
 import httpx
 import orjson
 
-from embedded.answers import (
-    JSON_TYPE,
-    Refusal,
-    bad_request,
-    content_range,
-    not_a_single_object,
-    not_implemented,
-    page_status,
-    refusal_of,
-)
-from embedded.catalog import Function, Relation
-from embedded.connections import Connections, Target
-from embedded.queries import PLAIN_QUERY, Query, check_schema, read_parameters, read_query, split_arguments
-from embedded.statements import (
-    Statement,
-    call_statement,
-    delete_statement,
-    insert_statement,
-    read_statement,
-    update_statement,
-)
+from .answers import JSON_TYPE, Refusal, bad_request, content_range, not_a_single_object, not_implemented, page_status, refusal_of
+from .catalog import Function, Relation
+from .connections import Connections, Target
+from .queries import PLAIN_QUERY, Query, check_schema, read_parameters, read_query, split_arguments
+from .statements import Statement, call_statement, delete_statement, insert_statement, read_statement, update_statement
 
 if TYPE_CHECKING:
     Proxy = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]

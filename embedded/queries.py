@@ -1,4 +1,4 @@
-"""What does a request to PostgREST ask for? Its parameters and headers, read once; what is unknown here is refused."""
+"""A PostgREST request, read once. Its parameters and headers, read once; what is unknown here is refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from embedded.answers import Refusal, bad_request, not_implemented
-from embedded.catalog import SCHEMA
-from embedded.filters import OPERATORS, split_outside_quotes, unquoted
+from .answers import Refusal, bad_request, not_implemented
+from .catalog import SCHEMA
+from .filters import OPERATORS, split_outside_quotes, unquoted
 
 PLAIN_MEDIA = {"*/*", "application/*", "application/json", "application/vnd.pgrst.array+json"}
 SINGLE_MEDIA = {"application/vnd.pgrst.object+json", "application/vnd.pgrst.object"}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from embedded.errors import EmbeddedDatabaseError
+from .errors import EmbeddedDatabaseError
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]

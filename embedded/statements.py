@@ -1,4 +1,4 @@
-"""Which SQL statement answers a request?
+"""The statement that answers a request.
 
 Each statement returns one row: the JSON text, how many rows it holds, and the total if it was counted.
 """
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import orjson
 
-from embedded.answers import Refusal, bad_request, not_implemented
-from embedded.catalog import Column, Function, Relation, quote_identifier
-from embedded.filters import Arguments, Source
-from embedded.queries import Query
+from .answers import Refusal, bad_request, not_implemented
+from .catalog import Column, Function, Relation, quote_identifier
+from .filters import Arguments, Source
+from .queries import Query
 
 SOURCE = "pgrst_source"
 PAGE = "pgrst_page"

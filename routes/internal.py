@@ -1,4 +1,4 @@
-"""What does a scheduler call? The sweep, which finishes the requests that crashed instances left behind."""
+"""The sweep that a scheduler calls. The sweep, which finishes the requests that crashed instances left behind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import hmac
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from errors import InvalidKey, Misconfigured
+from common.errors import InvalidKey, Misconfigured
+from gateway.runtime.instance import Runtime
 from models import Swept, errors_of
-from replies import Reply
-from runtime import Runtime
-from security import Declared, presented_key, refuse_guesses
+from routes.dependencies import Declared, refuse_guesses
+from routes.http.responses import Reply
+from security import presented_key
 
 router = APIRouter(
     prefix="/internal",

@@ -1,4 +1,4 @@
-"""What may a user do with their API keys? Make, list, change, rotate, reveal and revoke them, and see who did what."""
+"""/user/api-keys. Make, list, change, rotate, reveal and revoke them, and see who did what."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db_security
-from errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
+from common.errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
+from common.money import credits_from_nanos, nanos_from_credits
+from gateway.runtime.instance import Runtime
 from models import errors_of
-from models_keys import (
+from routes.dependencies import Caller, Declared, may
+from routes.http.export import EXPORTED
+from routes.http.json_body import ExactRoute
+from routes.http.pagination import PathId
+from routes.http.responses import Reply, utc_now
+from routes.listings import AnyPart, Events, answer, own_audit
+from routes.schemas.keys import (
     AuditLogs,
     KeyChange,
     KeyChanged,
@@ -25,14 +33,7 @@ from models_keys import (
     KeyView,
     Rotation,
 )
-from money import credits_from_nanos, nanos_from_credits
-from replies import Reply, utc_now
-from routes.exact import ExactRoute
-from routes.exports import EXPORTED
-from routes.listings import AnyPart, Events, answer, own_audit
-from routes.pages import PathId
-from runtime import Runtime
-from security import DEFAULT_SCOPES, Caller, Declared, masked, may, new_key
+from security import DEFAULT_SCOPES, masked, new_key
 
 router = APIRouter(
     prefix="/user/api-keys",

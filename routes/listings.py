@@ -1,4 +1,4 @@
-"""Which lists are there, and how is a row of them shown? Usage records, credit transactions and the audit log; one's own or everybody's."""
+"""Usage records, transactions, audit log as lists. Usage records, credit transactions and the audit log; one's own or everybody's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastapi.responses import Response
 
 import db
 import db_security
+from common.errors import BadRequest
+from common.money import credits_from_nanos
 from db_security import AuditFilter
-from errors import BadRequest
+from gateway.runtime.instance import Runtime
 from models import AdminTransaction, AdminUsageRecord, Transaction, UsageRecord
-from models_keys import AuditLog, Moment
-from money import credits_from_nanos
-from replies import Reply
-from routes.exports import Listing, export
-from routes.pages import BY_ID, BY_MOMENT, NO_NUL, Cursor, QueryId
-from runtime import Runtime
+from routes.http.export import Listing, export
+from routes.http.pagination import BY_ID, BY_MOMENT, NO_NUL, Cursor, QueryId
+from routes.http.responses import Reply
+from routes.schemas.keys import AuditLog, Moment
 
 PAGE_ROWS = 100
 Form = Annotated[

@@ -1,4 +1,4 @@
-"""Which plans are there, and what does a user's plan allow? The public list, one's own plan, and its administration."""
+"""/plans, /user/plan. The public list, one's own plan, and its administration."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 import db
-from errors import BadRequest, Conflict, NotFound
+from common.errors import BadRequest, Conflict, NotFound
+from common.money import credits_from_nanos, nanos_from_credits
+from gateway.runtime.instance import Runtime
 from models import errors_of
-from models_accounts import Plan, PlanChange, PlanOrderNew
-from money import credits_from_nanos, nanos_from_credits
-from replies import Reply
-from routes.exact import ExactRoute
-from routes.pages import NO_NUL, PathId
-from routes.spending import forbid_test_key
-from runtime import Runtime
-from security import AdminOnly, Caller, Declared, may
+from routes.budgets import forbid_test_key
+from routes.dependencies import AdminOnly, Caller, Declared, may
+from routes.http.json_body import ExactRoute
+from routes.http.pagination import NO_NUL, PathId
+from routes.http.responses import Reply
+from routes.schemas.accounts import Plan, PlanChange, PlanOrderNew
 
 ERRORS: Any = errors_of(400, 401, 403, 404, 409, 503)
 router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=ERRORS)

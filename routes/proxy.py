@@ -1,4 +1,4 @@
-"""How do completions come in and go out? Plain ASGI endpoints: the framework's own cost as much as everything else together here.
+"""ASGI endpoints of the proxy. Plain ASGI endpoints: the framework's own cost as much as everything else together here.
 
 They read the body, start an exchange in a task of its own, and watch whether the client is still there.
 """
@@ -13,13 +13,15 @@ from fastapi import FastAPI, Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ending import Proxied
-from endpoints import ENDPOINTS, Endpoint
-from errors import BadRequest, GatewayError
-from metering import Exchange
-from replies import error_reply, on_bug
-from runtime import Runtime
-from security import printable_header, read_credential
+from common.errors import BadRequest, GatewayError
+from gateway.proxy.endpoints import ENDPOINTS, Endpoint
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.request import Proxied
+from gateway.runtime.instance import Runtime
+from routes.dependencies import read_credential
+from routes.http.error_handlers import on_bug
+from routes.http.error_shapes import error_reply
+from security import printable_header
 
 
 class ClientConnection:
@@ -91,7 +93,7 @@ class ProxyEndpoint:
         return Exchange(runtime, proxied, client)
 
     async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
-        running = exchange.runtime.start(exchange)
+        running = exchange.runtime.start(exchange.run(), f"request {exchange.request.request_id}")
         watching = asyncio.create_task(_watch(receive, exchange, running))
         try:
             await asyncio.shield(running)

@@ -1,4 +1,4 @@
-"""What may anybody ask? What this is, whether it is well, which models there are, and for an account."""
+"""/, /health, /models, /auth/register. What this is, whether it is well, which models there are, and for an account."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db
-from addresses import address_subject
-from catalog import upstream_json
-from errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
+from common.errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
+from common.money import credits_from_nanos, nanos_from_credits
+from gateway.pricing.catalog import upstream_json
+from gateway.runtime.instance import Runtime
+from gateway.runtime.service import Service
 from models import Health, Registered, Registration, errors_of
-from money import credits_from_nanos, nanos_from_credits
-from replies import Reply, utc_now
-from routes.exact import ExactRoute
-from routes.refusals import raise_taken
-from runtime import Runtime, Service
-from security import DEFAULT_SCOPES, MaybeAdmin, address_of, new_key, printable_header, shown_environment
+from routes.dependencies import MaybeAdmin, shown_environment
+from routes.http.client_address import address_of
+from routes.http.json_body import ExactRoute
+from routes.http.outcomes import raise_taken
+from routes.http.responses import Reply, utc_now
+from security import DEFAULT_SCOPES, address_subject, new_key, printable_header
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 

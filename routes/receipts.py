@@ -1,4 +1,4 @@
-"""What did a request hold, cost and leave behind, and what would one? Receipts out of the journal, and quotes before anything is sent."""
+"""Receipts and quotes. Receipts out of the journal, and quotes before anything is sent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path, Request
 from fastapi.responses import Response
 
-import db_spending
-import quotes
-from bounds import BoundPolicy
-from endpoints import endpoint_of
-from errors import NotFound
+import db
+from common.errors import NotFound
+from common.money import credits_from_nanos
+from gateway.pricing.upper_bound import BoundPolicy
+from gateway.proxy import quotes
+from gateway.proxy.endpoints import endpoint_of
+from gateway.proxy.request import end_user_of
+from gateway.runtime.instance import Runtime
 from models import errors_of
-from models_spending import (
+from routes.dependencies import Caller, Declared, may
+from routes.http.json_body import ExactRoute
+from routes.http.responses import Reply
+from routes.schemas.spending import (
     Quote,
     QuoteOrder,
     Receipt,
@@ -26,12 +32,6 @@ from models_spending import (
     ReceiptTimings,
     ReceiptTokens,
 )
-from money import credits_from_nanos
-from outgoing import end_user_of
-from replies import Reply
-from routes.exact import ExactRoute
-from runtime import Runtime
-from security import Caller, Declared, may
 
 router = APIRouter(
     tags=["spending"],
@@ -58,7 +58,7 @@ async def read_receipt(
     caller: Annotated[Caller, may("read", "usage")],
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    row = await db_spending.read_receipt(runtime.client, caller.user_id, str(request_id))
+    row = await db.read_receipt(runtime.client, caller.user_id, str(request_id))
     if row is None:
         raise NotFound("You have no request with this id.", param="request_id")
     return Reply(_receipt(row))
@@ -85,7 +85,7 @@ async def quote(
         "key_id": caller.key_id,
         "end_user": end_user_of(endpoint, order.body, x_end_user),
     }
-    found = {"free": caller.environment == "test", **await db_spending.quote_request(runtime.client, asked)}
+    found = {"free": caller.environment == "test", **await db.quote_request(runtime.client, asked)}
     return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
 
 

@@ -1,4 +1,4 @@
-"""How is usage asked for and shown? Ranges, time zones, buckets, groups, and the same rows as JSON or CSV."""
+"""Usage by time and group. Ranges, time zones, buckets, groups, and the same rows as JSON or CSV."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastapi.responses import Response
 from pydantic import AfterValidator
 
 import db
-from errors import BadRequest
-from money import credits_from_nanos
-from replies import Reply, utc_now
-from routes.exports import csv_answer
-from runtime import Runtime
+from common.errors import BadRequest
+from common.money import credits_from_nanos
+from gateway.runtime.instance import Runtime
+from routes.http.export import csv_answer
+from routes.http.responses import Reply, utc_now
 
 MAX_ROWS = 10_000
 MAX_DAYS = 3660

@@ -1,4 +1,4 @@
-"""What would OpenRouter answer, without spending anything? A simulator of its API as an ASGI app.
+"""The package's face. A simulator of its API as an ASGI app.
 
 In process: `SandboxTransport(create_app())` for an httpx2 client. As a server: `python -m sandbox`.
 """

@@ -1,4 +1,4 @@
-"""How is the simulator started on its own? `python -m sandbox [--host 127.0.0.1] [--port 8787]`."""
+"""`python -m sandbox`. `python -m sandbox [--host 127.0.0.1] [--port 8787]`."""
 
 import argparse
 import socket

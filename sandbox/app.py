@@ -1,4 +1,4 @@
-"""Which request gets which answer? The simulator as one raw ASGI app: routes, keys, limits and what tests may look at.
+"""The simulator as one ASGI app. The simulator as one raw ASGI app: routes, keys, limits and what tests may look at.
 
 Paths are OpenRouter's, with or without the prefix `/api/v1` (or `/v1`); those under `/sandbox` are the simulator's own.
 """
@@ -13,25 +13,25 @@ from decimal import Decimal, InvalidOperation
 
 import orjson
 
-from .catalog import list_models, render_endpoints, render_model
 from .delivery import deliver
-from .dialect import TOO_LATE, Dialect
-from .embeddings import answer_embeddings
+from .endpoints.chat_stream import answer_chat, answer_text
+from .endpoints.dialect import TOO_LATE, Dialect
+from .endpoints.embeddings import answer_embeddings
+from .endpoints.images import answer_images
+from .endpoints.messages import answer_message
+from .endpoints.rerank import answer_rerank
+from .endpoints.responses import answer_response
+from .endpoints.speech import answer_speech
+from .endpoints.transcriptions import answer_transcription, read_upload
 from .failures import Failure, Refusal, anthropic_body, refusal
 from .generation import render
-from .images import answer_images
-from .listing import Model
-from .messages import answer_message
-from .models import BY_ID
+from .models.entry import Model
+from .models.list_answers import list_models, render_endpoints, render_model
+from .models.text_models import BY_ID
 from .multipart import read_form
 from .planning import Ask, Body, Limits, Plan, failed_id
-from .rerank import answer_rerank
-from .responses import answer_response
 from .scenarios import parse_scenarios
-from .speech import answer_speech
 from .state import Call, State
-from .streaming import answer_chat, answer_text
-from .transcriptions import answer_transcription, read_upload
 from .wire import BodyTooLarge, ClientGone, Connection, Receive, Scope, Send, dumps, plain
 
 SCENARIO_HEADER = "x-sandbox-scenario"

@@ -1,4 +1,4 @@
-"""What has the simulated operator been charged, exactly, and for what?"""
+"""What the simulated operator was charged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
-from .pricing import ZERO
+from .models.pricing import ZERO
 from .wire import plain
 
 MAX_CHARGES = 10_000

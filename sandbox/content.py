@@ -1,4 +1,4 @@
-"""What does the simulated model say? Text, JSON, tool arguments and reasoning, derived from nothing but the request."""
+"""What the simulated model says. Text, JSON, tool arguments and reasoning, derived from nothing but the request."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How does a planned answer reach the client? Pacing, silence, cuts, odd bodies, and the bill at every ending."""
+"""Pacing, silence, cuts, and the bill. Pacing, silence, cuts, odd bodies, and the bill at every ending."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
 
-from .dialect import EVENT_STREAM, STREAM_ERRORS, Dialect, Frame, pad
+from .endpoints.dialect import EVENT_STREAM, STREAM_ERRORS, Dialect, Frame, pad
 from .planning import Plan
 from .state import Call, State
 from .wire import Connection, dumps

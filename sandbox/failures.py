@@ -1,4 +1,4 @@
-"""How does OpenRouter refuse? One entry per status and shape, each with the operator's `user_id`, which must not leak.
+"""OpenRouter's refusals, by status and shape. One entry per status and shape, each with the operator's `user_id`, which must not leak.
 
 Shapes: https://openrouter.ai/docs/api-reference/errors, and captures of what the documentation does not show.
 """

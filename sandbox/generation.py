@@ -1,4 +1,4 @@
-"""What did a generation cost? Its id says it, so that any instance can answer, also after the one that made it died.
+"""Generation ids that carry their cost. Its id says it, so that any instance can answer, also after the one that made it died.
 
 `gen-<unix seconds>-<payload>`, or `gen-tts-...` where OpenRouter names the kind. The payload is base62 of a version byte,
 the numbers below as LEB128 varints, and a CRC-16 that makes a random id unreadable. The cost is written in
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 
-from .models import MODELS
-from .pricing import Tokens
+from .models.pricing import Tokens
+from .models.text_models import MODELS
 
 API_TYPES = ("completions", "embeddings", "rerank", "tts", "stt", "image")
 FINISHES = ("stop", "length", "tool_calls", "content_filter", "error")

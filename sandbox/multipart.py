@@ -1,4 +1,4 @@
-"""Which fields and files does a `multipart/form-data` body hold? As much of RFC 7578 as clients send."""
+"""Multipart forms. As much of RFC 7578 as clients send."""
 
 from __future__ import annotations
 

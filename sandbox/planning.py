@@ -1,4 +1,4 @@
-"""What will be answered to this request, how many tokens is it, and what does it cost? Decided before the first byte.
+"""Decides an answer, its tokens and cost before the first byte. Decided before the first byte.
 
 A plan is complete: its generation id already says what the whole answer costs.
 """
@@ -14,10 +14,10 @@ from decimal import Decimal
 from .content import REASONING_TOKENS, Brief, Choice, compose
 from .failures import FAILURES, Refusal, refusal
 from .generation import FEMTO, Generation, encode
-from .listing import Model
-from .market import Market
-from .models import BY_ID, STOPS_BILLING_ON_ABORT
-from .pricing import ZERO, Tokens
+from .models.entry import Model
+from .models.market import Market
+from .models.pricing import ZERO, Tokens
+from .models.text_models import BY_ID, STOPS_BILLING_ON_ABORT
 from .routing import Route, after_fallback, candidates, find_route
 from .scenarios import Behaviour, behave, split_model
 from .tokens import TOKENS_PER_SEARCH, Prompt, count_prompt

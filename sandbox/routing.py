@@ -1,4 +1,4 @@
-"""Which model and provider answer, and at what price? Variants, provider preferences, `max_price`, capabilities."""
+"""Which model and provider answer, at what price. Variants, provider preferences, `max_price`, capabilities."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from .failures import Refusal, max_price_excludes, refusal, unavailable
-from .listing import THINKING, Endpoint, Model
-from .market import Market
-from .models import BY_ID, CHEAPEST
-from .pricing import Prices
+from .models.entry import THINKING, Endpoint, Model
+from .models.market import Market
+from .models.pricing import Prices
+from .models.text_models import BY_ID, CHEAPEST
 from .scenarios import Behaviour, split_model
 
 VARIANTS = ("nitro", "floor", "online", "exacto")

@@ -1,4 +1,4 @@
-"""Which ways to answer can be asked for, and what does each change? The one source for code, tests and documentation.
+"""The failures that can be asked for. The one source for code, tests and documentation.
 
 A scenario is named in the header `x-sandbox-scenario` or as a suffix of the model (`openai/gpt-4o-mini:error-429`), and
 may carry parameters: `slow;ms=50`. Several, separated by commas, are combined.

@@ -1,4 +1,4 @@
-"""What value conforms to this JSON schema? One deterministic sample, for tool arguments and structured outputs.
+"""One sample that conforms to a JSON schema. One deterministic sample, for tool arguments and structured outputs.
 
 Covers what models are asked for in practice: types, enums, constants, nested objects and arrays, bounds, formats, local
 references and combinators. A `pattern` is not solved.

@@ -1,4 +1,4 @@
-"""What has this instance seen? Generations, calls and the bill, in bounded memory; no id needs it to be priced."""
+"""Calls and generations, in bounded memory. Generations, calls and the bill, in bounded memory; no id needs it to be priced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import orjson
 
 from .bill import Bill, Charge
 from .generation import FOREVER, Generation, decode
-from .market import Market
+from .models.market import Market
 from .wire import Connection
 
 MAX_GENERATIONS = 10_000

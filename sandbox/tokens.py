@@ -1,4 +1,4 @@
-"""How many tokens is it? A deterministic, plausible tokenizer that never counts more tokens than UTF-8 bytes.
+"""A deterministic tokenizer. A deterministic, plausible tokenizer that never counts more tokens than UTF-8 bytes.
 
 Beside the text, a message adds at most 4 tokens and the reply's priming 3 (OpenAI's counting recipe); an image
 adds 85 to 1105 (OpenAI's vision guide).

@@ -1,4 +1,4 @@
-"""How does an httpx2 client talk to an ASGI app in its own process, and still stream, abort and time out for real?
+"""Httpx2 to an ASGI app in process.
 
 httpx2's own ASGITransport buffers the whole answer. Here the app runs in a task and its body passes through a short,
 bounded channel: the client reads pieces as they are made, the app waits for a slow reader, and a client that

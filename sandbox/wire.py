@@ -1,4 +1,4 @@
-"""How do bytes leave and enter the simulator? JSON with exact decimals, and one HTTP exchange over raw ASGI.
+"""JSON with exact decimals; one HTTP exchange. JSON with exact decimals, and one HTTP exchange over raw ASGI.
 
 Amounts never pass through a float: a `Decimal` is written as a plain JSON number, a `Raw` exactly as given.
 """

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bounds import Bound, BoundPolicy, bound_request
-from catalog import ModelIndex, read_models
-from errors import GatewayError
+from common.errors import GatewayError
+from gateway.pricing.catalog import ModelIndex, read_models
+from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
 
 CHAT = "chat/completions"
 POLICY = BoundPolicy(default_max_output_tokens=4096, free_models=False)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answers import (
+from common.errors import BadRequest
+from gateway.billing.stored_answers import (
     CHARGE_MARK,
     MAX_ANSWER_BYTES,
     Place,
@@ -21,10 +22,9 @@ from answers import (
     idempotency_place,
     open_answer,
 )
-from dialects import usage_event
-from errors import BadRequest
-from events import with_field
-from relay import Stream
+from gateway.proxy.dialects.chat import usage_event
+from gateway.proxy.sse import with_field
+from gateway.proxy.stream import Stream
 from security import Vault
 
 ONE, TWO = (base64.urlsafe_b64encode(bytes([n]) * 32).decode().rstrip("=") for n in (1, 2))

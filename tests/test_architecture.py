@@ -12,139 +12,90 @@ from config import Settings
 
 ROOT = Path(__file__).parent.parent
 
-# Each module, and the modules of ours that it may import at run time.
-LEAVES = {"errors", "money", "config", "models", "ids"}
-LAYERS: dict[str, set[str]] = {
-    **{name: set() for name in ("errors", "money", "ids")},
-    "config": {"sentences"},
-    "models": set(),
-    "models_keys": {"models"},
-    "models_accounts": {"models", "models_keys"},
-    "models_spending": {"models"},
-    "models_openrouter": {"models"},
-    "destinations": set(),
-    "models_notifications": {"destinations", "models"},
-    "logs": set(),
-    "first_start": set(),
-    "usage": {"money"},
-    "events": {"usage"},
-    "dialects": {"errors", "events", "usage"},
-    "dialects_named": {"dialects", "errors", "events", "usage"},
-    "betas": set(),
-    "relay": {"dialects", "errors", "events"},
-    "endpoints": {"dialects", "dialects_named"},
-    "forms": {"errors"},
-    "recordings": set(),
-    "outgoing": {"endpoints", "errors", "forms", "recordings"},
-    "prices": {"money"},
-    "catalog": {"errors", "money", "prices"},
-    "asks": {"errors", "money", "catalog"},
-    "bodies_content": {"errors", "asks"},
-    "bodies_tools": {"errors", "money", "asks"},
-    "bodies_media": {"errors", "asks", "bodies_content"},
-    "bodies_messages": {"errors", "asks", "bodies_content"},
-    "bodies_responses": {"errors", "asks", "bodies_content"},
-    "bodies": {
-        "errors", "catalog", "asks", "bodies_content", "bodies_media", "bodies_messages", "bodies_responses", "bodies_tools",
-    },
-    "reach": {"errors", "money", "prices", "catalog", "asks"},
-    "bounds": {"errors", "money", "prices", "catalog", "asks", "bodies", "reach"},
-    "supabase_config": {"errors", "config", "embedded"},
-    "db": {"supabase_config"},
-    "db_security": {"supabase_config"},
-    "db_spending": {"supabase_config"},
-    "endpoint_lists": {"errors"},
-    "batching": {"errors"},
-    "addresses": {"config"},
-    "security": {"addresses", "errors", "config"},
-    "strangers": {"addresses"},
-    "upstream_errors": {"errors", "logs"},
-    "openrouter": {"errors", "config", "upstream_errors", "usage", "sandbox"},
-    "answers": {"errors", "security"},
-    "refusals": {"errors", "money"},
-    "admission": {"errors", "ids", "money", "answers", "batching", "bounds", "refusals", "security", "strangers"},
-    "settlements": {"errors", "batching", "openrouter", "usage"},
-    "sentences": set(),
-    "replies": {"endpoints", "errors", "money", "sentences"},
-    "ending": {"dialects", "endpoints", "errors", "security", "usage"},
-    "answering": {"dialects", "ending", "errors", "events", "upstream_errors", "usage"},
-    "delivery": {"answers", "ending", "events"},
-    "keeping": {"errors", "admission", "answers", "betas", "ending", "outgoing", "refusals", "replies", "security"},
-    "repricing": {"errors", "money", "admission", "bounds", "catalog"},
-    "metering": {
-        "errors", "money", "admission", "answering", "answers", "betas", "bounds", "catalog", "delivery", "ending", "events", "keeping",
-        "openrouter", "outgoing", "upstream_errors",
-        "refusals", "relay", "replies", "repricing", "security", "settlements", "usage",
-    },
-    "webhooks": {"destinations", "money"},
-    "reconciliation": {"errors", "money", "db_spending", "openrouter", "settlements", "supabase_config"},
-    "quotes": {"endpoints", "errors", "money", "bounds", "catalog", "outgoing", "refusals"},
-    "runtime": {
-        "errors", "config", "db", "db_security", "db_spending", "supabase_config", "admission", "batching", "catalog", "endpoint_lists",
-        "first_start", "metering", "openrouter", "refusals", "security", "settlements", "webhooks",
-    },
-    "middleware": {"errors", "ids", "refusals", "replies"},
-    "welcome": {"runtime"},
-    "heads": set(),
-    "serving": {"heads", "runtime"},
-    "endpoint_docs": {"models"},
-    "documentation": {"endpoint_docs", "models"},
-    "migrate": {"config", "embedded", "errors", "supabase_config"},
-    "routes": {
-        "addresses", "bounds", "catalog", "db", "db_security", "db_spending", "ending", "endpoints", "errors", "metering", "models",
-        "models_accounts", "models_keys", "models_notifications", "models_openrouter", "models_spending", "money", "outgoing",
-        "quotes", "reconciliation", "replies", "runtime", "security", "sentences", "usage", "webhooks",
-    },
-    "app": {"config", "documentation", "logs", "middleware", "replies", "routes", "runtime", "serving", "welcome"},
-    "embedded": set(),
-    "sandbox": set(),
-}  # fmt: skip
-OWNERS = {"openai": {"openrouter.py"}, "supabase": {"supabase_config.py"}, "asyncpg": {"embedded"}}
+# Left may import right, never the other way round; what stands side by side knows nothing of each other.
+LAYERS: list[tuple[str, ...]] = [
+    ("app",),
+    ("routes",),
+    ("gateway.proxy",),
+    ("gateway.runtime",),
+    ("gateway.billing",),
+    ("gateway.pricing", "gateway.upstream", "gateway.webhooks"),
+    ("db_security",),
+    ("db",),
+    ("db_rows",),
+    ("supabase_config", "security"),
+    ("config",),
+    ("common",),
+]
+# What imports nothing of ours; anybody may import it.
+GROUND = ("models", "embedded", "sandbox")
+OWNERS = {"openai": {"gateway/upstream"}, "supabase": {"supabase_config.py"}, "asyncpg": {"embedded"}}
 
 
 def sources() -> list[Path]:
     own = list(ROOT.glob("*.py"))
-    return sorted([*own, *(path for package in ("routes", "embedded", "sandbox") for path in (ROOT / package).rglob("*.py"))])
+    folders = ("common", "gateway", "routes", "embedded", "sandbox")
+    return sorted([*own, *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))])
 
 
-def module_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sources()}
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, but for what it only imports for annotations."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
+    """Modules that a file imports, anywhere in it: ours by their full names, others by their first."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names |= {full if (full := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return {name if name in MODULES else name.split(".")[0] for name in names} - {name_of(path)}
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    module = module_of(path)
-    ours = imported(path) & LAYERS.keys() - {module}
-    assert ours <= LAYERS[module], f"{module} may not import {sorted(ours - LAYERS[module])}"
+def layer_of(module: str) -> tuple[int, str] | None:
+    for height, names in enumerate(LAYERS):
+        for name in names:
+            if module == name or module.startswith(f"{name}."):
+                return height, name
+    return None
 
 
-def test_the_layers_have_no_cycle() -> None:
-    left = dict(LAYERS)
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    ours = {name for name in imported(MODULES[module]) if name in MODULES}
+    if module.split(".")[0] in GROUND:
+        assert not {name for name in ours if name.split(".")[0] != module.split(".")[0]}
+        return
+    own = layer_of(module)
+    assert own is not None or not ours, f"{module} has no place in the house"
+    for name in ours:
+        other = layer_of(name)
+        assert other is None or other == own or (own is not None and other[0] > own[0]), f"{module} may not import {name}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    left = {module: {name for name in imported(path) if name in MODULES} for module, path in MODULES.items()}
     while left:
         free = {name for name, needs in left.items() if not needs & left.keys()}
         assert free, f"these import each other: {sorted(left)}"
         left = {name: needs for name, needs in left.items() if name not in free}
 
 
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return "/".join(parts[:2]) if parts[0] == "gateway" else parts[0]
+
+
 @pytest.mark.parametrize(("package", "owners"), OWNERS.items())
 def test_a_foreign_package_has_one_owner(package: str, owners: set[str]) -> None:
-    users = {path.relative_to(ROOT).parts[0] for path in sources() if package in imported(path)}
-    assert users == owners
+    assert {room_of(path) for path in sources() if package in imported(path)} == owners
 
 
 def test_only_config_reads_the_environment() -> None:

@@ -14,7 +14,7 @@ import pytest_asyncio
 from rig import ADMIN_KEY, Gateway, Upstream
 from test_every_endpoint import PUBLIC, TABLE, Endpoint, World, make_world
 
-from sentences import PATTERNS
+from common.validation_messages import PATTERNS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import batching
-from batching import Queue
-from errors import DatabaseUnavailable
+from common.errors import DatabaseUnavailable
+from gateway.billing import group_commit as batching
+from gateway.billing.group_commit import Queue
 from supabase_config import DatabaseFault
 
 Item = dict[str, Any]

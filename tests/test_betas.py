@@ -9,7 +9,7 @@ import pytest
 from rig import Gateway, live
 from scripted import TEXT, Reply, running_script
 
-from betas import beta_headers
+from gateway.proxy.beta_headers import beta_headers
 
 THINKING, TOOLS = "interleaved-thinking-2025-05-14", "fine-grained-tool-streaming-2025-05-14"
 ANSWER = {

@@ -26,10 +26,10 @@ from bounds_rig import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bounds import BoundPolicy, bound_request
-from catalog import read_models
-from errors import BadRequest, Forbidden, ModelNotFound, UnboundedCost
-from reach import IMAGE_TOKENS
+from common.errors import BadRequest, Forbidden, ModelNotFound, UnboundedCost
+from gateway.pricing.candidates import IMAGE_TOKENS
+from gateway.pricing.catalog import read_models
+from gateway.pricing.upper_bound import BoundPolicy, bound_request
 
 # Prompt
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from bounds_rig import INDEX, PDF_PARSER, POLICY, amounts, bound, chat, output_of, refusal
 
-from bounds import bound_request
-from errors import BadRequest, ModelNotFound, UnboundedCost
-from reach import IMAGE_TOKENS
+from common.errors import BadRequest, ModelNotFound, UnboundedCost
+from gateway.pricing.candidates import IMAGE_TOKENS
+from gateway.pricing.upper_bound import bound_request
 
 RESPONSES, MESSAGES = "responses", "messages"
 PNG = "data:image/png;base64,"

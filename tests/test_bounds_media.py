@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from bounds_rig import INDEX, amounts, bound, entry, output_of, refusal
 
-from bounds import BoundPolicy, bound_request
-from catalog import read_models
-from errors import BadRequest, Forbidden, UnboundedCost
-from reach import IMAGE_TOKENS
+from common.errors import BadRequest, Forbidden, UnboundedCost
+from gateway.pricing.candidates import IMAGE_TOKENS
+from gateway.pricing.catalog import read_models
+from gateway.pricing.upper_bound import BoundPolicy, bound_request
 
 RERANK, IMAGES, SPEECH, TRANSCRIPTIONS = "rerank", "images", "audio/speech", "audio/transcriptions"
 FREE = BoundPolicy(4096, free_models=True)

@@ -15,11 +15,11 @@ from bounds_rig import CHAT, INDEX, POLICY, chat
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from bounds import Bound, BoundPolicy, bound_request
-from catalog import read_models
-from endpoints import ENDPOINTS, endpoint_of
-from errors import GatewayError
-from outgoing import read_request
+from common.errors import GatewayError
+from gateway.pricing.catalog import read_models
+from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
+from gateway.proxy.endpoints import ENDPOINTS, endpoint_of
+from gateway.proxy.request import read_request
 from sandbox import SandboxTransport, create_app
 
 BASES: Mapping[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ import orjson
 import pytest
 from bounds_rig import CHAT, INDEX, POLICY, amounts, bound, chat, entry, image, refusal, with_parts
 
-from bodies_tools import MAX_TOOL_STEPS
-from bounds import BoundPolicy, bound_request
-from catalog import read_models
-from errors import BadRequest, UnboundedCost
+from common.errors import BadRequest, UnboundedCost
+from gateway.pricing.catalog import read_models
+from gateway.pricing.readers.tools import MAX_TOOL_STEPS
+from gateway.pricing.upper_bound import BoundPolicy, bound_request
 
 CONTEXT = 100_000 * 1_000  # of plain/model, in nano-dollars
 SEARCH = 20_000_000

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog import RETRY_SECONDS, Catalog, ModelIndex, parse_model, read_models
-from errors import UpstreamTimeout, UpstreamUnavailable
+from common.errors import UpstreamTimeout, UpstreamUnavailable
+from gateway.pricing.catalog import RETRY_SECONDS, Catalog, ModelIndex, parse_model, read_models
 
 PRICING = {"prompt": "0.000001", "completion": "0.000002"}
 

@@ -12,14 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answering import read_answer
-from dialects import CHAT, STATUSES, Dialect, Said
-from dialects_named import FOR_OPENROUTER, MESSAGES, RESPONSES, read_message_usage
-from ending import Ending
-from errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
-from events import with_charge
-from relay import Stream
-from upstream_errors import sanitised_error
+from common.errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
+from gateway.proxy.dialects.base import Said
+from gateway.proxy.dialects.chat import CHAT, Dialect
+from gateway.proxy.dialects.messages import MESSAGES, read_message_usage
+from gateway.proxy.dialects.openrouter import FOR_OPENROUTER, STATUSES
+from gateway.proxy.dialects.responses import RESPONSES
+from gateway.proxy.forwarding import read_answer
+from gateway.proxy.outcome import Ending
+from gateway.proxy.sse import with_charge
+from gateway.proxy.stream import Stream
+from gateway.upstream.errors import sanitised_error
 
 CHARGE = b'{"cost":0.5}'
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from rig import ADMIN_KEY, ROOT, Gateway
 
-from endpoints import ENDPOINTS
+from gateway.proxy.endpoints import ENDPOINTS
 
 PUBLIC = {
     ("get", "/"),

@@ -23,9 +23,10 @@ from test_webhooks import (  # noqa: F401  # fixtures
     verified,
 )
 
-import db_spending
+import db
+from gateway.webhooks.deliveries import BATCH, Deliveries
+from gateway.webhooks.sender import Sender
 from security import new_key
-from webhooks import BATCH, Deliveries, Sender
 
 # Each request to this model costs half a credit.
 CHAT = {"model": "sandbox/fixed-price", "messages": [{"role": "user", "content": "Hi"}]}
@@ -220,8 +221,8 @@ async def test_a_level_that_is_reached_is_told_once_and_delivered_by_the_sweep(
 ) -> None:
     runtime = user.gateway.app.state.runtime.runtime
     runtime.deliveries = Deliveries(
-        lambda only: db_spending.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
-        lambda order: db_spending.finish_delivery(runtime.client, order),
+        lambda only: db.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
+        lambda order: db.finish_delivery(runtime.client, order),
         decrypt=runtime.vault.decrypt,
         open_sender=trusting,
     )

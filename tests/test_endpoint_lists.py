@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from endpoint_lists import FETCHES_AT_ONCE, MAX_BYTES, MOST_LISTS, RETRY_SECONDS, EndpointLists
-from errors import UpstreamUnavailable
+from common.errors import UpstreamUnavailable
+from gateway.upstream.provider_endpoints import FETCHES_AT_ONCE, MAX_BYTES, MOST_LISTS, RETRY_SECONDS, EndpointLists
 
 LIST = b'{"data": {"endpoints": []}}'
 

@@ -16,7 +16,7 @@ from rig import Gateway, User, eventually, fresh_database, live, running_gateway
 from scripted import EMBEDDER, GENERATION, MODELS, PAINTER, RANKER, SPEAKER, TEXT, WRITER, Reply, Scripted, running_script
 
 from embedded.postgres import EmbeddedPostgres
-from endpoints import ENDPOINTS
+from gateway.proxy.endpoints import ENDPOINTS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,8 +15,8 @@ import pytest_asyncio
 from rig import ADMIN_KEY, Gateway, Upstream, User
 from test_reconciliation import make_unknown
 
-from endpoints import ENDPOINTS
-from models_keys import Resource
+from gateway.proxy.endpoints import ENDPOINTS
+from routes.schemas.keys import Resource
 from security import new_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from rig import ADMIN_KEY, Database, DatabaseLink, Gateway, User, database_link
 
-from routes.exports import PAGE, cell, csv_lines
+from routes.http.export import PAGE, cell, csv_lines
 
 Start = Callable[..., Awaitable[Gateway]]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}

@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 from rig import listening
 
-from heads import MAX_HEAD_BYTES, BoundedHeads
+from gateway.runtime.bounded_headers import MAX_HEAD_BYTES, BoundedHeads
 
 BEGINNING = b"POST / HTTP/1.1\r\nhost: x\r\n"
 

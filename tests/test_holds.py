@@ -11,24 +11,17 @@ import pytest
 from rig import SECRET, Gateway, Upstream, User, live, served
 
 import db
-import db_spending
-from admission import Hold, Order, StoredReply
-from answers import CHARGE_MARK, Place, Recording, StoredAnswer, cache_place, idempotency_place
-from bounds import Bound
-from errors import (
-    AnswerNotKept,
-    EndUserBudgetExceeded,
-    GatewayError,
-    IdempotencyConflict,
-    IdempotencyRunning,
-    InsufficientCredits,
-)
-from ids import new_request_id
-from prices import Rates
-from runtime import Runtime
+from common.errors import AnswerNotKept, EndUserBudgetExceeded, GatewayError, IdempotencyConflict, IdempotencyRunning, InsufficientCredits
+from common.request_ids import new_request_id
+from gateway.billing.admission import Order
+from gateway.billing.hold import Hold, StoredReply
+from gateway.billing.settlement import settlement
+from gateway.billing.stored_answers import CHARGE_MARK, Place, Recording, StoredAnswer, cache_place, idempotency_place
+from gateway.pricing.prices import Rates
+from gateway.pricing.upper_bound import Bound
+from gateway.runtime.instance import Runtime
+from gateway.upstream.usage import Usage
 from security import Credential
-from settlements import settlement
-from usage import Usage
 
 BODY = {"model": "m", "messages": []}
 
@@ -147,7 +140,7 @@ async def test_a_cached_answer_costs_nothing_and_has_a_record_of_its_own(caller:
     hit = await caller.reply(cache=caller.cache())
     assert (hit.source, hit.original_request_id, hit.tokens, hit.age_seconds) == ("cache", first.request_id, 0, 0)
     assert hit.charge == {"cost_nanos": 0, "balance_nanos": settled["balance_nanos"]}
-    receipt = await db_spending.read_receipt(caller.runtime.client, caller.user.id, hit.request_id)
+    receipt = await db.read_receipt(caller.runtime.client, caller.user.id, hit.request_id)
     assert receipt is not None and (receipt["cache_hit"], receipt["status"], receipt["cost_nanos"]) == (True, "completed", 0)
     cleared = await caller.hold(cache=caller.cache(clear=True))
     assert cleared.cache == first.cache
@@ -221,11 +214,11 @@ async def test_a_receipt_has_what_the_hold_was_made_of(caller: Caller) -> None:
     basis = {"fixed_nanos": "1000", "output_nanos": "10", "max_price": {"prompt": 1.5}}
     hold = await caller.hold(price_basis=basis, end_user="ann")
     settled = await caller.settle(hold)
-    receipt = await db_spending.read_receipt(caller.runtime.client, caller.user.id, hold.request_id)
+    receipt = await db.read_receipt(caller.runtime.client, caller.user.id, hold.request_id)
     assert receipt is not None
     assert (receipt["price_basis"], receipt["end_user"], receipt["refunds"]) == (basis, "ann", [])
     assert receipt["balance_after_nanos"] == settled["balance_nanos"]
-    assert await db_spending.read_receipt(caller.runtime.client, caller.user.id + 1, hold.request_id) is None
+    assert await db.read_receipt(caller.runtime.client, caller.user.id + 1, hold.request_id) is None
 
 
 async def test_under_their_own_key_a_user_without_credits_is_served(gateway: Gateway) -> None:

@@ -28,8 +28,8 @@ from rig import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_databas
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import SCENARIOS
-from sandbox.catalog import list_models
 from sandbox.failures import KEY_HASH, USER_ID
+from sandbox.models.list_answers import list_models
 from sandbox.wire import dumps
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -38,8 +38,8 @@ from scripted import TEXT, Reply, running_script
 from test_processes import age_holds, workers_of
 from test_receipts import scoped
 
-from answers import MAX_ANSWER_BYTES
-from endpoints import ENDPOINTS
+from gateway.billing.stored_answers import MAX_ANSWER_BYTES
+from gateway.proxy.endpoints import ENDPOINTS
 from sandbox.wire import dumps
 from security import new_key
 

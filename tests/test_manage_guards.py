@@ -15,7 +15,7 @@ from openai import RateLimitError
 from openai._constants import MAX_RETRY_AFTER_DELAY
 from rig import ADMIN_KEY, Database, DatabaseLink, Gateway, User, database_link
 
-from middleware import MAX_ORDER_BYTES
+from routes.http.middleware import MAX_ORDER_BYTES
 from security import new_key
 
 Start = Callable[..., Awaitable[Gateway]]

@@ -36,7 +36,7 @@ from rig import (
 )
 from test_processes import age_holds, workers_of
 
-from endpoints import ENDPOINTS
+from gateway.proxy.endpoints import ENDPOINTS
 from sandbox.state import Call
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from money import MAX_NANOS, credits_from_nanos, plain, plain_credits
+from common.money import MAX_NANOS, credits_from_nanos, plain, plain_credits
 
 
 @given(st.integers(0, MAX_NANOS))

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endpoints import ENDPOINTS, NOT_OFFERED, Endpoint, is_anthropic, refusal_of
-from errors import BadRequest
-from forms import MAX_FIELD_BYTES, MAX_PARTS, read_form
-from outgoing import Request, read_request, write_request
+from common.errors import BadRequest
+from gateway.proxy.endpoints import ENDPOINTS, Endpoint, is_anthropic
+from gateway.proxy.multipart import MAX_FIELD_BYTES, MAX_PARTS, read_form
+from gateway.proxy.not_offered import NOT_OFFERED, refusal_of
+from gateway.proxy.request import Request, read_request, write_request
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 TRANSCRIPTIONS = BY_NAME["audio/transcriptions"]

@@ -13,9 +13,9 @@ import pytest
 from rig import Gateway, User, eventually, live
 from scripted import GENERATION, MODELS, TEXT, Reply, Scripted, running_script
 
-from bounds import BoundPolicy, bound_request
-from catalog import Catalog, read_models
-from errors import UpstreamUnavailable
+from common.errors import UpstreamUnavailable
+from gateway.pricing.catalog import Catalog, read_models
+from gateway.pricing.upper_bound import BoundPolicy, bound_request
 from sandbox.wire import dumps
 
 Start = Callable[..., Awaitable[Gateway]]

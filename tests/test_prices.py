@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prices import ZERO, Price, caps_of, dearest, markups, max_price, parse_price, search_nanos
+from gateway.pricing.prices import ZERO, Price, caps_of, dearest, markups, max_price, parse_price, search_nanos
 
 BASE = {"prompt": "0.0000025", "completion": "0.00001"}
 

@@ -14,12 +14,12 @@ from bounds_rig import INDEX, POLICY, entry
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bounds import Bound, bound_request
-from catalog import read_models
-from endpoints import endpoint_of
-from errors import UnboundedCost
-from outgoing import read_request
-from recordings import seconds_of_audio, seconds_of_file
+from common.errors import UnboundedCost
+from gateway.pricing.catalog import read_models
+from gateway.pricing.upper_bound import Bound, bound_request
+from gateway.proxy.audio_duration import seconds_of_audio, seconds_of_file
+from gateway.proxy.endpoints import endpoint_of
+from gateway.proxy.request import read_request
 
 WAV, MP3 = "audio/wav", "audio/mpeg"
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dialects import CHAT, usage_event
-from events import with_field
-from relay import MAX_EVENT_BYTES, EventTooLarge, Stream
+from gateway.proxy.dialects.chat import CHAT, usage_event
+from gateway.proxy.sse import with_field
+from gateway.proxy.stream import MAX_EVENT_BYTES, EventTooLarge, Stream
 
 
 def shown(error: Mapping[str, Any]) -> dict[str, Any]:

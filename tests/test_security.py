@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from addresses import address_subject, client_address, client_domain
-from errors import BadRequest, InvalidKey
+from common.errors import BadRequest, InvalidKey
+from routes.http.client_address import client_address, client_domain
 from security import (
     ALPHABET,
     PREFIXES,
     Credential,
     Keyring,
     Vault,
+    address_subject,
     key_environment,
     masked,
     new_key,

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import orjson
 from rig import Database, Gateway, Upstream, database_link, live
 
+from gateway.billing.unknown_keys import MAX_REMEMBERED, REMEMBERED_SECONDS, Strangers
 from security import new_key
-from strangers import MAX_REMEMBERED, REMEMBERED_SECONDS, Strangers
 
 QUESTION = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
 

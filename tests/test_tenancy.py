@@ -12,10 +12,10 @@ import pytest
 from rig import ADMIN_KEY, OPERATOR_KEY, Gateway, Upstream, User, live, served
 from starlette.responses import Response
 
-from routes.pages import cursor_of
+from gateway.upstream.errors import sanitised_error
+from routes.http.pagination import cursor_of
 from sandbox import create_app
 from security import new_key
-from upstream_errors import sanitised_error
 
 OWN_KEYS = ["sk-or-v1-" + digit * 64 for digit in "ab"]
 NATIVE_FILES = {"id": "file-parser", "pdf": {"engine": "native"}}

@@ -6,7 +6,7 @@ from openai._models import FinalRequestOptions
 from rig import Upstream
 
 from config import Settings
-from openrouter import open_live
+from gateway.upstream.client import open_live
 
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usage import MAX_COST, MAX_TOKENS, Usage, parse_json, read_generation, read_text, read_usage
+from gateway.upstream.usage import MAX_COST, MAX_TOKENS, Usage, parse_json, read_generation, read_text, read_usage
 
 
 def read(text: str) -> Usage:

@@ -27,9 +27,10 @@ from rig import Database, Gateway, User
 from test_receipts import scoped
 from test_spending import ask
 
-import db_spending
-from destinations import is_public, problem_of
-from webhooks import BATCH, RETRY_SECONDS, Deliveries, Sender
+import db
+from gateway.webhooks.deliveries import BATCH, RETRY_SECONDS, Deliveries
+from gateway.webhooks.public_addresses import is_public, problem_of
+from gateway.webhooks.sender import Sender
 
 HOST = "hooks.example.com"
 URL = f"https://{HOST}/budgets"
@@ -182,8 +183,8 @@ class Stage:
         """An instance of the gateway, as far as it delivers."""
         runtime = self.gateway.app.state.runtime.runtime
         return Deliveries(
-            lambda only: db_spending.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
-            lambda order: db_spending.finish_delivery(runtime.client, order),
+            lambda only: db.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
+            lambda order: db.finish_delivery(runtime.client, order),
             decrypt=runtime.vault.decrypt,
             open_sender=self.make,
         )
@@ -581,13 +582,13 @@ async def test_two_instances_never_send_one_delivery(stage: Stage) -> None:
 async def test_a_delivery_that_a_crash_left_behind_is_due_when_its_lease_ends(stage: Stage) -> None:
     delivery_id = await stage.event()
     client = stage.gateway.app.state.runtime.runtime.client
-    (claimed,) = await db_spending.claim_deliveries(client, limit=10, lease_seconds=90, delivery_id=None)
+    (claimed,) = await db.claim_deliveries(client, limit=10, lease_seconds=90, delivery_id=None)
     assert claimed["id"] == delivery_id
     assert await stage.instance().deliver_due() == 0, "somebody has it"
     assert 80 < await stage.due_again() <= 90
     assert await stage.instance().deliver_due() == 1
     late = {"id": delivery_id, "attempt": claimed["attempts"], "status": 500, "error": "late", "delivered": False, "gone": True}
-    assert await db_spending.finish_delivery(client, {**late, "retry_seconds": None}) == {"outcome": "stale"}
+    assert await db.finish_delivery(client, {**late, "retry_seconds": None}) == {"outcome": "stale"}
     delivery = await stage.delivery()
     assert (delivery["status"], delivery["attempts"]) == ("delivered", 2)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from sandbox import tokens
-from sandbox.models import BY_ID
-from sandbox.pricing import Tokens
+from sandbox.models.pricing import Tokens
+from sandbox.models.text_models import BY_ID
 from sandbox.schemas import sample
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from sandbox.app import ENDPOINTS
-from sandbox.market import Market
+from sandbox.models.market import Market
 from sandbox.planning import Ask, Limits
 from sandbox.scenarios import parse_scenarios
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sandbox import SandboxTransport, create_app
 from sandbox.generation import API_TYPES, FINISHES, Generation, decode, encode
-from sandbox.models import MODELS
-from sandbox.pricing import Tokens
+from sandbox.models.pricing import Tokens
+from sandbox.models.text_models import MODELS
 from sandbox.state import MAX_GENERATIONS, Call, State
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import pytest
 from openai.types import ImagesResponse
 
 from sandbox import SandboxTransport, create_app
-from sandbox.models import BY_ID
-from sandbox.models_media import MEDIA
+from sandbox.endpoints.speech import hum
+from sandbox.models.media_models import MEDIA
+from sandbox.models.text_models import BY_ID
 from sandbox.multipart import read_form
-from sandbox.speech import hum
 
 if TYPE_CHECKING:
     from conftest import Client

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 
-from sandbox.models import BY_ID
+from sandbox.models.text_models import BY_ID
 
 if TYPE_CHECKING:
     from conftest import Client

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseFunctionToolCall
 
-from sandbox.models import BY_ID
+from sandbox.models.text_models import BY_ID
 
 if TYPE_CHECKING:
     from conftest import Client

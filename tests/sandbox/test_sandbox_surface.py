@@ -13,7 +13,7 @@ import pytest
 from sandbox import SCENARIOS, SandboxTransport, create_app
 from sandbox.app import ENDPOINTS
 from sandbox.failures import FAILURES, KEY_HASH
-from sandbox.models import MODELS
+from sandbox.models.text_models import MODELS
 
 if TYPE_CHECKING:
     from conftest import Client

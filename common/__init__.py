@@ -1,0 +1,1 @@
+"""The ground: what every part may use; imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Holds and charges: every request admitted once, settled once."""

@@ -1,0 +1,317 @@
+"""OpenRouter's pricing object as exact rates, at the dearest reading. OpenRouter's `pricing` object, read for upper bounds.
+
+No float ever passes through here, and nothing that we fail to understand is ever taken for free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from decimal import ROUND_CEILING, Context, Decimal
+from typing import Any
+
+from common.money import EXACT, parse_amount, plain
+
+ZERO = Decimal(0)
+_SMALLEST_DOLLARS = Decimal("1e-18")
+_MAX_DOLLARS = Decimal(1_000_000)
+_ROUND_UP = Context(prec=50, rounding=ROUND_CEILING)
+
+# The dearest search engine with a documented price is Exa's deep-reasoning mode, 10 results included. An older page
+# of the same documentation (features/web-search) has four dollars for a thousand results: the dearer of both counts.
+_SEARCH_NANOS = Decimal(15_000_000)
+_INCLUDED_RESULTS = 10
+_EXTRA_RESULT_NANOS = Decimal(1_000_000)
+_OLD_RESULT_NANOS = Decimal(4_000_000)
+
+_INPUT = ("prompt", "input_cache_read", "input_cache_write", "input_cache_write_1h")
+_OUTPUT = ("completion", "internal_reasoning")
+_FEATURES = ("image", "image_token", "image_output", "audio", "audio_output", "input_audio_cache", "web_search")
+_KNOWN = frozenset((*_INPUT, *_OUTPUT, *_FEATURES, "request"))
+_NOT_A_PRICE = frozenset(("discount", "overrides"))
+_CONDITIONS = frozenset(("min_prompt_tokens", "utc_start", "utc_end", "utc_days"))
+
+_FEATURE_WORDS = ("image", "audio", "video", "file", "pdf", "page", "search", "fetch")
+_INPUT_WORDS = ("input", "prompt", "cache")
+_OUTPUT_WORDS = ("output", "completion", "reasoning")
+_NUMBER_LIKE = re.compile(r"\d|nan|inf", re.IGNORECASE)
+
+
+class _Unpriced(Exception):
+    """This pricing object does not say what a request costs at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Nano-dollars per unit, each the dearest that can apply. None: the model names no such price."""
+
+    prompt: Decimal  # per prompt token as listed: what `provider.max_price` is compared with
+    completion: Decimal  # per output token as listed, likewise
+    input: Decimal  # per prompt token of text: the dearest of prompt, cache read and cache write
+    output: Decimal  # per output token of text: the dearer of completion and reasoning
+    request: Decimal
+    image: Decimal  # per input image
+    image_token: Decimal  # per prompt token of an image
+    web_search: Decimal  # per search
+    audio: Decimal | None  # per prompt token of audio
+    image_output: Decimal | None  # per output token; documented per image too, which is never more than per token
+    audio_output: Decimal | None  # per output token
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """A model's rates: `base`, and dearer ones (`tiers`, ascending) for prompts longer than a threshold of tokens."""
+
+    base: Rates
+    tiers: tuple[tuple[int, Rates], ...] = ()
+    unknown_features: bool = False  # media, files or searches have a price that we cannot read
+
+    def rates_for(self, prompt_tokens: int) -> Rates:
+        """The dearest rates that a prompt of at most this many tokens can meet (thresholds are strictly exceeded)."""
+        found = self.base
+        for threshold, rates in self.tiers:
+            if prompt_tokens > threshold:
+                found = rates
+        return found
+
+
+def parse_price(pricing: object) -> Price | None:
+    """The price of a model out of its `pricing` (JSON parsed with `parse_float=Decimal`), or None: it has no bound.
+
+    Units and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as decimal
+    strings. No bound have: a missing `prompt` or `completion`, and any price that is negative ("-1" marks routers),
+    not a number or absurd (above a million dollars a unit). Where the documentation leaves room, the dearest reading
+    is taken:
+
+    - `discount` lowers nothing (listed prices may or may not contain it); a negative one raises every price.
+    - `overrides` by time of day or week count at any time, since a request may run across the boundary and clocks
+      differ; so do those under conditions that we do not know. Those by prompt length count where the prompt may be
+      that long. An override never makes anything cheaper here.
+    - Price components that OpenRouter adds later must neither be free nor take every model offline. One named like an
+      input or output rate joins the dearest of that side. One named after a medium, file or search can only be met by
+      bodies that use such a feature: these are refused (`unknown_features`), plain text is not. Any other one that is
+      not zero leaves the model without a bound, until this module knows it.
+    """
+    if not isinstance(pricing, Mapping):
+        return None
+    try:
+        return _parse(pricing)
+    except _Unpriced:
+        return None
+
+
+def dearest(first: Rates, second: Rates) -> Rates:
+    """The dearer of two, component by component; a price that only one of them names counts."""
+    rates: dict[str, Any] = {name: _dearer(getattr(first, name), getattr(second, name)) for name in _RATE_NAMES}
+    return Rates(**rates)
+
+
+def search_nanos(rates: Rates, results: int) -> Decimal:
+    """Nano-dollars of one search by the web plugin that may return so many results.
+
+    Source: https://openrouter.ai/docs/guides/features/plugins/web-search
+    """
+    extra = EXACT.multiply(_EXTRA_RESULT_NANOS, Decimal(max(0, results - _INCLUDED_RESULTS)))
+    listed = EXACT.multiply(rates.web_search, Decimal(results))
+    return max(EXACT.add(_SEARCH_NANOS, extra), EXACT.multiply(_OLD_RESULT_NANOS, Decimal(results)), listed)
+
+
+def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
+    """These rates in the units of `provider.max_price`.
+
+    Dollars per million prompt and completion tokens, and per request, image and audio unit (which is taken for the unit
+    of the model list, a token). Source: https://openrouter.ai/docs/guides/routing/provider-selection#max-price
+    """
+    caps = {
+        "prompt": rates.prompt.scaleb(-3, EXACT),
+        "completion": rates.completion.scaleb(-3, EXACT),
+        "request": rates.request.scaleb(-9, EXACT),
+    }
+    if images:
+        caps["image"] = rates.image.scaleb(-9, EXACT)
+    if audio and rates.audio is not None:
+        caps["audio"] = rates.audio.scaleb(-9, EXACT)
+    return caps
+
+
+def max_price(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[str, str]:
+    """`provider.max_price` to send: what is held, or the client's own limits where they are lower; decimal strings, never floats."""
+    if own:
+        held = {**own, **{name: min(price, own.get(name, price)) for name, price in held.items()}}
+    return {name: plain(price) for name, price in held.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Markups:
+    """How far a bill can exceed the prices that `provider.max_price` is compared with, over all models of a list.
+
+    Cache writes, tokens of images, long prompts and reasoning may cost more than the listed `prompt` and `completion`,
+    by these factors; `free_*` are nano-dollars per token where the listed price is zero.
+    """
+
+    input: Decimal = Decimal(1)
+    output: Decimal = Decimal(1)
+    free_input: Decimal = ZERO
+    free_output: Decimal = ZERO
+
+    def rates(self, prompt: Decimal, completion: Decimal, request: Decimal, image: Decimal) -> Rates:
+        """The dearest bill at these caps, in nano-dollars per unit."""
+        dear = max(EXACT.multiply(prompt, self.input), self.free_input)
+        return Rates(
+            prompt=prompt,
+            completion=completion,
+            input=dear,
+            output=max(EXACT.multiply(completion, self.output), self.free_output),
+            request=request,
+            image=image,
+            image_token=dear,
+            web_search=ZERO,
+            audio=None,
+            image_output=None,
+            audio_output=None,
+        )
+
+
+def markups(prices: Iterable[Price]) -> Markups:
+    """The markups over these prices."""
+    found = Markups()
+    for price in prices:
+        dear = price.tiers[-1][1] if price.tiers else price.base
+        found = replace(
+            found,
+            **_markup("input", price.base.prompt, dear.image_token, found.input, found.free_input),
+            **_markup("output", price.base.completion, dear.output, found.output, found.free_output),
+        )
+    return found
+
+
+def _markup(name: str, listed: Decimal, billed: Decimal, factor: Decimal, free: Decimal) -> dict[str, Decimal]:
+    if listed:
+        return {name: max(factor, _ROUND_UP.divide(billed, listed))}
+    return {f"free_{name}": max(free, billed)}
+
+
+def _parse(pricing: Mapping[str, Any]) -> Price:
+    surcharge = _surcharge(pricing.get("discount"))
+    base = _components(pricing, surcharge)
+    if "prompt" not in base or "completion" not in base:
+        raise _Unpriced
+    conditional: list[tuple[int, dict[str, Decimal]]] = []
+    for override in _overrides(pricing):
+        threshold, prices = _threshold(override), _components(override, surcharge)
+        if threshold is None:
+            base = _merged(base, prices)
+        else:
+            conditional.append((threshold, prices))
+    tiers = list(_tiers(base, conditional))
+    unknown = any("unknown" in prices for prices in (base, *(prices for _, prices in conditional)))
+    return Price(_rates(base), tuple((threshold, _rates(prices)) for threshold, prices in tiers), unknown)
+
+
+def _surcharge(discount: object) -> Decimal:
+    if discount is None:
+        return Decimal(1)
+    if isinstance(discount, bool) or not isinstance(discount, int | Decimal) or not Decimal(discount).is_finite():
+        raise _Unpriced
+    return EXACT.subtract(Decimal(1), min(Decimal(discount), ZERO))
+
+
+def _overrides(pricing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = pricing.get("overrides")
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
+        raise _Unpriced
+    return found
+
+
+def _threshold(override: Mapping[str, Any]) -> int | None:
+    """The prompt length in tokens above which an override applies; None if it may apply to any prompt."""
+    found = override.get("min_prompt_tokens")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _components(pricing: Mapping[str, Any], surcharge: Decimal) -> dict[str, Decimal]:
+    found: dict[str, Decimal] = {}
+    for name, value in pricing.items():
+        if value is None or name in _NOT_A_PRICE or name in _CONDITIONS:
+            continue
+        if name in _KNOWN:
+            found = _merged(found, {name: _nanos(value, surcharge)})
+        elif not _is_harmless(value):
+            found = _merged(found, {_stand_in(name): _nanos(value, surcharge)})
+    return found
+
+
+def _is_harmless(value: object) -> bool:
+    """Whether an unknown entry of `pricing` costs nothing: a zero, a flag, or a label such as a currency."""
+    if isinstance(value, bool) or parse_amount(value) == 0:
+        return True
+    return isinstance(value, str) and not _NUMBER_LIKE.search(value)
+
+
+def _stand_in(name: str) -> str:
+    """The component that an unknown one counts as."""
+    for words, component in (
+        (_FEATURE_WORDS, "unknown"),
+        (_INPUT_WORDS, "input_cache_write"),
+        (_OUTPUT_WORDS, "internal_reasoning"),
+    ):
+        if any(word in name.lower() for word in words):
+            return component
+    raise _Unpriced
+
+
+def _nanos(value: object, surcharge: Decimal) -> Decimal:
+    """Dollars as nano-dollars, what lies beyond 1e-9 nano-dollars rounded up."""
+    amount = parse_amount(value)
+    if amount is None or amount > _MAX_DOLLARS:
+        raise _Unpriced
+    dollars = amount.quantize(_SMALLEST_DOLLARS, ROUND_CEILING, EXACT)
+    charged = EXACT.multiply(dollars, surcharge)
+    if charged > _MAX_DOLLARS:
+        raise _Unpriced
+    nanos = charged.quantize(_SMALLEST_DOLLARS, ROUND_CEILING, EXACT).scaleb(9, EXACT)
+    # `normalize` alone would write 500000000 as 5E+8.
+    return nanos.quantize(Decimal(1), context=EXACT) if nanos == nanos.to_integral_value() else nanos.normalize(EXACT)
+
+
+def _tiers(base: dict[str, Decimal], conditional: list[tuple[int, dict[str, Decimal]]]) -> Iterable[tuple[int, dict[str, Decimal]]]:
+    reached = base
+    for threshold, prices in sorted(conditional, key=lambda entry: entry[0]):
+        reached = _merged(reached, prices)
+        yield threshold, reached
+
+
+def _merged(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    return {**first, **{name: max(price, first.get(name, ZERO)) for name, price in second.items()}}
+
+
+def _rates(prices: Mapping[str, Decimal]) -> Rates:
+    def dearest_of(*names: str) -> Decimal:
+        return max(prices.get(name, ZERO) for name in names)
+
+    audio = dearest_of(*_INPUT, "audio", "input_audio_cache") if "audio" in prices else None
+    return Rates(
+        prompt=prices["prompt"],
+        completion=prices["completion"],
+        input=dearest_of(*_INPUT),
+        output=dearest_of(*_OUTPUT),
+        request=dearest_of("request"),
+        image=dearest_of("image"),
+        image_token=dearest_of(*_INPUT, "image_token"),
+        web_search=dearest_of("web_search"),
+        audio=audio,
+        image_output=prices.get("image_output"),
+        audio_output=prices.get("audio_output"),
+    )
+
+
+def _dearer(first: Decimal | None, second: Decimal | None) -> Decimal | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return max(first, second)
+
+
+_RATE_NAMES = tuple(field.name for field in fields(Rates))

@@ -1,0 +1,1 @@
+"""What a request body asks for that costs money, by endpoint."""

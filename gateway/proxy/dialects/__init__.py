@@ -1,0 +1,1 @@
+"""How each API says usage, errors and its end."""

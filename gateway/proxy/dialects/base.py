@@ -1,0 +1,48 @@
+"""StreamState, EventAction: what every dialect reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from gateway.upstream.usage import Usage, read_text
+
+Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Said:
+    """What an answer has said of itself so far."""
+
+    usage: Usage | None = None
+    error: dict[str, Any] | None = None
+    body_id: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    finish_reason: str | None = None
+    ended: bool = False  # the event that ends a stream in this dialect has come
+    choices: int = 1  # that were asked for
+    ended_choices: set[str] = field(default_factory=set)
+    counts: dict[str, Any] = field(default_factory=dict)  # a usage object that comes in parts
+    latest: bytes = b""  # the piece of a stream that came last, of those whose events are numbered
+
+
+class Place(Enum):
+    """What happens to an event of a stream."""
+
+    GOES = "goes"  # it goes on, after the held one
+    BESIDE = "beside"  # it goes on, and leaves the held one held
+    HOLD = "hold"  # it waits for the settlement, or for the next event
+    LAST = "last"  # it follows the held one when that goes out, or waits in its place
+
+
+def note_origin(answer: Mapping[str, Any], said: Said) -> None:
+    said.body_id = said.body_id or read_text(answer.get("id"))
+    said.model = read_text(answer.get("model")) or said.model
+    said.provider = read_text(answer.get("provider")) or said.provider
+
+
+def as_object(error: object) -> Mapping[str, Any]:
+    return error if isinstance(error, dict) else {"message": str(error)}

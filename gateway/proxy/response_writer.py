@@ -1,0 +1,70 @@
+"""Sends headers and body to the client, with keep-alives. Its head once, its body as it comes, and a sign of life while a stream is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.billing.stored_answers import Recording
+from gateway.proxy.outcome import Client
+from gateway.proxy.sse import KEEP_ALIVE
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One answer on its way to the client; for a client that is gone it does nothing."""
+
+    client: Client
+    spawn: Callable[[Coroutine[Any, Any, Any], str], None]
+    keep_alive_seconds: float
+    recording: Recording | None = None
+    started: bool = False
+    _silent_since: float = 0.0
+    _timer: asyncio.TimerHandle | None = None
+
+    async def start_stream(self, headers: Mapping[str, str]) -> None:
+        """Sends the head of a stream of events, which from now on is never silent for long."""
+        self._silent_since = time.monotonic()
+        self._wait()
+        await self.start({**headers, "content-type": "text/event-stream", "cache-control": "no-cache"})
+
+    async def start(self, headers: Mapping[str, str]) -> None:
+        self.started = True
+        if not self.client.gone:
+            await self.client.start(200, headers)
+
+    async def send(self, data: bytes) -> None:
+        """A part of the body."""
+        if self.recording is not None:
+            self.recording.add(data)
+        if data and not self.client.gone:
+            self._silent_since = time.monotonic()
+            await self.client.send(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        """The last part."""
+        self.quiet()
+        if not self.client.gone:
+            await self.client.send(data, more=False)
+
+    def quiet(self) -> None:
+        """No more signs of life: the end is near."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self) -> None:
+        left = self._silent_since + self.keep_alive_seconds - time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._tick)
+
+    def _tick(self) -> None:
+        """A comment after so many seconds of silence, so that nothing between us and the client takes the stream for dead."""
+        if self.client.gone:
+            return
+        if time.monotonic() - self._silent_since >= self.keep_alive_seconds:
+            self._silent_since = time.monotonic()
+            self.spawn(self.client.send(KEEP_ALIVE, more=True), "keep-alive")
+        self._wait()

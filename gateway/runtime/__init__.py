@@ -1,0 +1,1 @@
+"""One running instance: parts, start, sweep, stop."""

@@ -1,0 +1,106 @@
+"""One POST to a user's URL, public addresses only."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import aiohttp
+from aiohttp.connector import AddrInfoType
+from yarl import URL
+
+from gateway.webhooks.public_addresses import Address, CheckedResolver, Lookup, NotPublic, is_public, literal, look_up
+
+SEND_SECONDS = 10.0
+
+
+AT_ONCE = 8
+
+
+GONE = 410
+
+
+TROUBLES: dict[type[Exception], str] = {
+    aiohttp.ClientConnectorDNSError: "the host's name cannot be resolved",
+    aiohttp.ClientSSLError: "the TLS handshake failed: is the certificate valid?",
+    aiohttp.ClientConnectorError: "the connection could not be made",
+    aiohttp.InvalidURL: "the URL cannot be used",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What became of one attempt: the status that was answered, or why there is none."""
+
+    status: int | None
+    error: str | None
+
+    @property
+    def delivered(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+
+class Sender:
+    """POSTs to users' URLs. `look_up` and `may_reach` decide which addresses a name has and which of them may be connected to."""
+
+    def __init__(
+        self,
+        *,
+        look_up: Lookup = look_up,
+        may_reach: Callable[[Address], bool] = is_public,
+        tls: ssl.SSLContext | None = None,
+        seconds: float = SEND_SECONDS,
+    ) -> None:
+        self._resolver = CheckedResolver(look_up, may_reach)
+        connector = aiohttp.TCPConnector(
+            resolver=self._resolver,
+            socket_factory=self._open_socket,
+            use_dns_cache=False,
+            force_close=True,
+            ssl=tls or True,
+            limit=AT_ONCE,
+        )
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        jar = aiohttp.DummyCookieJar()
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=jar, auto_decompress=False)
+
+    async def post(self, url: str, payload: bytes, headers: Mapping[str, str]) -> Attempt:
+        """Sends once. Follows no redirect and reads no body."""
+        target = URL(url)
+        try:
+            if (address := literal(target.host or "")) is not None:  # which no resolver is asked for
+                self._resolver.check(address)
+            async with self._session.post(target, data=payload, headers=headers, allow_redirects=False) as answer:
+                # Leaving without reading closes the connection, whatever is still to come.
+                return Attempt(answer.status, None if 200 <= answer.status < 300 else _reason(answer.status))
+        except TimeoutError:
+            return Attempt(None, "no answer in time")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Attempt(None, _trouble(error))
+
+    def _open_socket(self, info: AddrInfoType) -> socket.socket:
+        """The last check, of the very address that is connected to."""
+        family, kind, protocol, _, target = info
+        self._resolver.check(ip_address(str(target[0])))
+        return socket.socket(family, kind, protocol)
+
+    async def aclose(self) -> None:
+        await self._session.close()
+
+
+def _reason(status: int) -> str:
+    return f"redirects are not followed (status {status})" if 300 <= status < 400 else f"the receiver answered with status {status}"
+
+
+def _trouble(error: Exception) -> str:
+    """What to tell the user: nothing of our network."""
+    for cause in (error, error.__cause__, getattr(error, "os_error", None)):
+        if isinstance(cause, NotPublic):
+            return str(cause)
+    for kind, told in TROUBLES.items():
+        if isinstance(error, kind):
+            return told
+    return "the connection broke"

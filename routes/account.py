@@ -1,0 +1,188 @@
+"""/user: profile, balance, limits, usage. Profile, balance, limits, usage and transactions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+import db
+import db_security
+from common.errors import BadRequest, Forbidden, NotFound
+from common.money import credits_from_nanos
+from gateway.runtime.instance import Runtime
+from models import Balance, Transactions, UsageRecords, errors_of
+from routes.budgets import forbid_test_key
+from routes.dependencies import Caller, Declared, may
+from routes.http.export import EXPORTED, TABULATED
+from routes.http.json_body import ExactRoute
+from routes.http.outcomes import raise_taken
+from routes.http.responses import Reply, utc_now
+from routes.listings import AnyPart, Within, answer, records, transactions
+from routes.reports import ABOUT_LATENCY, Bucket, Format, Group, Zone, usage_report
+from routes.schemas.accounts import AccountDeletion, Profile, ProfileChange
+from routes.schemas.keys import Moment
+
+router = APIRouter(
+    prefix="/user",
+    tags=["account"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 503),
+)
+
+LIMITS = ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+ProfileReader = Annotated[Caller, may("read", "profile")]
+UsageReader = Annotated[Caller, may("read", "usage")]
+
+
+@router.get("/balance", summary="What is left", response_model=Balance)
+async def read_balance(request: Request, caller: Annotated[Caller, may("read", "balance")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    user = await _require_user(runtime, caller)
+    credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
+    return Reply(
+        Balance(
+            api_key=caller.masked_key,
+            credits=credits,
+            held=held,
+            available=credits - held,
+            status="active" if user["is_active"] else "suspended",
+            user_id=caller.user_id,
+        )
+    )
+
+
+@router.get("/profile", summary="Your account", response_model=Profile)
+async def read_profile(request: Request, caller: ProfileReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply(await _profile(runtime, caller))
+
+
+@router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
+async def update_profile(request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    given = order.model_dump(exclude_none=True)
+    changes = {("username" if name == "name" else name): value for name, value in given.items()}
+    found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
+    if found["outcome"] == "too_large":
+        raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
+    raise_taken(found, name_field="name")
+    return Reply(await _profile(runtime, caller))
+
+
+@router.delete("/account", summary="Delete your account, for good")
+async def delete_account(request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    if caller.environment == "test":
+        raise Forbidden("A test key cannot delete the account. Use a live one.")
+    user = await _require_user(runtime, caller)
+    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])})
+    message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
+    return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
+
+
+@router.get("/monitor", summary="What you have used, and your limits")
+async def read_monitor(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    user = await _require_user(runtime, caller)
+    metrics = await db.usage_metrics(runtime.client, caller.user_id)
+    limits = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    return Reply(
+        {
+            "status": "success",
+            "timestamp": utc_now(),
+            "user_id": caller.user_id,
+            "api_key": caller.masked_key,
+            "current_credits": credits_from_nanos(user["credits_nanos"]),
+            "usage_metrics": shown_metrics(metrics),
+            "rate_limits": {name: limits["limits"][name] for name in LIMITS},
+        }
+    )
+
+
+@router.get("/limit", summary="Your rate limits, and what is used of them")
+async def read_limit(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    shown = (*LIMITS, "concurrency", "burst")
+    key_limits = found["key_limits"]
+    return Reply(
+        {
+            "status": "success",
+            "api_key": caller.masked_key,
+            "current_limits": {name: found["limits"][name] for name in shown},
+            "key_limits": None if key_limits is None else {name: key_limits[name] for name in shown},
+            "current_usage": found["used"],
+            # Places free bucket by bucket; after these many seconds of silence everything is free again.
+            "reset_times": {"minute": 70, "hour": 3900, "day": 90000},
+        }
+    )
+
+
+@router.get("/environment-usage", summary="Requests by environment of your keys")
+async def read_environment_usage(request: Request, caller: UsageReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found: dict[str, dict[str, Any]] = {}
+    for row in await db_security.list_keys(runtime.client, caller.user_id):
+        entry = found.setdefault(row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0})
+        entry["total_requests"] += row["requests_used"]
+        entry["key_count"] += 1
+        if row["max_requests"] is not None:
+            entry["total_max_requests"] = (entry["total_max_requests"] or 0) + row["max_requests"]
+    return Reply({"status": "success", "environment_usage": found})
+
+
+@router.get("/usage", summary="What you have used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
+async def read_usage(
+    request: Request,
+    caller: UsageReader,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    timezone: Zone = "UTC",
+    bucket: Bucket = "day",
+    group_by: Group = "model",
+    format: Format = "json",
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await usage_report(
+        runtime, user_id=caller.user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format
+    )
+
+
+@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords, responses=EXPORTED)
+async def list_usage_records(request: Request, caller: UsageReader, within: Within, part: AnyPart) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await answer(request, records(runtime, caller.user_id, within), part, "records")
+
+
+@router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions, responses=EXPORTED)
+async def list_transactions(
+    request: Request, caller: Annotated[Caller, may("read", "transactions")], within: Within, part: AnyPart
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await answer(request, transactions(runtime, caller.user_id, within), part, "transactions")
+
+
+async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
+    user = await db.get_user(runtime.client, caller.user_id)
+    if user is None:
+        raise NotFound("This account no longer exists.")
+    return user
+
+
+async def _profile(runtime: Runtime, caller: Caller) -> Profile:
+    user = await _require_user(runtime, caller)
+    shown = {name: user[name] for name in Profile.model_fields if name in user}
+    return Profile(**shown, user_id=caller.user_id, api_key=caller.masked_key, credits=credits_from_nanos(user["credits_nanos"]))
+
+
+def shown_metrics(metrics: db.Row) -> dict[str, Any]:
+    """Metrics with their amounts in credits."""
+    found = {
+        name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value for name, value in metrics.items()
+    }
+    total = metrics["total_requests"]
+    return {**found, "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0}

@@ -1,0 +1,241 @@
+"""Credits, users, plans, limits. Credits, limits, plans, and whether it works."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db
+import db_security
+from common.errors import BadRequest, Conflict, NotFound
+from common.money import credits_from_nanos, nanos_from_credits, plain
+from gateway.runtime.instance import Runtime
+from models import CreditGrant, CreditsGranted, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target, errors_of
+from routes.account import shown_metrics
+from routes.dependencies import AdminOnly, Declared
+from routes.http.json_body import ExactRoute
+from routes.http.outcomes import require_found
+from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, id_of
+from routes.http.responses import Reply
+from routes.keys import view
+from routes.schemas.accounts import Adjustment, Refund, UserChange
+
+router = APIRouter(
+    prefix="/admin",
+    route_class=ExactRoute,
+    tags=["admin"],
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
+)
+
+
+KEY_USED = "This idempotency_key was used for another order. Give a new order a new one."
+TOO_LARGE = "`credits`: the balance would exceed 9,000,000,000 credits, the most that an account can have."
+
+
+def _whom(target: Target, runtime: Runtime) -> dict[str, Any]:
+    hashes = [] if target.api_key is None else runtime.keyring.hashes(target.api_key)
+    return {"user_id": target.user_id, "hashes": hashes}
+
+
+def _named(target: Target) -> str:
+    return "user_id" if target.api_key is None else "api_key"
+
+
+@router.post("/add_credits", summary="Grant credits", response_model=CreditsGranted)
+async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.grant_credits(
+        runtime.client,
+        {
+            **admin.stamp(),
+            **_whom(order, runtime),
+            "amount_nanos": str(nanos_from_credits(order.credits)),
+            "reason": order.reason,
+            "idempotency_key": order.idempotency_key,
+        },
+    )
+    if found["outcome"] == "too_large":
+        raise BadRequest(TOO_LARGE, param="credits")
+    if found["outcome"] == "conflict":
+        raise Conflict(KEY_USED, param="idempotency_key")
+    require_found(found, _named(order))
+    return Reply(
+        CreditsGranted(
+            status="success",
+            message=f"Added {plain(order.credits)} credits" if found["outcome"] == "granted" else "Was granted before; nothing added",
+            new_balance=credits_from_nanos(found["balance_nanos"]),
+            user_id=found["user_id"],
+            transaction_id=found["transaction_id"],
+        )
+    )
+
+
+@router.post("/limit", summary="Set the rate limits of a user or a key", response_model=LimitsSet)
+async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    limits = order.rate_limits.model_dump(exclude_unset=True)
+    subject = "user" if order.api_key is None else "key"
+    found = await db.set_rate_limits(runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits})
+    require_found(found, _named(order))
+    current = {name: found["limits"][name] for name in RateLimits.model_fields}
+    message = f"Limits of this {subject} are set"
+    return Reply(LimitsSet(status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)))
+
+
+@router.post("/assign-plan", summary="Give a user a plan, from now on", response_model=PlanAssigned)
+async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.assign_plan(runtime.client, {**admin.stamp(), **order.model_dump()})
+    if found["outcome"] == "plan_not_found":
+        raise NotFound("There is no such plan.", param="plan_id")
+    require_found(found, "user_id")
+    return Reply(
+        PlanAssigned(
+            status="success",
+            message=f"Assigned the plan {found['plan_name']}",
+            end_date=found["end_date"],
+            **order.model_dump(),
+        )
+    )
+
+
+@router.post("/adjust_credits", summary="Correct a balance, up or down")
+async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    nanos = nanos_from_credits(order.credits)
+    found = await db.adjust_credits(
+        runtime.client,
+        {
+            **admin.stamp(),
+            **_whom(order, runtime),
+            "amount_nanos": str(nanos),
+            "reason": order.reason,
+            "idempotency_key": order.idempotency_key,
+        },
+    )
+    require_found(found, _named(order))
+    _raise_correction_refusal(found)
+    return Reply(_corrected(found, "Adjusted"))
+
+
+@router.post("/refund", summary="Give back what a request cost, or part of it")
+async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    nanos = None if order.credits is None else str(nanos_from_credits(order.credits))
+    found = await db.refund_request(
+        runtime.client,
+        {
+            **admin.stamp(),
+            "refunded_request_id": str(order.request_id),
+            "amount_nanos": nanos,
+            "reason": order.reason,
+            "idempotency_key": order.idempotency_key,
+        },
+    )
+    if found["outcome"] == "not_found":
+        raise NotFound("There is no request with this id. It is the `x-request-id` of the request's answer.", param="request_id")
+    if found["outcome"] == "not_settled":
+        message = "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
+        raise Conflict(message, param="request_id")
+    if found["outcome"] == "too_much":
+        raise await _too_much_to_refund(runtime, order, found["refundable_nanos"])
+    _raise_correction_refusal(found)
+    return Reply({**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])})
+
+
+async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) -> BadRequest:
+    row = await db.get_record(runtime.client, str(order.request_id))
+    cost = credits_from_nanos(row["cost_nanos"] if row else 0)
+    if left_nanos:
+        left = plain(credits_from_nanos(left_nanos))
+        return BadRequest(f"`credits`: at most {left} of the {plain(cost)} that this request cost can still be refunded.", param="credits")
+    if not cost:
+        return BadRequest("Nothing was charged for this request, so there is nothing to refund.", param="request_id")
+    if row and row["mode"] != runtime.mode:
+        return BadRequest("This request was paid with play credits of the sandbox, which are not refunded.", param="request_id")
+    return BadRequest(f"All {plain(cost)} credits that this request cost have been refunded already.", param="request_id")
+
+
+def _raise_correction_refusal(found: db.Row) -> None:
+    outcome = found["outcome"]
+    if outcome == "conflict":
+        raise Conflict(KEY_USED, param="idempotency_key")
+    if outcome == "too_large":
+        raise BadRequest(TOO_LARGE, param="credits")
+    if outcome == "too_much":
+        most = plain(credits_from_nanos(found["available_nanos"]))
+        message = f"`credits`: at most {most} can be taken from this account; what running requests hold cannot."
+        raise BadRequest(message, param="credits")
+
+
+def _corrected(found: db.Row, done: str) -> dict[str, Any]:
+    return {
+        "status": "success",
+        "message": "Was done before; nothing changed" if found["outcome"] == "repeated" else done,
+        "new_balance": credits_from_nanos(found["balance_nanos"]),
+        "user_id": found["user_id"],
+        "transaction_id": found["transaction_id"],
+    }
+
+
+@router.get("/users", summary="Accounts; search by name or email")
+async def list_users(
+    request: Request,
+    admin: AdminOnly,
+    search: Annotated[str | None, Query(max_length=254, pattern=NO_NUL)] = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
+    following = BY_ID.following(rows, limit)
+    return Reply({"status": "success", "users": [_user(row) for row in rows], "next_cursor": following})
+
+
+@router.get("/users/{user_id}", summary="One account, with its keys and limits")
+async def read_user(request: Request, user_id: PathId, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    row = await db.get_user(runtime.client, user_id)
+    if row is None:
+        raise NotFound("There is no such user.", param="user_id")
+    keys = [view(key) for key in await db_security.list_keys(runtime.client, user_id)]
+    metrics = shown_metrics(await db.usage_metrics(runtime.client, user_id))
+    return Reply({"status": "success", "user": _user(row), "keys": keys, "usage_metrics": metrics})
+
+
+@router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
+async def set_user(request: Request, user_id: PathId, order: UserChange, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    changes = order.model_dump(exclude_none=True)
+    found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
+    require_found(found, "user_id")
+    row = await db.get_user(runtime.client, user_id)
+    return Reply({"status": "success", "user": None if row is None else _user(row)})
+
+
+@router.get("/balance", summary="Every account's balance")
+async def read_balances(request: Request, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
+    keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])
+    users = [
+        {
+            "user_id": row["id"],
+            "username": row["username"],
+            "api_key": keys.get(row["id"]),
+            "credits": credits_from_nanos(row["credits_nanos"]),
+            "held": credits_from_nanos(row["held_nanos"]),
+        }
+        for row in rows
+    ]
+    following = BY_ID.following(rows, limit)
+    total = await db.count_users(runtime.client)
+    return Reply({"status": "success", "total_users": total, "users": users, "next_cursor": following})
+
+
+def _user(row: db.Row) -> dict[str, Any]:
+    amounts = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in ("credits", "held")}
+    return {**{name: value for name, value in row.items() if not name.endswith("_nanos")}, **amounts}

@@ -1,0 +1,173 @@
+"""Everybody's usage, keys and audit log; the model cache. Monitoring, usage, keys, the audit log, and the model cache."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db
+import db_security
+from common.errors import NotFound
+from common.money import credits_from_nanos
+from gateway.runtime.instance import Runtime
+from models import AdminTransactions, AdminUsageRecords, errors_of
+from routes.account import shown_metrics
+from routes.dependencies import AdminOnly, Declared
+from routes.http.export import EXPORTED, TABULATED
+from routes.http.json_body import ExactRoute
+from routes.http.outcomes import require_found
+from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
+from routes.http.responses import Reply, utc_now
+from routes.keys import made, new_key_of, raise_key_refusal, view
+from routes.listings import AnyPart, Events, Within, all_records, all_transactions, answer, audit
+from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
+from routes.schemas.accounts import LegacyImport, LegacyKey
+from routes.schemas.keys import AuditLogs, KeyIssue, KeyMade, Moment
+from security import DEFAULT_SCOPES
+
+router = APIRouter(
+    prefix="/admin",
+    tags=["admin"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
+)
+
+
+@router.get("/monitor", summary="The whole installation at a glance")
+async def read_monitor(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db.system_metrics(runtime.client)
+    latest = found["recent"][0]["created_at"] if found["recent"] else None
+    metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
+    return Reply(
+        {
+            "status": "success",
+            "timestamp": utc_now(),
+            "total_users": found["total_users"],
+            "active_users_today": found["active_users_today"],
+            "requests_today": metrics["requests_today"],
+            "tokens_today": metrics["tokens_today"],
+            "cost_today": metrics["cost_today"],
+            "system_usage_metrics": metrics,
+            "top_users_by_usage": [_with_cost(row) for row in found["top_users"]],
+            "recent_activity": [_with_cost(row) for row in found["recent"]],
+        }
+    )
+
+
+@router.get("/usage", summary="What everybody has used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
+async def read_usage(
+    request: Request,
+    admin: AdminOnly,
+    user_id: QueryId = None,
+    start: Moment | None = None,
+    end: Moment | None = None,
+    timezone: Zone = "UTC",
+    bucket: Bucket = "day",
+    group_by: AdminGroup = "model",
+    format: Format = "json",
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await usage_report(runtime, user_id=user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format)
+
+
+@router.get("/usage/records", summary="Everybody's requests, and what they cost", response_model=AdminUsageRecords, responses=EXPORTED)
+async def list_usage_records(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await answer(request, all_records(runtime, user_id, within), part, "records")
+
+
+@router.get(
+    "/transactions", summary="Everybody's grants, purchases, refunds and expiries", response_model=AdminTransactions, responses=EXPORTED
+)
+async def list_transactions(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await answer(request, all_transactions(runtime, user_id, within), part, "transactions")
+
+
+@router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs, responses=EXPORTED)
+async def list_audit_logs(request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return await answer(request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs")
+
+
+@router.get("/keys", summary="Find keys by what is shown of them, or by name")
+async def find_keys(
+    request: Request,
+    admin: AdminOnly,
+    search: Annotated[
+        str | None, Query(min_length=1, max_length=256, pattern=NO_NUL, description="A masked or whole key, its last 4, or a name")
+    ] = None,
+    user_id: QueryId = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db_security.find_keys(runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit)
+    following = BY_ID.following(rows, limit)
+    keys = [{**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows]
+    return Reply({"status": "success", "keys": keys, "next_cursor": following})
+
+
+@router.post("/keys", summary="Give a user a key: to replace a lost one, or with the scope `admin`", response_model=KeyMade)
+async def issue_key(request: Request, order: KeyIssue, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    key, stored = new_key_of(runtime, order)
+    found = await db_security.issue_key(runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored})
+    require_found(found, "user_id")
+    return made(order, key, found)
+
+
+@router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")
+async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
+    raise_key_refusal(found)
+    return Reply({"status": "success", "message": "The key no longer works", "user_id": found["user_id"], "deleted_key_id": key_id})
+
+
+@router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
+async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]})
+    if found["outcome"] == "not_found":
+        place = next(n for n, key in enumerate(order.keys) if key.user_id == found["user_id"])
+        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id")
+    return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
+
+
+@router.post("/refresh-models", summary="Fetch the model list now")
+async def refresh_models(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    index = await runtime.catalog(None).refresh()
+    return Reply({"status": "success", "message": "The model list is fresh", "total_models": len(index.raw), "timestamp": utc_now()})
+
+
+@router.get("/cache-status", summary="How old the model list is")
+async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    return Reply({"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()})
+
+
+def _with_cost(row: db.Row) -> dict[str, Any]:
+    return {**{name: value for name, value in row.items() if name != "cost_nanos"}, "cost": credits_from_nanos(row["cost_nanos"])}
+
+
+def _legacy(key: LegacyKey) -> dict[str, Any]:
+    return {
+        "user_id": key.user_id,
+        "key_sha256": hashlib.sha256(key.api_key.encode()).hexdigest(),
+        "key_name": key.key_name,
+        "key_prefix": key.api_key[:4],
+        "last4": key.api_key[-4:],
+        "environment_tag": key.environment_tag,
+        "scope_permissions": key.scope_permissions or DEFAULT_SCOPES,
+        "expiration_date": key.expiration_date.isoformat() if key.expiration_date else None,
+        "max_requests": key.max_requests,
+        "is_active": key.is_active,
+    }

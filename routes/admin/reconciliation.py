@@ -1,0 +1,104 @@
+"""/admin/reconciliation. For an administrator: costs side by side, what is open, and one more look at what nobody knew."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import Response
+
+import db_security
+from common.money import credits_from_nanos
+from gateway.billing import reconciliation
+from gateway.runtime.instance import Runtime
+from models import errors_of
+from routes.dependencies import AdminOnly, Declared
+from routes.http.json_body import ExactRoute
+from routes.http.pagination import Cursor, PageSize, cursor_of, request_id_of
+from routes.http.responses import Reply, utc_now
+
+router = APIRouter(
+    prefix="/admin/reconciliation",
+    tags=["admin"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 503),
+)
+
+EXAMPLE: dict[str, Any] = {
+    "status": "success",
+    "mode": "live",
+    "upstream": {"usage": 812.5, "limit": None, "limit_remaining": None},
+    "upstream_problem": None,
+    "windows": {
+        "daily": {
+            "start": "2026-11-24T00:00:00+00:00",
+            "requests": 1200,
+            "upstream_cost": 3.25,
+            "charged": 3.575,
+            "margin": 0.325,
+            "overrun": 0,
+            "upstream_says": 3.2507,
+            "drift": 0.0007,
+            "drift_percent": 0.0215,
+        }
+    },
+    "open": {"expired": [], "unknown": [], "overrun": []},
+    "journal_waiting": [],
+    "timestamp": "2026-11-24T12:00:00+00:00",
+}
+Kind = Literal["expired", "unknown", "overrun"]
+SHOWN_AT_ONCE = 20
+
+
+@router.get(
+    "", summary="What we charged beside what the upstream says", responses={200: {"content": {"application/json": {"example": EXAMPLE}}}}
+)
+async def reconcile(request: Request, admin: AdminOnly) -> Response:
+    """Live requests by UTC day, week and month; without test keys' and those that went out with users' own keys.
+
+    An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest twenty of each kind are shown.
+    """
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await reconciliation.compare(runtime.client, runtime.upstream(None))
+    items = {kind: await reconciliation.open_items(runtime.client, kind, before=None, limit=SHOWN_AT_ONCE) for kind in reconciliation.KINDS}
+    waiting = reconciliation.waiting_in(runtime.journal_folder)
+    return Reply({"status": "success", **found, "open": items, "journal_waiting": waiting, "timestamp": utc_now()})
+
+
+@router.get("/items", summary="What is open: expired holds, unknown costs, overruns")
+async def list_items(
+    request: Request,
+    admin: AdminOnly,
+    kind: Annotated[Kind, Query(description="`expired`: pending beyond its hold; `unknown`: settled without a cost; `overrun`")],
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    items = await reconciliation.open_items(runtime.client, kind, before=request_id_of(cursor), limit=limit)
+    following = cursor_of(items[-1]["request_id"]) if len(items) == limit else None
+    return Reply({"status": "success", "kind": kind, "items": items, "next_cursor": following})
+
+
+@router.post("/{request_id}/resolve", summary="Ask the upstream once more what a request cost")
+async def resolve(
+    request: Request, admin: AdminOnly, request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")]
+) -> Response:
+    """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    found = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
+    charged = credits_from_nanos(found["cost_nanos"])
+    details = {"generation_id": found["generation_id"], "cost_nanos": found["cost_nanos"], "outcome": found["outcome"]}
+    await db_security.write_audit(
+        runtime.client, admin.stamp(), action="resolve_request", target=f"request:{request_id}", user_id=found["user_id"], details=details
+    )
+    return Reply(
+        {
+            "status": "success",
+            "message": "Charged what the upstream says" if found["outcome"] == "settled" else "Was resolved before",
+            "request_id": str(request_id),
+            "charged": charged,
+            "overrun": credits_from_nanos(found["overrun_nanos"]),
+        }
+    )

@@ -1,0 +1,178 @@
+"""Provider keys and end users' budgets. A user's own upstream key, and the budgets of the user's customers.
+
+A request names its end user by the header `x-end-user`, else by OpenAI's `user` field (Anthropic's `metadata.user_id`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+import db
+import db_security
+from common.errors import BadRequest, Conflict, Forbidden, NotFound, UpstreamUnavailable
+from common.money import credits_from_nanos, nanos_from_credits
+from gateway.runtime.instance import Runtime
+from models import errors_of
+from routes.dependencies import Caller, Declared, may
+from routes.http.json_body import ExactRoute
+from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
+from routes.http.responses import Reply, utc_now
+from routes.schemas.spending import EndUserChange, EndUserOrder, EndUsers, EndUserView, ProviderKeyOrder, ProviderKeyView
+
+router = APIRouter(
+    prefix="/user",
+    tags=["spending"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 503),
+)
+
+AccountReader = Annotated[Caller, may("read", "account")]
+AccountWriter = Annotated[Caller, may("write", "account")]
+BudgetReader = Annotated[Caller, may("read", "budgets")]
+BudgetWriter = Annotated[Caller, may("write", "budgets")]
+LABEL_START, LABEL_END = 12, 3
+
+
+# The user's own upstream key.
+
+
+@router.get("/provider-key", summary="Your own OpenRouter key, masked", response_model=ProviderKeyView)
+async def read_provider_key(request: Request, caller: AccountReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    row = await db_security.get_provider_key(runtime.client, caller.user_id)
+    if row is None:
+        raise NotFound("You have no upstream key of your own here.")
+    return Reply(ProviderKeyView(status="success", provider_key=row))
+
+
+@router.put("/provider-key", summary="Send your requests with your own OpenRouter key", response_model=ProviderKeyView)
+async def set_provider_key(request: Request, order: ProviderKeyOrder, caller: AccountWriter) -> Response:
+    """Kept encrypted, shown masked. From then on OpenRouter bills you for your requests; they are metered and limited here, not charged."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    checked = await _check(runtime, order.key)
+    kept = {"encrypted_key": runtime.vault.encrypt(order.key), "label": f"{order.key[:LABEL_START]}...{order.key[-LABEL_END:]}"}
+    found = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **kept})
+    require_found(found)
+    return Reply(ProviderKeyView(status="success", provider_key=_without_outcome(found), checked=checked))
+
+
+@router.delete("/provider-key", summary="Forget your own OpenRouter key")
+async def delete_provider_key(request: Request, caller: AccountWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    found = await db_security.delete_provider_key(runtime.client, caller.stamp())
+    if found["outcome"] == "not_found":
+        raise NotFound("You have no upstream key of your own here.")
+    return Reply({"status": "success", "message": "Your key is forgotten: requests use the gateway's account, and your credits, again."})
+
+
+async def _check(runtime: Runtime, key: str) -> bool:
+    """Whether the upstream was asked. Raises BadRequest for a key that it does not take; one that cannot be checked is kept."""
+    if runtime.mode != "live":
+        return False
+    try:
+        account = await runtime.upstream(None).read_account(api_key=key)
+    except UpstreamUnavailable:
+        return False
+    if account is None:
+        raise BadRequest("`key`: OpenRouter does not accept this key.", param="key", code="provider_key_refused")
+    return True
+
+
+# Budgets of end users.
+
+
+@router.get("/end-users", summary="Budgets of your customers, and how they stand", response_model=EndUsers)
+async def list_end_users(
+    request: Request,
+    caller: BudgetReader,
+    end_user: Annotated[str | None, Query(min_length=1, max_length=256, description="Only this one, who may be under `*`")] = None,
+    limit: PageSize = 100,
+    cursor: Cursor = None,
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    if end_user is not None:
+        row = await db.end_user_standing(runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat())
+        return Reply(EndUsers(status="success", end_users=[] if row is None else [_view(row)], next_cursor=None))
+    rows = await db.list_end_user_budgets(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
+    following = cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None
+    return Reply(EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following))
+
+
+@router.post("/end-users", summary="A budget for one of your customers, or for each (`*`)", response_model=EndUserView, status_code=201)
+async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    asked = {"end_user": order.end_user, "budget_nanos": str(nanos_from_credits(order.budget)), "budget_window": order.budget_window}
+    found = await db.create_end_user_budget(runtime.client, {**caller.stamp(), **asked})
+    if found["outcome"] == "name_taken":
+        raise Conflict("This end user has a budget already. Change it with PUT.", param="end_user")
+    if found["outcome"] == "too_many":
+        raise Conflict("You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else.")
+    require_found(found)
+    return Reply(_view(found), status_code=201)
+
+
+@router.put("/end-users/{budget_id}", summary="Change a customer's budget", response_model=EndUserView)
+async def update_end_user(request: Request, budget_id: PathId, order: EndUserChange, caller: BudgetWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    changes: dict[str, Any] = {} if order.budget is None else {"budget_nanos": str(nanos_from_credits(order.budget))}
+    if order.budget_window is not None:
+        changes["budget_window"] = order.budget_window
+    found = await db.update_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes})
+    require_found(found, "There is no such budget.", "budget_id")
+    return Reply(_view(found))
+
+
+@router.delete("/end-users/{budget_id}", summary="Take a customer's budget away")
+async def delete_end_user(request: Request, budget_id: PathId, caller: BudgetWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    found = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
+    require_found(found, "There is no such budget.", "budget_id")
+    return Reply({"status": "success", "message": "The budget is gone; that of `*` applies, if there is one.", "deleted_id": budget_id})
+
+
+def forbid_test_key(caller: Caller) -> None:
+    """Raises Forbidden: a key that is handed out for trying things must not decide who pays and who is told."""
+    if caller.environment == "test":
+        raise Forbidden("A test key cannot change this. Use a live one.")
+
+
+def require_found(found: db.Row, message: str = "This account or key no longer exists.", param: str | None = None) -> None:
+    """Raises NotFound for an order that met nothing."""
+    if found["outcome"] == "not_found":
+        raise NotFound(message, param=param)
+
+
+def _named(end_user: str) -> str:
+    if not end_user.isprintable():
+        raise BadRequest("`end_user`: takes printable characters only.", param="end_user")
+    return end_user
+
+
+def _without_outcome(found: db.Row) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "outcome"}
+
+
+def _view(row: db.Row) -> EndUserView:
+    budget, spent, held = (row[f"{name}_nanos"] for name in ("budget", "spent", "held"))
+    return EndUserView(
+        id=row["budget_id"],
+        end_user=row["end_user"],
+        budget_of=row["budget_end_user"],
+        budget=credits_from_nanos(budget),
+        budget_window=row["budget_window"],
+        window_start=row["window_start"],
+        spent=credits_from_nanos(spent),
+        held=credits_from_nanos(held),
+        remaining=credits_from_nanos(max(0, budget - spent - held)),
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
+    )

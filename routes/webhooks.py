@@ -1,0 +1,144 @@
+"""/user/webhooks and budget events. Webhooks, their deliveries, and the events themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+import db
+from common.errors import Conflict, NotFound, RateLimited
+from common.money import credits_from_nanos
+from gateway.runtime.instance import Runtime
+from gateway.webhooks.signature import new_secret
+from models import errors_of
+from routes.budgets import forbid_test_key, require_found
+from routes.dependencies import Caller, Declared, may
+from routes.http.json_body import ExactRoute
+from routes.http.pagination import BY_ID, Cursor, PageSize, PathId, id_of
+from routes.http.responses import Reply
+from routes.schemas.webhooks import (
+    BudgetEvent,
+    BudgetEvents,
+    Deliveries,
+    DeliveryTested,
+    DeliveryView,
+    WebhookChange,
+    WebhookKept,
+    WebhookOrder,
+    Webhooks,
+    WebhookView,
+)
+
+router = APIRouter(
+    prefix="/user",
+    tags=["spending"],
+    route_class=ExactRoute,
+    dependencies=Declared,
+    responses=errors_of(400, 401, 403, 404, 409, 429, 503),
+)
+
+WebhookReader = Annotated[Caller, may("read", "webhooks")]
+WebhookWriter = Annotated[Caller, may("write", "webhooks")]
+MISSING = "There is no such webhook."
+
+
+@router.get("/webhooks", summary="Your webhooks", response_model=Webhooks)
+async def list_webhooks(request: Request, caller: WebhookReader) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_webhooks(runtime.client, caller.user_id)
+    return Reply(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
+
+
+@router.post("/webhooks", summary="Be told when a budget is half, four fifths or all spent", response_model=WebhookKept, status_code=201)
+async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookWriter) -> Response:
+    """Deliveries are POSTs signed by the Standard Webhooks specification (`webhook-id`, `webhook-timestamp`, `webhook-signature`)."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    secret = new_secret()
+    asked = {"url": order.url, "encrypted_secret": runtime.vault.encrypt(secret)}
+    found = await db.create_webhook(runtime.client, {**caller.stamp(), **asked})
+    if found["outcome"] == "too_many":
+        raise Conflict("You have five webhooks, the most that are allowed. Delete one first.")
+    require_found(found)
+    message = "Keep the secret: it is shown this once."
+    return Reply(WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret), status_code=201)
+
+
+@router.get("/webhooks/deliveries", summary="What was sent, and how it was received", response_model=Deliveries)
+async def list_deliveries(request: Request, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_deliveries(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
+    following = BY_ID.following(rows, limit)
+    return Reply(Deliveries(status="success", deliveries=[_delivery(row) for row in rows], next_cursor=following))
+
+
+@router.put("/webhooks/{webhook_id}", summary="Change a webhook, or its secret", response_model=WebhookKept)
+async def update_webhook(request: Request, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    changes: dict[str, Any] = order.model_dump(include={"url", "is_active"}, exclude_none=True)
+    secret = new_secret() if order.rotate_secret else None
+    if secret is not None:
+        changes["encrypted_secret"] = runtime.vault.encrypt(secret)
+    asked = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": order.grace_period}
+    found = await db.update_webhook(runtime.client, {**caller.stamp(), **asked})
+    require_found(found, MISSING, "webhook_id")
+    message = "The webhook is changed" if secret is None else "Keep the new secret: it is shown this once."
+    return Reply(WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret))
+
+
+@router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
+async def delete_webhook(request: Request, webhook_id: PathId, caller: WebhookWriter) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    found = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
+    require_found(found, MISSING, "webhook_id")
+    return Reply({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
+
+
+@router.post("/webhooks/{webhook_id}/test", summary="Send a test, and see how it is received", response_model=DeliveryTested)
+async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWriter) -> Response:
+    """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
+    runtime: Runtime = await request.app.state.runtime.ready()
+    forbid_test_key(caller)
+    found = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
+    require_found(found, MISSING, "webhook_id")
+    if found["outcome"] == "inactive":
+        raise Conflict("This webhook is switched off.", param="webhook_id")
+    if found["outcome"] == "too_soon":
+        raise RateLimited("One test a minute for each webhook.", retry_after=found["retry_after"])
+    await runtime.deliveries.deliver_due(delivery_id=found["delivery_id"])
+    row = await db.get_delivery(runtime.client, caller.user_id, found["delivery_id"])
+    if row is None:
+        raise NotFound(MISSING, param="webhook_id")
+    shown = _delivery(row)
+    message = "The test has arrived" if shown.status == "delivered" else "The test has not arrived yet; `last_error` says why"
+    return Reply(DeliveryTested(status="success", message=message, delivery=shown))
+
+
+@router.get("/budget-events", summary="Which budgets are half, four fifths or all spent", response_model=BudgetEvents)
+async def list_budget_events(
+    request: Request, caller: Annotated[Caller, may("read", "budgets")], limit: PageSize = 100, cursor: Cursor = None
+) -> Response:
+    runtime: Runtime = await request.app.state.runtime.ready()
+    rows = await db.list_budget_events(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
+    following = BY_ID.following(rows, limit)
+    return Reply(BudgetEvents(status="success", events=[_event(row) for row in rows], next_cursor=following))
+
+
+def _webhook(row: db.Row) -> WebhookView:
+    return WebhookView(**{name: row[name] for name in WebhookView.model_fields})
+
+
+def _delivery(row: db.Row) -> DeliveryView:
+    status = "delivered" if row["delivered_at"] else "failed" if row["failed_at"] else "pending"
+    following = row["next_attempt_at"] if status == "pending" else None
+    return DeliveryView(**{**row, "next_attempt_at": following}, status=status)
+
+
+def _event(row: db.Row) -> BudgetEvent:
+    start = row["window_start"]
+    amounts = {name: credits_from_nanos(row.pop(f"{name}_nanos")) for name in ("budget", "spent")}
+    return BudgetEvent(**{**row, **amounts, "window_start": None if start == "-infinity" else start})
