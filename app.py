@@ -1,6 +1,7 @@
 """The AI gateway: composes the application out of its parts, and does nothing else.
 
-Serve it with `make run`, or with `uvicorn app:app --no-proxy-headers` (uvicorn would trust X-Forwarded-For from loopback).
+Serve it with `make run`, or with `uvicorn app:app --no-proxy-headers` (uvicorn would trust X-Forwarded-For
+from loopback).
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ EXPOSED_HEADERS = [
     "x-gateway-byok",
     "idempotent-replayed",
     "age",
-    *(f"x-ratelimit-{part}-{unit}" for part in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+    *(
+        f"x-ratelimit-{part}-{unit}"
+        for part in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
     "RateLimit",
     "RateLimit-Policy",
     "Retry-After",
@@ -85,7 +90,9 @@ def create_app(configuration: Configuration) -> FastAPI:
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(cors)
-    app.front = lambda inner: RequestLog(proxy.Shortcut(inner), max_body_bytes=settings.max_body_bytes, cors=cors)
+    app.front = lambda inner: RequestLog(
+        proxy.Shortcut(inner), max_body_bytes=settings.max_body_bytes, cors=cors
+    )
     return app
 
 

@@ -1,7 +1,8 @@
-"""Settings from the environment and .env, checked; the only reader of the environment. The settings, and the only place that reads the environment.
+"""Settings from the environment and .env, checked; the only reader of the environment. The settings, and the
+only place that reads the environment.
 
-Importing this module never fails: a wrong or missing setting becomes one sentence in `Configuration.problems`, which `/health`
-shows and every other route answers with 503.
+Importing this module never fails: a wrong or missing setting becomes one sentence in
+`Configuration.problems`, which `/health` shows and every other route answers with 503.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ VERCEL_DEADLINE_SECONDS = 270.0
 
 
 class Settings(BaseSettings):
-    """Every setting; README and `.env.example` list them with the same defaults, and a test keeps the three in step."""
+    """Every setting; README and `.env.example` list them with the same defaults, and a test keeps the three
+    in step.
+    """
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -69,7 +72,11 @@ class Settings(BaseSettings):
     @field_validator("key_hash_secrets", "encryption_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
 
     @field_validator("log_level", "log_format", "registration", "gateway_mode", mode="before")
     @classmethod
@@ -87,7 +94,9 @@ class Settings(BaseSettings):
     @classmethod
     def _is_postgresql_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must start with postgresql:// (and is not repeated here, as it may hold a password)")
+            raise ValueError(
+                "must start with postgresql:// (and is not repeated here, as it may hold a password)"
+            )
         if value is not None and "#" in value.get_secret_value():
             raise ValueError("holds a #, which ends an address: in a password write it as %23")
         return value
@@ -108,7 +117,9 @@ class Settings(BaseSettings):
 
     @property
     def mode(self) -> Mode | None:
-        """Live with an OpenRouter key, sandbox where nothing can be sold by mistake, None when neither is safe to assume."""
+        """Live with an OpenRouter key, sandbox where nothing can be sold by mistake, None when neither is
+        safe to assume.
+        """
         if self.gateway_mode:
             return self.gateway_mode
         if self.openrouter_api_key:
@@ -118,7 +129,11 @@ class Settings(BaseSettings):
     @property
     def deadline_seconds(self) -> float:
         """The longest request; on Vercel a function ends after 300 s, and settlement has to come before."""
-        return min(self.request_deadline_seconds, VERCEL_DEADLINE_SECONDS) if self.vercel else self.request_deadline_seconds
+        return (
+            min(self.request_deadline_seconds, VERCEL_DEADLINE_SECONDS)
+            if self.vercel
+            else self.request_deadline_seconds
+        )
 
     @property
     def registration_open(self) -> bool:
@@ -133,11 +148,15 @@ class Settings(BaseSettings):
 
 
 def decode_secret(text: str) -> bytes:
-    """32 bytes out of base64url, padded or not. Raises ValueError with a sentence that does not repeat the secret."""
+    """32 bytes out of base64url, padded or not. Raises ValueError with a sentence that does not repeat the
+    secret.
+    """
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("must be 32 bytes in base64url; make one with: openssl rand -base64 32 | tr '+/' '-_'") from None
+        raise ValueError(
+            "must be 32 bytes in base64url; make one with: openssl rand -base64 32 | tr '+/' '-_'"
+        ) from None
     if len(raw) != SECRET_BYTES:
         raise ValueError(f"must be 32 bytes in base64url, not {len(raw)} bytes")
     return raw
@@ -152,7 +171,9 @@ class Configuration:
 
 
 def load_configuration() -> Configuration:
-    """Reads the environment and `.env`. Never raises for a wrong value: that is a problem, and its setting takes the default."""
+    """Reads the environment and `.env`. Never raises for a wrong value: that is a problem, and its setting
+    takes the default.
+    """
     problems: list[str] = []
     try:
         settings = Settings()
@@ -160,7 +181,11 @@ def load_configuration() -> Configuration:
         problems = [".env is not a text file in UTF-8."]
         settings = Settings.model_construct()
     except ValidationError as error:
-        problems = list(dict.fromkeys(f"{_names(found['loc'])}: {predicate(found)}." for found in error.errors(include_input=False)))
+        problems = list(
+            dict.fromkeys(
+                f"{_names(found['loc'])}: {predicate(found)}." for found in error.errors(include_input=False)
+            )
+        )
         settings = Settings.model_construct()
     return Configuration(settings, (*problems, *(_conflicts(settings) if not problems else ())))
 
@@ -180,11 +205,15 @@ def _conflicts(settings: Settings) -> list[str]:
         found.append("OPENROUTER_API_KEY is missing: GATEWAY_MODE=live needs it.")
     if bool(settings.supabase_url) != bool(settings.supabase_key):
         missing = "SUPABASE_KEY" if settings.supabase_url else "SUPABASE_URL"
-        found.append(f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key).")
+        found.append(
+            f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key)."
+        )
     if settings.admin_api_key is not None and len(settings.admin_api_key.get_secret_value()) < 16:
         found.append("ADMIN_API_KEY is too short: use at least 16 characters.")
     if settings.vercel and settings.database != "hosted":
-        found.append("SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase.")
+        found.append(
+            "SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase."
+        )
     return found + (_missing_secrets(settings) if settings.database != "embedded" or settings.vercel else [])
 
 

@@ -1,7 +1,7 @@
 """Users, credits, plans, limits and usage: flat functions, one per query or SQL function.
 
-They decide nothing: what must hold is decided in PostgreSQL, and an expected refusal comes back as an `outcome`. All of them raise
-DatabaseUnavailable when the database does not answer. Amounts are nano-dollars.
+They decide nothing: what must hold is decided in PostgreSQL, and an expected refusal comes back as an
+`outcome`. All of them raise DatabaseUnavailable when the database does not answer. Amounts are nano-dollars.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ RECORD_COLUMNS = (
 )
 
 
-TRANSACTION_COLUMNS = "id,user_id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,actor,reason,created_at"
+TRANSACTION_COLUMNS = (
+    "id,user_id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,actor,reason,created_at"
+)
 
 
 CLOCKS_APART = datetime.timedelta(days=1)
@@ -66,7 +68,9 @@ async def count_users(client: AsyncClient) -> int:
 
 
 async def admit_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (admission_item): admitted, cached, replayed, verified, busy, wrong_mode, failed, or a refusal's code."""
+    """One answer per item (admission_item): admitted, cached, replayed, verified, busy, wrong_mode, failed,
+    or a refusal's code.
+    """
     return list(await call(client, "admit_requests", {"p_items": items}))
 
 
@@ -86,8 +90,9 @@ async def note_generations(client: AsyncClient, items: Sequence[Row]) -> list[Ro
 
 
 async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[Row]:
-    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode, environment, byok and provider_key
-    (encrypted, None where the user has none any more)."""
+    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode,
+    environment, byok and provider_key (encrypted, None where the user has none any more).
+    """
     return list(await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip}))
 
 
@@ -137,7 +142,12 @@ Range = tuple[datetime.datetime | None, datetime.datetime | None]
 
 
 async def list_usage_records(
-    client: AsyncClient, user_id: int, *, within: Range = (None, None), before: tuple[str, str] | None, limit: int
+    client: AsyncClient,
+    user_id: int,
+    *,
+    within: Range = (None, None),
+    before: tuple[str, str] | None,
+    limit: int,
 ) -> list[Row]:
     """A user's records, newest first; `before` is the (created_at, request_id) of the last row seen."""
     query = _within(client.table("usage_records").select(RECORD_COLUMNS).eq("user_id", user_id), within)
@@ -145,11 +155,17 @@ async def list_usage_records(
         moment, request_id = before
         # The first condition is implied by the second, and is the one that an index is used for.
         query = query.lte("created_at", moment)
-        query = query.or_(f'created_at.lt."{moment}",and(created_at.eq."{moment}",request_id.lt.{request_id})')
-    return list(await execute(query.order("created_at", desc=True).order("request_id", desc=True).limit(limit)))
+        query = query.or_(
+            f'created_at.lt."{moment}",and(created_at.eq."{moment}",request_id.lt.{request_id})'
+        )
+    return list(
+        await execute(query.order("created_at", desc=True).order("request_id", desc=True).limit(limit))
+    )
 
 
-async def list_all_usage_records(client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int) -> list[Row]:
+async def list_all_usage_records(
+    client: AsyncClient, *, within: Range, before: tuple[str, str] | None, limit: int
+) -> list[Row]:
     """Everybody's records, newest first, in the order of their ids, which are times (UUIDv7)."""
     query = _within(client.table("usage_records").select(RECORD_COLUMNS), within)
     start, end = within
@@ -169,7 +185,9 @@ def _within(query: Any, within: Range) -> Any:
 
 
 def _first_id(moment: datetime.datetime) -> str:
-    """The smallest UUIDv7 of a moment: ids are made by instances, times by the database, and their clocks may differ."""
+    """The smallest UUIDv7 of a moment: ids are made by instances, times by the database, and their clocks may
+    differ.
+    """
     return str(UUID(int=max(0, int(moment.timestamp() * 1000)) << 80))
 
 
@@ -221,7 +239,11 @@ async def list_users(client: AsyncClient, *, text: str | None, before: int | Non
 
 async def list_plans(client: AsyncClient) -> list[Row]:
     """The plans on offer, cheapest first."""
-    return list(await execute(client.table("plans").select("*").eq("is_active", True).order("price_per_month_nanos").order("id")))
+    return list(
+        await execute(
+            client.table("plans").select("*").eq("is_active", True).order("price_per_month_nanos").order("id")
+        )
+    )
 
 
 async def get_plan(client: AsyncClient, plan_id: int) -> Row | None:
@@ -267,12 +289,24 @@ async def adjust_credits(client: AsyncClient, order: Mapping[str, Any]) -> Row:
 
 async def report_usage(client: AsyncClient, *, user_id: int | None, report: Mapping[str, Any]) -> list[Row]:
     """Settled requests by time and group; `report` holds start, end, zone, bucket, group and limit."""
-    return list(await call(client, "report_usage", {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}}))
+    return list(
+        await call(
+            client,
+            "report_usage",
+            {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}},
+        )
+    )
 
 
 async def report_end_users(client: AsyncClient, *, user_id: int, report: Mapping[str, Any]) -> list[Row]:
     """The same of one user, by their end users; `report` without group."""
-    return list(await call(client, "report_end_users", {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}}))
+    return list(
+        await call(
+            client,
+            "report_end_users",
+            {"p_user_id": user_id, **{f"p_{name}": value for name, value in report.items()}},
+        )
+    )
 
 
 async def sum_up_usage(client: AsyncClient) -> bool:
@@ -291,10 +325,14 @@ async def system_metrics(client: AsyncClient) -> Row:
 WEBHOOK_COLUMNS = "id,url,is_active,disabled_reason,previous_valid_until,created_at,updated_at"
 
 
-DELIVERY_COLUMNS = "id,event_id,webhook_id,attempts,next_attempt_at,delivered_at,failed_at,last_status,last_error,created_at"
+DELIVERY_COLUMNS = (
+    "id,event_id,webhook_id,attempts,next_attempt_at,delivered_at,failed_at,last_status,last_error,created_at"
+)
 
 
-EVENT_COLUMNS = "id,key_id,end_user,level,budget_nanos,spent_nanos,budget_window,window_start,request_id,created_at"
+EVENT_COLUMNS = (
+    "id,key_id,end_user,level,budget_nanos,spent_nanos,budget_window,window_start,request_id,created_at"
+)
 
 
 async def read_credits(client: AsyncClient, user_id: int) -> Row | None:
@@ -307,27 +345,49 @@ async def read_receipt(client: AsyncClient, user_id: int, request_id: str) -> Ro
     return _row(await call(client, "read_receipt", {"p_user_id": user_id, "p_request_id": request_id}))
 
 
-async def find_generation(client: AsyncClient, user_id: int, generation_id: str, *, around: str | None) -> Row | None:
-    """This user's newest usage record with this generation id, looked for `around` a time, or in the last day."""
-    return _row(await call(client, "find_generation", {"p_user_id": user_id, "p_generation_id": generation_id, "p_around": around}))
+async def find_generation(
+    client: AsyncClient, user_id: int, generation_id: str, *, around: str | None
+) -> Row | None:
+    """This user's newest usage record with this generation id, looked for `around` a time, or in the last
+    day.
+    """
+    return _row(
+        await call(
+            client,
+            "find_generation",
+            {"p_user_id": user_id, "p_generation_id": generation_id, "p_around": around},
+        )
+    )
 
 
 async def quote_request(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome granted, credits, budget, end_user_budget, MODEL_NOT_ALLOWED, REQUEST_LIMIT_EXCEEDED, trial_expired or not_found."""
+    """Outcome granted, credits, budget, end_user_budget, MODEL_NOT_ALLOWED, REQUEST_LIMIT_EXCEEDED,
+    trial_expired or not_found.
+    """
     return Row(await call(client, "quote_request", {"p": order}))
 
 
 # Budgets of end users.
 
 
-async def list_end_user_budgets(client: AsyncClient, user_id: int, *, before: int | None, limit: int) -> list[Row]:
+async def list_end_user_budgets(
+    client: AsyncClient, user_id: int, *, before: int | None, limit: int
+) -> list[Row]:
     """A user's budgets for their customers, newest first, each with how it stands."""
-    return list(await call(client, "list_end_user_budgets", {"p_user_id": user_id, "p_before": before, "p_limit": limit}))
+    return list(
+        await call(
+            client, "list_end_user_budgets", {"p_user_id": user_id, "p_before": before, "p_limit": limit}
+        )
+    )
 
 
 async def end_user_standing(client: AsyncClient, user_id: int, end_user: str, *, now: str) -> Row | None:
-    """The budget that applies to an end user, their own or that of `*`, and what is used of it; None where none does."""
-    return _row(await call(client, "end_user_standing", {"p_user_id": user_id, "p_end_user": end_user, "p_now": now}))
+    """The budget that applies to an end user, their own or that of `*`, and what is used of it; None where
+    none does.
+    """
+    return _row(
+        await call(client, "end_user_standing", {"p_user_id": user_id, "p_end_user": end_user, "p_now": now})
+    )
 
 
 async def create_end_user_budget(client: AsyncClient, order: Mapping[str, Any]) -> Row:
@@ -350,7 +410,9 @@ async def delete_end_user_budget(client: AsyncClient, order: Mapping[str, Any]) 
 
 async def list_webhooks(client: AsyncClient, user_id: int) -> list[Row]:
     """A user's webhooks, oldest first, without their secrets."""
-    return list(await execute(client.table("webhooks").select(WEBHOOK_COLUMNS).eq("user_id", user_id).order("id")))
+    return list(
+        await execute(client.table("webhooks").select(WEBHOOK_COLUMNS).eq("user_id", user_id).order("id"))
+    )
 
 
 async def create_webhook(client: AsyncClient, order: Mapping[str, Any]) -> Row:
@@ -374,7 +436,13 @@ async def queue_webhook_test(client: AsyncClient, order: Mapping[str, Any]) -> R
 
 
 async def get_delivery(client: AsyncClient, user_id: int, delivery_id: int) -> Row | None:
-    query = client.table("webhook_deliveries").select(DELIVERY_COLUMNS).eq("user_id", user_id).eq("id", delivery_id).limit(1)
+    query = (
+        client.table("webhook_deliveries")
+        .select(DELIVERY_COLUMNS)
+        .eq("user_id", user_id)
+        .eq("id", delivery_id)
+        .limit(1)
+    )
     rows = await execute(query)
     return rows[0] if rows else None
 
@@ -384,13 +452,19 @@ async def list_deliveries(client: AsyncClient, user_id: int, *, before: int | No
     return await _newest(client, "webhook_deliveries", DELIVERY_COLUMNS, user_id, before, limit)
 
 
-async def list_budget_events(client: AsyncClient, user_id: int, *, before: int | None, limit: int) -> list[Row]:
+async def list_budget_events(
+    client: AsyncClient, user_id: int, *, before: int | None, limit: int
+) -> list[Row]:
     """What levels of budgets a user's keys and end users have reached, newest first."""
     return await _newest(client, "budget_events", EVENT_COLUMNS, user_id, before, limit)
 
 
-async def claim_deliveries(client: AsyncClient, *, limit: int, lease_seconds: int, delivery_id: int | None) -> list[Row]:
-    """Deliveries that are due, for nobody but the caller until the lease ends; just one of them where `delivery_id` names it."""
+async def claim_deliveries(
+    client: AsyncClient, *, limit: int, lease_seconds: int, delivery_id: int | None
+) -> list[Row]:
+    """Deliveries that are due, for nobody but the caller until the lease ends; just one of them where
+    `delivery_id` names it.
+    """
     asked = {"p_limit": limit, "p_lease_seconds": lease_seconds, "p_delivery_id": delivery_id}
     return list(await call(client, "claim_deliveries", asked))
 
@@ -414,7 +488,9 @@ async def note_open_items(client: AsyncClient) -> None:
 
 
 async def list_open_items(client: AsyncClient, kind: str, *, before: str | None, limit: int) -> list[Row]:
-    """Requests that are `expired`, `unknown` in their cost, or an `overrun`; newest first, `before` is the id of the last one seen."""
+    """Requests that are `expired`, `unknown` in their cost, or an `overrun`; newest first, `before` is the id
+    of the last one seen.
+    """
     return list(await call(client, "list_open_items", {"p_kind": kind, "p_before": before, "p_limit": limit}))
 
 
@@ -424,7 +500,9 @@ async def get_record(client: AsyncClient, request_id: str) -> Row | None:
     return rows[0] if rows else None
 
 
-async def _newest(client: AsyncClient, table: str, columns: str, user_id: int, before: int | None, limit: int) -> list[Row]:
+async def _newest(
+    client: AsyncClient, table: str, columns: str, user_id: int, before: int | None, limit: int
+) -> list[Row]:
     query = client.table(table).select(columns).eq("user_id", user_id)
     if before is not None:
         query = query.lt("id", before)

@@ -13,7 +13,9 @@ from typing import Any
 from db import Row, _row
 from supabase_config import AsyncClient, call, execute
 
-AUDIT_COLUMNS = "id,actor,action,target,user_id,key_id,ip,user_agent,request_id,details,occurrences,created_at"
+AUDIT_COLUMNS = (
+    "id,actor,action,target,user_id,key_id,ip,user_agent,request_id,details,occurrences,created_at"
+)
 
 
 async def list_key_secrets_in_use(client: AsyncClient) -> set[str]:
@@ -31,8 +33,17 @@ async def list_keys(client: AsyncClient, user_id: int) -> list[Row]:
 
 async def list_primary_keys(client: AsyncClient, user_ids: Sequence[int]) -> dict[int, str]:
     """Users' primary keys, masked, by user id."""
-    query = client.table("api_keys_new").select("user_id,key_prefix,last4").in_("user_id", list(user_ids)).eq("is_primary", True)
-    return {row["user_id"]: f"{row['key_prefix']}...{row['last4']}" for row in await execute(query)} if user_ids else {}
+    query = (
+        client.table("api_keys_new")
+        .select("user_id,key_prefix,last4")
+        .in_("user_id", list(user_ids))
+        .eq("is_primary", True)
+    )
+    return (
+        {row["user_id"]: f"{row['key_prefix']}...{row['last4']}" for row in await execute(query)}
+        if user_ids
+        else {}
+    )
 
 
 async def create_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
@@ -65,9 +76,15 @@ async def reveal_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
     return Row(await call(client, "reveal_key", {"p": order}))
 
 
-async def find_keys(client: AsyncClient, *, text: str | None, user_id: int | None, before: int | None, limit: int) -> list[Row]:
+async def find_keys(
+    client: AsyncClient, *, text: str | None, user_id: int | None, before: int | None, limit: int
+) -> list[Row]:
     """Keys by prefix and last 4, or name; newest first."""
-    return list(await call(client, "find_keys", {"p_text": text, "p_user_id": user_id, "p_before": before, "p_limit": limit}))
+    return list(
+        await call(
+            client, "find_keys", {"p_text": text, "p_user_id": user_id, "p_before": before, "p_limit": limit}
+        )
+    )
 
 
 async def import_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
@@ -94,14 +111,20 @@ class AuditFilter:
     end: datetime.datetime | None = None
 
 
-async def list_own_audit(client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int) -> list[Row]:
+async def list_own_audit(
+    client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int
+) -> list[Row]:
     """A user's own log, newest first: of what others did to the account it does not show from where."""
     asked = {f"p_{name}": value for name, value in asdict(events).items()}
     times = {name: value.isoformat() for name, value in asked.items() if isinstance(value, datetime.datetime)}
-    return list(await call(client, "list_own_audit", {**asked, **times, "p_before": before, "p_limit": limit}))
+    return list(
+        await call(client, "list_own_audit", {**asked, **times, "p_before": before, "p_limit": limit})
+    )
 
 
-async def list_audit_logs(client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int) -> list[Row]:
+async def list_audit_logs(
+    client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int
+) -> list[Row]:
     """Security events and administrators' actions, newest first; `before` is the id of the last row seen."""
     query = client.table("audit_logs").select(AUDIT_COLUMNS)
     for column, value in (("user_id", events.user_id), ("key_id", events.key_id), ("action", events.action)):
@@ -129,7 +152,12 @@ async def read_key(client: AsyncClient, user_id: int, key_id: int) -> Row | None
 
 async def get_provider_key(client: AsyncClient, user_id: int) -> Row | None:
     """What may be shown of it."""
-    query = client.table("provider_keys").select("label,is_active,created_at,updated_at").eq("user_id", user_id).limit(1)
+    query = (
+        client.table("provider_keys")
+        .select("label,is_active,created_at,updated_at")
+        .eq("user_id", user_id)
+        .limit(1)
+    )
     rows = await execute(query)
     return rows[0] if rows else None
 
@@ -145,7 +173,13 @@ async def delete_provider_key(client: AsyncClient, order: Mapping[str, Any]) -> 
 
 
 async def write_audit(
-    client: AsyncClient, stamp: Mapping[str, Any], *, action: str, target: str, user_id: int | None, details: Mapping[str, Any]
+    client: AsyncClient,
+    stamp: Mapping[str, Any],
+    *,
+    action: str,
+    target: str,
+    user_id: int | None,
+    details: Mapping[str, Any],
 ) -> None:
     """One entry of the audit log, for an action that is not a single SQL function."""
     await call(

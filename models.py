@@ -1,4 +1,5 @@
-"""Types that request and response bodies share: money, enums, error body. The models of the management API; proxied bodies pass through and have none.
+"""Types that request and response bodies share: money, enums, error body. The models of the management API;
+proxied bodies pass through and have none.
 
 Amounts are credits (US dollars) as exact decimals, written as plain JSON numbers. Texts are bounded.
 """
@@ -10,9 +11,23 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    EmailStr,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 
-Credits = Annotated[Decimal, WithJsonSchema({"type": "number", "description": "Credits; 1 credit = 1 US dollar, exact to nine decimals"})]
+Credits = Annotated[
+    Decimal,
+    WithJsonSchema(
+        {"type": "number", "description": "Credits; 1 credit = 1 US dollar, exact to nine decimals"}
+    ),
+]
 # Strict, because `true` would be 1.
 Limit = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Id = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1)]
@@ -64,7 +79,9 @@ ERROR_SCHEMA = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
 
 
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of these statuses. By reference: for a model the framework would build one validator for each of five hundred."""
+    """What OpenAPI says of these statuses. By reference: for a model the framework would build one validator
+    for each of five hundred.
+    """
     return {status: {"content": {"application/json": ERROR_SCHEMA}} for status in statuses}
 
 
@@ -74,7 +91,11 @@ def _not_reserved(name: str) -> str:
     return name
 
 
-Username = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$"), AfterValidator(_not_reserved)]
+Username = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    AfterValidator(_not_reserved),
+]
 KeyName = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -220,11 +241,15 @@ class Target(RequestModel):
 
 
 class CreditGrant(Target):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "credits": 25, "reason": "invoice 17"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "credits": 25, "reason": "invoice 17"}]}
+    )
 
     credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)]
     reason: Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")] = ""
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+    idempotency_key: (
+        Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None
+    ) = None
 
 
 class CreditsGranted(BaseModel):
@@ -251,7 +276,9 @@ class RateLimits(RequestModel):
 class LimitOrder(Target):
     """Limits of a user (user_id), or of one key (api_key)."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "rate_limits": {"requests_per_minute": 600}}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "rate_limits": {"requests_per_minute": 600}}]}
+    )
 
     rate_limits: RateLimits
 
@@ -270,7 +297,9 @@ class LimitsSet(BaseModel):
 
 
 class PlanOrder(RequestModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "plan_id": 1, "duration_months": 1}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "plan_id": 1, "duration_months": 1}]}
+    )
 
     user_id: Id
     plan_id: Id

@@ -1,4 +1,5 @@
-"""Key format, HMAC, encryption at rest, client address and domain; no request, no database. Key format, HMAC, Fernet, and the dependencies of the routes.
+"""Key format, HMAC, encryption at rest, client address and domain; no request, no database. Key format, HMAC,
+Fernet, and the dependencies of the routes.
 
 A raw key never leaves this module: what goes on to the database is an HMAC of it.
 """
@@ -33,7 +34,9 @@ ENVIRONMENTS = {prefix: environment for environment, prefix in PREFIXES.items()}
 SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
 
 
-KEY = re.compile(rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}")
+KEY = re.compile(
+    rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}"
+)
 
 
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
@@ -78,14 +81,18 @@ class Keyring:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._secrets = [decode_secret(text) for text in texts]
-        self.ids = [hashlib.sha256(b"key hash secret\0" + secret).hexdigest()[:16] for secret in self._secrets]
+        self.ids = [
+            hashlib.sha256(b"key hash secret\0" + secret).hexdigest()[:16] for secret in self._secrets
+        ]
 
     def hashes(self, key: str) -> list[str]:
         """Hex HMAC-SHA256 of the whole key, one per secret, the current first."""
         return [hmac.digest(secret, key.encode(), "sha256").hex() for secret in self._secrets]
 
     def email_hashes(self, email: str) -> list[str]:
-        """What an email address is remembered by without being kept: hex HMACs, one per secret, the current first."""
+        """What an email address is remembered by without being kept: hex HMACs, one per secret, the current
+        first.
+        """
         message = b"signup email\0" + email.casefold().encode()
         return [hmac.new(secret, message, hashlib.sha256).hexdigest() for secret in self._secrets]
 
@@ -161,7 +168,9 @@ class Credential:
 
 
 def presented_key(headers: Headers) -> str:
-    """The key of `Authorization: Bearer` or `x-api-key`. Raises InvalidKey without one, BadRequest for two different ones."""
+    """The key of `Authorization: Bearer` or `x-api-key`. Raises InvalidKey without one, BadRequest for two
+    different ones.
+    """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     bearer = bearer.strip() if scheme.lower() == "bearer" else ""
     other = headers.get("x-api-key", "").strip()

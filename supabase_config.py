@@ -1,4 +1,5 @@
-"""Opens the database client: hosted, by URL, or embedded; the only importer of supabase. Builds the Supabase client: hosted, any PostgreSQL by its URL, or the embedded one.
+"""Opens the database client: hosted, by URL, or embedded; the only importer of supabase. Builds the Supabase
+client: hosted, any PostgreSQL by its URL, or the embedded one.
 
 The only importer of `supabase`. Its errors, and the network's, leave this module as GatewayErrors.
 """
@@ -27,7 +28,8 @@ MIGRATIONS = Path(__file__).parent / "supabase" / "migrations"
 # The newest migration that the code relies on; `schema_version()` says what the database has.
 SCHEMA_VERSION = 20261130100100
 TIMEOUT_SECONDS = 10.0
-# Connection trouble, lack of resources, shutdown, cancelled statements, lock timeouts; PGRST0xx are PostgREST's own connection errors.
+# Connection trouble, lack of resources, shutdown, cancelled statements, lock timeouts; PGRST0xx are
+# PostgREST's own connection errors.
 UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006", "XX", "PGRST00")
 
 
@@ -45,7 +47,9 @@ def _http(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
 
 
 class DatabaseFault(GatewayError):
-    """The gateway's database refused a statement. This is a fault of the gateway; the request id below finds it in its log."""
+    """The gateway's database refused a statement. This is a fault of the gateway; the request id below finds
+    it in its log.
+    """
 
     code = "database_fault"
 
@@ -56,7 +60,9 @@ class MissingFunction(DatabaseFault):
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[AsyncClient]:
-    """The client of the database that the settings name. Raises Misconfigured with one sentence where it cannot be started."""
+    """The client of the database that the settings name. Raises Misconfigured with one sentence where it
+    cannot be started.
+    """
     if settings.database == "hosted":
         async with _hosted(settings) as client:
             yield client
@@ -103,7 +109,9 @@ async def _embedded(settings: Settings) -> AsyncIterator[AsyncClient]:
         raise Misconfigured(str(error)) from error
     try:
         await migrate(server.connect_kwargs("postgres"), MIGRATIONS)
-        transport = PostgrestTransport(lambda: server.connect_kwargs("authenticator"), ensure_running=server.ensure_running)
+        transport = PostgrestTransport(
+            lambda: server.connect_kwargs("authenticator"), ensure_running=server.ensure_running
+        )
         async with _http(transport) as http:
             yield await _client("http://embedded.invalid", "in-process", http)
     except EmbeddedDatabaseError as error:
@@ -113,14 +121,18 @@ async def _embedded(settings: Settings) -> AsyncIterator[AsyncClient]:
 
 
 async def migrate_database(settings: Settings) -> list[str]:
-    """Applies what is missing, to DATABASE_URL or the embedded database; returns the names. For `make migrate`."""
+    """Applies what is missing, to DATABASE_URL or the embedded database; returns the names. For `make
+    migrate`.
+    """
     from embedded.migrate import migrate
     from embedded.postgres import EmbeddedPostgres
 
     if settings.database == "url" and settings.database_url is not None:
         return await migrate(settings.database_url.get_secret_value(), MIGRATIONS)
     if settings.database == "hosted":
-        raise Misconfigured("A hosted Supabase is migrated with: supabase db push (or set DATABASE_URL to its connection string).")
+        raise Misconfigured(
+            "A hosted Supabase is migrated with: supabase db push (or set DATABASE_URL to its connection string)."
+        )
     server = await EmbeddedPostgres.start(settings.gateway_data_dir, binaries=settings.postgres_bin)
     try:
         return await migrate(server.connect_kwargs("postgres"), MIGRATIONS)
@@ -129,7 +141,9 @@ async def migrate_database(settings: Settings) -> list[str]:
 
 
 async def _client(url: str, key: str, http: httpx.AsyncClient) -> AsyncClient:
-    options = AsyncClientOptions(httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False)
+    options = AsyncClientOptions(
+        httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False
+    )
     return await acreate_client(url, key, options)
 
 
@@ -153,7 +167,8 @@ async def execute(query: Any) -> Any:
 
 def _translate(error: APIError) -> GatewayError:
     code = str(error.code or "")
-    # What is no SQLSTATE and no code of PostgREST comes from something in front of the database, such as its gateway.
+    # What is no SQLSTATE and no code of PostgREST comes from something in front of the database, such as its
+    # gateway.
     if code.startswith(UNAVAILABLE) or not re.fullmatch(r"[0-9A-Z]{5}|PGRST\d{3}", code):
         return DatabaseUnavailable()
     if code == "23505":

@@ -1,4 +1,5 @@
-"""How fast is the gateway, with authentication, holds and durable ledger writes on? `python -m benchmarks` measures it.
+"""How fast is the gateway, with authentication, holds and durable ledger writes on? `python -m benchmarks`
+measures it.
 
 `docs/benchmarks.md` says what the figures mean. Nothing here is imported by the service.
 """

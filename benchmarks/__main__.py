@@ -1,4 +1,6 @@
-"""`python -m benchmarks`: measures the gateway, prints one table, and fails where an answer or the books were wrong."""
+"""`python -m benchmarks`: measures the gateway, prints one table, and fails where an answer or the books were
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ async def bench(plan: Plan) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Plan.rounds, help="how often each figure is taken (the median counts)")
+    parser.add_argument(
+        "--rounds", type=int, default=Plan.rounds, help="how often each figure is taken (the median counts)"
+    )
     parser.add_argument("--seconds", type=int, default=Plan.seconds, help="length of one load on the gateway")
     arguments = parser.parse_args()
     try:
@@ -33,7 +37,10 @@ def main() -> int:
         print(f"The benchmark failed. {error}", file=sys.stderr)
         return 1
     except TimeoutError:
-        print(f"The benchmark failed. It took longer than {LIMIT_SECONDS:g} s, or a process did not start in time.", file=sys.stderr)
+        print(
+            f"The benchmark failed. It took longer than {LIMIT_SECONDS:g} s, or a process did not start in time.",
+            file=sys.stderr,
+        )
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("The benchmark was interrupted.", file=sys.stderr)

@@ -1,7 +1,9 @@
-"""Would this tree run on Vercel? `python -m benchmarks.bundle` builds the bundle in a temporary folder and tries it.
+"""Would this tree run on Vercel? `python -m benchmarks.bundle` builds the bundle in a temporary folder and
+tries it.
 
-It installs requirements.txt, and nothing else, for Vercel's Python; copies the files that .vercelignore lets through; and fails where
-the bundle is too large, does not import, or does not say what is missing. The import's time is reported: it depends on the machine.
+It installs requirements.txt, and nothing else, for Vercel's Python; copies the files that .vercelignore lets
+through; and fails where the bundle is too large, does not import, or does not say what is missing. The
+import's time is reported: it depends on the machine.
 """
 
 from __future__ import annotations
@@ -49,12 +51,21 @@ def find_python() -> str:
     """A Python of Vercel's version, from PATH or pyenv. Raises BundleError without one."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = shutil.which(f"python{PYTHON}")
-    candidates = [*([found] if found else []), *(str(path) for path in sorted(pyenv.glob(f"{PYTHON}*/bin/python"), reverse=True))]
+    candidates = [
+        *([found] if found else []),
+        *(str(path) for path in sorted(pyenv.glob(f"{PYTHON}*/bin/python"), reverse=True)),
+    ]
     for candidate in candidates:
-        asked = subprocess.run([candidate, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], capture_output=True, text=True)
+        asked = subprocess.run(
+            [candidate, "-c", "import sys; print(*sys.version_info[:2], sep='.')"],
+            capture_output=True,
+            text=True,
+        )
         if asked.stdout.strip() == PYTHON:
             return candidate
-    raise BundleError(f"Vercel runs Python {PYTHON}, and there is none here: install it (pyenv install {PYTHON}) or put it on PATH.")
+    raise BundleError(
+        f"Vercel runs Python {PYTHON}, and there is none here: install it (pyenv install {PYTHON}) or put it on PATH."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,14 @@ class Bundle:
     def run(self, *arguments: str, env: Mapping[str, str] = PLATFORM) -> str:
         """What a program in the bundle prints. Raises BundleError when it fails."""
         command = [str(self.python), *arguments]
-        done = subprocess.run(command, cwd=self.tree, env={"PATH": os.defpath, **env}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command,
+            cwd=self.tree,
+            env={"PATH": os.defpath, **env},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         if done.returncode:
             raise BundleError(f"{' '.join(arguments)[:80]} failed in the bundle:\n{done.stderr[-3000:]}")
         return done.stdout.strip().rpartition("\n")[2]
@@ -81,7 +99,14 @@ def build(folder: Path) -> Bundle:
     """Installs and copies what would be deployed."""
     bundle = Bundle(folder / "tree", folder / "venv" / "bin" / "python")
     _must([find_python(), "-m", "venv", str(folder / "venv")])
-    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    options = [
+        "--quiet",
+        "--disable-pip-version-check",
+        "--require-hashes",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
     _must([str(bundle.python), "-m", "pip", "install", *options, "-r", str(ROOT / "requirements.txt")])
     for package in ("pip", "setuptools"):
         shutil.rmtree(bundle.packages / package, ignore_errors=True)
@@ -102,7 +127,9 @@ def _patterns() -> list[str]:
 
 
 def _ignore_of(patterns: Sequence[str]) -> Callable[[str, list[str]], list[str]]:
-    """For copytree: `/name` is a name at the top, everything else a name anywhere; .vercelignore uses no more of the syntax."""
+    """For copytree: `/name` is a name at the top, everything else a name anywhere; .vercelignore uses no more
+    of the syntax.
+    """
 
     def ignored(folder: str, names: list[str]) -> list[str]:
         is_top = Path(folder) == ROOT
@@ -121,7 +148,9 @@ def check(bundle: Bundle) -> Iterator[str]:
     """What was found, a line each. Raises BundleError where the deployment would not do."""
     strays = [name for name in NOT_WANTED if (bundle.packages / name).exists()]
     if strays:
-        raise BundleError(f"requirements.txt installs {', '.join(strays)}, which the deployment does not need.")
+        raise BundleError(
+            f"requirements.txt installs {', '.join(strays)}, which the deployment does not need."
+        )
     size, byte_code = _megabytes(bundle.packages), _megabytes(bundle.packages, "*.pyc")
     code = _megabytes(bundle.tree)
     total = size + code
@@ -136,7 +165,10 @@ def check(bundle: Bundle) -> Iterator[str]:
 
 
 def _check_health(bundle: Bundle) -> Iterator[str]:
-    expected = {"nothing is configured": (PLATFORM, "SUPABASE_URL"), "the database is away": (HOSTED, "database")}
+    expected = {
+        "nothing is configured": (PLATFORM, "SUPABASE_URL"),
+        "the database is away": (HOSTED, "database"),
+    }
     for case, (env, word) in expected.items():
         found = json.loads(bundle.run(str(PROBE), "health", env=env))
         if found["status"] != 503 or word not in str(found["problem"]):

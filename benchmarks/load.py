@@ -17,8 +17,13 @@ SCRIPT = Path(__file__).with_name("load.lua")
 PATH = "/api/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Which proverb is about gold? Answer in one short sentence, please."}]
 PLAIN = json.dumps({"model": MODEL, "messages": MESSAGES, "max_tokens": 100}, separators=(",", ":"))
-STREAMED = json.dumps({"model": MODEL, "messages": MESSAGES, "max_tokens": 100, "stream": True}, separators=(",", ":"))
-PACED = json.dumps({"model": MODEL, "messages": MESSAGES, "max_tokens": 100, "stream": True, "seed": 1}, separators=(",", ":"))
+STREAMED = json.dumps(
+    {"model": MODEL, "messages": MESSAGES, "max_tokens": 100, "stream": True}, separators=(",", ":")
+)
+PACED = json.dumps(
+    {"model": MODEL, "messages": MESSAGES, "max_tokens": 100, "stream": True, "seed": 1},
+    separators=(",", ":"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,17 @@ class Run:
 async def run_wrk(base: str, body: str, keys: Sequence[str], *, connections: int, seconds: int) -> Run:
     """Loads `base` for that long. Raises BenchmarkError where any answer was not a 200 or a connection broke."""
     wrk = program("wrk") or "wrk"
-    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT), base + PATH]
+    command = [
+        wrk,
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--timeout",
+        "10s",
+        "-s",
+        str(SCRIPT),
+        base + PATH,
+    ]
     env = {**minimal_environment(), "BENCH_KEYS": ",".join(keys), "BENCH_BODY": body}
     process = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
     try:
@@ -49,13 +64,17 @@ async def run_wrk(base: str, body: str, keys: Sequence[str], *, connections: int
             await process.wait()
     found = json.loads(output.splitlines()[-1])
     if found["failed"] or not found["requests"]:
-        raise BenchmarkError(f"{found['failed']} of {found['requests']} answers of {base} failed: the figures would mean nothing.")
+        raise BenchmarkError(
+            f"{found['failed']} of {found['requests']} answers of {base} failed: the figures would mean nothing."
+        )
     return Run(found["requests"], found["seconds"], found["p50_us"] / 1000, found["p99_us"] / 1000)
 
 
 async def check_answers(base: str, key: str, *, metered: bool) -> None:
     """Looks at one plain and one streamed answer in full before any is counted. Raises BenchmarkError."""
-    async with httpx.AsyncClient(timeout=10, headers={"authorization": f"Bearer {key}", "content-type": "application/json"}) as http:
+    async with httpx.AsyncClient(
+        timeout=10, headers={"authorization": f"Bearer {key}", "content-type": "application/json"}
+    ) as http:
         plain = await http.post(base + PATH, content=PLAIN)
         streamed = await http.post(base + PATH, content=STREAMED)
     for answer in (plain, streamed):

@@ -1,9 +1,11 @@
-"""What would OpenRouter answer, at a speed that does not hide the gateway's own? Fixed answers over a raw asyncio protocol.
+"""What would OpenRouter answer, at a speed that does not hide the gateway's own? Fixed answers over a raw
+asyncio protocol.
 
-`python -m benchmarks.mock_upstream PORT` serves GET /api/v1/models (the sandbox's priced models) and POST .../chat/completions,
-plain or streamed (42 events, a write for each, without a pause between them). A `seed` in the body paces the events;
-GET /api/v1/generation knows what a stream cost that was cut off by the end of the load. It reads no more of HTTP than wrk,
-nginx and the gateway send: a content-length, keep-alive, no pipelining.
+`python -m benchmarks.mock_upstream PORT` serves GET /api/v1/models (the sandbox's priced models) and POST
+.../chat/completions, plain or streamed (42 events, a write for each, without a pause between them). A `seed`
+in the body paces the events; GET /api/v1/generation knows what a stream cost that was cut off by the end of
+the load. It reads no more of HTTP than wrk, nginx and the gateway send: a content-length, keep-alive, no
+pipelining.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ def _usage() -> dict[str, object]:
 
 
 def _native_usage() -> dict[str, object]:
-    return {"native_tokens_prompt": PROMPT_TOKENS, "native_tokens_completion": COMPLETION_TOKENS, "total_cost": _usage()["cost"]}
+    return {
+        "native_tokens_prompt": PROMPT_TOKENS,
+        "native_tokens_completion": COMPLETION_TOKENS,
+        "total_cost": _usage()["cost"],
+    }
 
 
 def _shared(kind: str) -> dict[str, object]:
@@ -50,15 +56,34 @@ def _shared(kind: str) -> dict[str, object]:
 
 
 def _completion() -> bytes:
-    message = {"role": "assistant", "content": "All that glitters is not gold. " * 4, "refusal": None, "reasoning": None}
-    choice = {"logprobs": None, "finish_reason": "stop", "native_finish_reason": "stop", "index": 0, "message": message}
+    message = {
+        "role": "assistant",
+        "content": "All that glitters is not gold. " * 4,
+        "refusal": None,
+        "reasoning": None,
+    }
+    choice = {
+        "logprobs": None,
+        "finish_reason": "stop",
+        "native_finish_reason": "stop",
+        "index": 0,
+        "message": message,
+    }
     return orjson.dumps({**_shared("chat.completion"), "choices": [choice], "usage": _usage()})
 
 
 def _event(content: str, finish_reason: str | None, **rest: object) -> bytes:
     delta = {"role": "assistant", "content": content}
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "native_finish_reason": finish_reason, "logprobs": None}
-    return b"data: " + orjson.dumps({**_shared("chat.completion.chunk"), "choices": [choice], **rest}) + b"\n\n"
+    choice = {
+        "index": 0,
+        "delta": delta,
+        "finish_reason": finish_reason,
+        "native_finish_reason": finish_reason,
+        "logprobs": None,
+    }
+    return (
+        b"data: " + orjson.dumps({**_shared("chat.completion.chunk"), "choices": [choice], **rest}) + b"\n\n"
+    )
 
 
 def _events() -> list[bytes]:
@@ -111,7 +136,9 @@ class MockUpstream(asyncio.Protocol):
             self._loop.call_soon(self._write_all)
 
     def _write_all(self) -> None:
-        """Every event as soon as the one before it: each is a write to the socket of its own, which holds all of them."""
+        """Every event as soon as the one before it: each is a write to the socket of its own, which holds all
+        of them.
+        """
         if self._transport.is_closing():
             return
         descriptor = self._transport.get_extra_info("socket").fileno()

@@ -1,6 +1,8 @@
-"""What does the deployed tree do when it is imported? Run by `benchmarks.bundle` with the bundle's own Python, in the bundle's folder.
+"""What does the deployed tree do when it is imported? Run by `benchmarks.bundle` with the bundle's own
+Python, in the bundle's folder.
 
-`probe.py time` prints how long the import of the app took, in seconds; `probe.py health` what GET /health answers, as JSON.
+`probe.py time` prints how long the import of the app took, in seconds; `probe.py health` what GET /health
+answers, as JSON.
 """
 
 from __future__ import annotations

@@ -27,14 +27,26 @@ def table(rows: Sequence[Row]) -> str:
     cells = [HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
     lines = [
-        "  ".join(_aligned(cell, width, column) for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in cells
+        "  ".join(
+            _aligned(cell, width, column)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
     ]
     return "\n".join([*(line.rstrip() for line in lines), "", _where()])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     ratios = (_ratio(row.gateway, other) for other in (row.direct, row.nginx))
-    return (row.name, _number(row.gateway), row.unit, _number(row.direct), _number(row.nginx), *ratios, row.goal)
+    return (
+        row.name,
+        _number(row.gateway),
+        row.unit,
+        _number(row.direct),
+        _number(row.nginx),
+        *ratios,
+        row.goal,
+    )
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

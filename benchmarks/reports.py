@@ -1,6 +1,8 @@
-"""How long does a month's usage report take over millions of records? Fills an embedded database, sums it up, asks as /admin/usage does.
+"""How long does a month's usage report take over millions of records? Fills an embedded database, sums it up,
+asks as /admin/usage does.
 
-`python -m benchmarks.reports [--records 5000000]`; needs some minutes and, for five million records, about 6 GB below build/.
+`python -m benchmarks.reports [--records 5000000]`; needs some minutes and, for five million records, about 6
+GB below build/.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ async def fill(connection: asyncpg.Connection[asyncpg.Record], records: int) -> 
     """A month of evenly spread records, summed up."""
     await connection.execute(PEOPLE.replace("$1::int", str(USERS)))
     await connection.execute(KEYS)
-    start = await connection.fetchval("select date_trunc('day', now(), 'UTC') - make_interval(days => $1)", DAYS)
+    start = await connection.fetchval(
+        "select date_trunc('day', now(), 'UTC') - make_interval(days => $1)", DAYS
+    )
     for day in range(DAYS):
         share = records // DAYS
         moment = await connection.fetchval("select $1::timestamptz + make_interval(days => $2)", start, day)
@@ -58,7 +62,9 @@ async def fill(connection: asyncpg.Connection[asyncpg.Record], records: int) -> 
 
 async def median_ms(connection: asyncpg.Connection[asyncpg.Record], user_id: int | None, zone: str) -> float:
     """The median time of a month's report by day and model."""
-    query = "select date_trunc('day', now(), 'UTC') - make_interval(days => $1), date_trunc('day', now(), 'UTC')"
+    query = (
+        "select date_trunc('day', now(), 'UTC') - make_interval(days => $1), date_trunc('day', now(), 'UTC')"
+    )
     start, end = await connection.fetchrow(query, DAYS) or (None, None)
     times = []
     for _ in range(RUNS):
@@ -70,16 +76,22 @@ async def median_ms(connection: asyncpg.Connection[asyncpg.Record], user_id: int
 
 async def measure(records: int) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    server = await EmbeddedPostgres.start(FOLDER, settings={"fsync": "off", "synchronous_commit": "off", "max_wal_size": "4GB"})
+    server = await EmbeddedPostgres.start(
+        FOLDER, settings={"fsync": "off", "synchronous_commit": "off", "max_wal_size": "4GB"}
+    )
     try:
         await migrate(server.connect_kwargs("postgres"), MIGRATIONS)
         connection = await asyncpg.connect(**server.connect_kwargs("postgres"), statement_cache_size=0)
         began = time.perf_counter()
         await fill(connection, records)
-        print(f"{records:,} records of {USERS} users and {MODELS} models in {DAYS} days; made in {time.perf_counter() - began:.0f} s")
+        print(
+            f"{records:,} records of {USERS} users and {MODELS} models in {DAYS} days; made in {time.perf_counter() - began:.0f} s"
+        )
         for user, zone in ((None, "UTC"), (None, "Europe/Berlin"), (7, "UTC"), (7, "Europe/Berlin")):
             who = "everybody" if user is None else "one user"
-            print(f"a month by day and model, {who}, {zone}: {await median_ms(connection, user, zone):.0f} ms (median of {RUNS})")
+            print(
+                f"a month by day and model, {who}, {zone}: {await median_ms(connection, user, zone):.0f} ms (median of {RUNS})"
+            )
         await connection.close()
     finally:
         await server.stop()

@@ -1,7 +1,9 @@
-"""Which processes take part, and where do they run? Starts them on their cores, and ends every one of them whatever happens.
+"""Which processes take part, and where do they run? Starts them on their cores, and ends every one of them
+whatever happens.
 
-The gateway (or nginx in its place) has one core to itself; PostgreSQL, the mock upstream and wrk share the other ones. Everything
-listens on 127.0.0.1 or on a UNIX socket. A child whose parent is killed is killed by the kernel.
+The gateway (or nginx in its place) has one core to itself; PostgreSQL, the mock upstream and wrk share the
+other ones. Everything listens on 127.0.0.1 or on a UNIX socket. A child whose parent is killed is killed by
+the kernel.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Rig:
         finally:
             await _end(process)
 
-    def _start(self, name: str, command: Sequence[str], cores: frozenset[int], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _start(
+        self, name: str, command: Sequence[str], cores: frozenset[int], env: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{name}.log", "ab") as log:
             return subprocess.Popen(
                 command,
@@ -79,7 +83,9 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig() -> AsyncIterator[Rig]:
-    """A rig in a folder of its own under `build/` (on the disk, so that fsync means something), removed afterwards."""
+    """A rig in a folder of its own under `build/` (on the disk, so that fsync means something), removed
+    afterwards.
+    """
     require_tools()
     cores = Cores.found()
     os.sched_setaffinity(0, cores.others)
@@ -101,10 +107,14 @@ def _new_folder() -> Path:
 def require_tools() -> None:
     """Raises BenchmarkError with one sentence where something is missing on this machine."""
     if sys.platform != "linux":
-        raise BenchmarkError("The benchmark needs Linux: it pins processes to cores and reads their cost from /proc.")
+        raise BenchmarkError(
+            "The benchmark needs Linux: it pins processes to cores and reads their cost from /proc."
+        )
     missing = [name for name in ("wrk", "nginx") if program(name) is None]
     if missing:
-        raise BenchmarkError(f"The benchmark needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install {' '.join(missing)}).")
+        raise BenchmarkError(
+            f"The benchmark needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install {' '.join(missing)})."
+        )
 
 
 def program(name: str) -> str | None:

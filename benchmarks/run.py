@@ -1,4 +1,6 @@
-"""In which order is what measured? Starts, then rounds of short loads against upstream, nginx and gateway, then the books."""
+"""In which order is what measured? Starts, then rounds of short loads against upstream, nginx and gateway,
+then the books.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +88,12 @@ class Bench:
         """What an event costs that comes alone: most of it is waking up, and differs between machines."""
         pid = self.nginx.process.pid
         before = cpu_seconds(pid, with_children=True)
-        run = await run_wrk(self.nginx.url, PACED, STRANGER, connections=BUSY, seconds=2 * self.plan.baseline_seconds)
-        self.figures.add("paced nginx cpu", (cpu_seconds(pid, with_children=True) - before) / run.requests * 1e6)
+        run = await run_wrk(
+            self.nginx.url, PACED, STRANGER, connections=BUSY, seconds=2 * self.plan.baseline_seconds
+        )
+        self.figures.add(
+            "paced nginx cpu", (cpu_seconds(pid, with_children=True) - before) / run.requests * 1e6
+        )
 
     async def _metered(self, kind: str, body: str, keys: Sequence[str]) -> None:
         before = self._cpu()
@@ -97,7 +103,9 @@ class Bench:
         self.figures.add(f"{kind} gateway cpu", ours / run.requests * 1e6)
         self.figures.add(f"{kind} database cpu", database / run.requests * 1e6)
 
-    async def _load(self, base: str, body: str, keys: Sequence[str], *, seconds: int, connections: int = BUSY) -> Run:
+    async def _load(
+        self, base: str, body: str, keys: Sequence[str], *, seconds: int, connections: int = BUSY
+    ) -> Run:
         run = await run_wrk(base, body, keys, connections=connections, seconds=seconds)
         self.figures.answered += run.requests
         return run
@@ -114,10 +122,15 @@ async def measure(rig: Rig, plan: Plan) -> list[Row]:
     """The rows of the report. Raises BenchmarkError when an answer failed or the books do not add up."""
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(mock_upstream(rig))
-        starts = [[await start_seconds(rig, upstream, rig.folder / f"start{n}") for _ in range(2)] for n in range(plan.rounds)]
+        starts = [
+            [await start_seconds(rig, upstream, rig.folder / f"start{n}") for _ in range(2)]
+            for n in range(plan.rounds)
+        ]
         proxy = await stack.enter_async_context(nginx(rig, upstream))
         books = await stack.enter_async_context(ledger(rig.folder / "data"))
-        served = await stack.enter_async_context(gateway(rig, upstream, rig.folder / "data", cores=rig.cores.gateway))
+        served = await stack.enter_async_context(
+            gateway(rig, upstream, rig.folder / "data", cores=rig.cores.gateway)
+        )
         keys = [await served.register(number) for number in range(USERS)]
         bench = Bench(plan, served, books, upstream, proxy, keys)
         await bench.warm_up()
@@ -141,12 +154,20 @@ def _speed(figures: Figures) -> list[Row]:
 
     def throughput(name: str, kind: str, goal: str) -> Row:
         like = "stream" if kind == "stream" else "json"
-        return Row(name, median(f"{kind} gateway"), "/s", median(f"{like} direct"), median(f"{like} nginx"), goal)
+        return Row(
+            name, median(f"{kind} gateway"), "/s", median(f"{like} direct"), median(f"{like} nginx"), goal
+        )
 
     def added(percentile: str, goal: str) -> Row:
         direct = median(f"{percentile} direct")
         nginx_adds = max(median(f"{percentile} nginx") - direct, 0.0)
-        return Row(f"latency added at c=1, {percentile}", median(f"{percentile} gateway") - direct, "ms", nginx=nginx_adds, goal=goal)
+        return Row(
+            f"latency added at c=1, {percentile}",
+            median(f"{percentile} gateway") - direct,
+            "ms",
+            nginx=nginx_adds,
+            goal=goal,
+        )
 
     return [
         throughput(f"json requests, c={BUSY}", "json", "2,000"),

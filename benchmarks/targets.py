@@ -23,7 +23,14 @@ from embedded.postgres import EmbeddedPostgres
 ADMIN_KEY = "gw_admin_for_the_benchmark_only"
 CREDITS = 10_000
 DRAIN_SECONDS = 20.0
-LIMITS = ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+LIMITS = (
+    "requests_per_minute",
+    "requests_per_hour",
+    "requests_per_day",
+    "tokens_per_minute",
+    "tokens_per_hour",
+    "tokens_per_day",
+)
 UNLIMITED = dict.fromkeys((*LIMITS, "concurrency", "burst"))
 
 NGINX = """
@@ -59,7 +66,9 @@ async def mock_upstream(rig: Rig) -> AsyncIterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = (sys.executable, "-m", "benchmarks.mock_upstream", str(port))
-    async with rig.running("upstream", *command, cores=rig.cores.others, env={"PYTHONPATH": str(ROOT)}) as process:
+    async with rig.running(
+        "upstream", *command, cores=rig.cores.others, env={"PYTHONPATH": str(ROOT)}
+    ) as process:
         await wait_until_healthy(f"{url}/api/v1/models", process, rig.folder / "upstream.log")
         yield url
 
@@ -78,7 +87,9 @@ async def nginx(rig: Rig, upstream: str) -> AsyncIterator[Server]:
     port = free_port()
     configuration = rig.folder / "nginx.conf"
     user = "user root;\n" if os.geteuid() == 0 else ""
-    configuration.write_text(NGINX.format(user=user, folder=rig.folder, port=port, upstream=upstream.rpartition(":")[2]))
+    configuration.write_text(
+        NGINX.format(user=user, folder=rig.folder, port=port, upstream=upstream.rpartition(":")[2])
+    )
     command = (program("nginx") or "nginx", "-e", "stderr", "-c", str(configuration))
     async with rig.running("nginx", *command, cores=rig.cores.gateway) as process:
         await wait_until_healthy(f"http://127.0.0.1:{port}/api/v1/models", process, rig.folder / "nginx.log")
@@ -91,8 +102,12 @@ class Gateway(Server):
 
     async def register(self, number: int) -> str:
         """A new user with credits and without limits; returns their key."""
-        async with httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=30) as http:
-            user = await _post(http, "/auth/register", {"username": f"bench{number}", "email": f"bench{number}@example.com"})
+        async with httpx.AsyncClient(
+            base_url=self.url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=30
+        ) as http:
+            user = await _post(
+                http, "/auth/register", {"username": f"bench{number}", "email": f"bench{number}@example.com"}
+            )
             await _post(http, "/admin/add_credits", {"user_id": user["user_id"], "credits": CREDITS})
             await _post(http, "/admin/limit", {"user_id": user["user_id"], "rate_limits": UNLIMITED})
         return str(user["api_key"])
@@ -107,7 +122,9 @@ async def _post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dic
 
 @asynccontextmanager
 async def gateway(rig: Rig, upstream: str, data: Path, *, cores: frozenset[int]) -> AsyncIterator[Gateway]:
-    """The gateway as it is served in production, on an embedded database in `data`, with `upstream` for OpenRouter."""
+    """The gateway as it is served in production, on an embedded database in `data`, with `upstream` for
+    OpenRouter.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {
@@ -117,7 +134,16 @@ async def gateway(rig: Rig, upstream: str, data: Path, *, cores: frozenset[int])
         "GATEWAY_DATA_DIR": str(data),
         "PORT": str(port),
     }
-    options = ("--app-dir", str(ROOT), "--host", "127.0.0.1", "--port", str(port), "--no-proxy-headers", "--no-access-log")
+    options = (
+        "--app-dir",
+        str(ROOT),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-proxy-headers",
+        "--no-access-log",
+    )
     command = (sys.executable, "-m", "uvicorn", "app:app", *options)
     async with rig.running("gateway", *command, cores=cores, env=settings) as process:
         await wait_until_healthy(f"{url}/health", process, rig.folder / "gateway.log")
@@ -145,19 +171,25 @@ class Ledger:
         return int((folder / "postmaster.pid").read_text().split()[0])
 
     async def check(self, answered: int) -> None:
-        """Raises BenchmarkError unless every request has its record, no record is pending, costs are exact and the books add up."""
+        """Raises BenchmarkError unless every request has its record, no record is pending, costs are exact
+        and the books add up.
+        """
         pending = await self.drained()
         if pending:
             raise BenchmarkError(f"{pending} records are still pending {DRAIN_SECONDS:g} s after the load.")
         unbalanced = await self.connection.fetch("select * from public.audit_ledger()")
         if unbalanced:
-            raise BenchmarkError(f"The books of {len(unbalanced)} accounts do not add up: {dict(unbalanced[0])}.")
+            raise BenchmarkError(
+                f"The books of {len(unbalanced)} accounts do not add up: {dict(unbalanced[0])}."
+            )
         records = await self._count("true")
         if records < answered:
             raise BenchmarkError(f"{answered} requests were answered, but there are only {records} records.")
         inexact = await self._count(f"status = 'completed' and cost_nanos <> {COST_NANOS}")
         if inexact:
-            raise BenchmarkError(f"{inexact} completed requests were not charged exactly {COST_NANOS} nano-dollars.")
+            raise BenchmarkError(
+                f"{inexact} completed requests were not charged exactly {COST_NANOS} nano-dollars."
+            )
 
     async def drained(self) -> int:
         """Waits until no record is pending, for some time; returns how many still are."""
@@ -169,7 +201,9 @@ class Ledger:
         return pending
 
     async def _count(self, condition: str) -> int:
-        return int(await self.connection.fetchval(f"select count(*) from public.usage_records where {condition}"))
+        return int(
+            await self.connection.fetchval(f"select count(*) from public.usage_records where {condition}")
+        )
 
 
 @asynccontextmanager

@@ -14,8 +14,9 @@
     ├── UpstreamError 502 ── UpstreamUnavailable 503, UpstreamTimeout 504, UpstreamRefused 4xx
     └── Unavailable 503 ── DatabaseUnavailable, Misconfigured
 
-A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to do, and never hold a
-secret. Refusals are raised as these; bugs stay bugs. Anthropic's and OpenRouter's clients are told the same in their forms.
+A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to
+do, and never hold a secret. Refusals are raised as these; bugs stay bugs. Anthropic's and OpenRouter's
+clients are told the same in their forms.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-# https://docs.anthropic.com/en/api/errors; what is not listed is an invalid request below 500, and an api_error from there on.
+# https://docs.anthropic.com/en/api/errors; what is not listed is an invalid request below 500, and an
+# api_error from there on.
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -76,7 +78,10 @@ class GatewayError(Exception):
     def openrouter_body(self, request_id: str) -> dict[str, Any]:
         """The same in OpenRouter's form: `code` is the status, and our own code `metadata.error_type`."""
         found = self.body(request_id)
-        return {**found, "error": {**found["error"], "code": self.status, "metadata": {"error_type": self.code}}}
+        return {
+            **found,
+            "error": {**found["error"], "code": self.status, "metadata": {"error_type": self.code}},
+        }
 
     @property
     def anthropic_type(self) -> str:
@@ -85,7 +90,13 @@ class GatewayError(Exception):
 
     def anthropic_body(self, request_id: str) -> dict[str, Any]:
         """The same in Anthropic's form, with our `param` and `code` beside its own fields."""
-        error = {"type": self.anthropic_type, "message": self.message, "param": self.param, "code": self.code, **self.details}
+        error = {
+            "type": self.anthropic_type,
+            "message": self.message,
+            "param": self.param,
+            "code": self.code,
+            **self.details,
+        }
         return {"type": "error", "error": error, "request_id": request_id}
 
     def headers(self) -> dict[str, str]:
@@ -201,7 +212,9 @@ class KeyExhausted(Forbidden):
 
 
 class ProviderKeyRefused(Forbidden):
-    """The OpenRouter key that you have stored cannot be used. Store another one, or remove it: /user/provider-key."""
+    """The OpenRouter key that you have stored cannot be used. Store another one, or remove it:
+    /user/provider-key.
+    """
 
     code = "provider_key_refused"
 
@@ -263,7 +276,9 @@ class IdempotencyRunning(Conflict):
 
 
 class AnswerNotKept(Conflict):
-    """The first request with this Idempotency-Key was charged, but its answer could not be kept. A new key runs, and charges, it anew."""
+    """The first request with this Idempotency-Key was charged, but its answer could not be kept. A new key
+    runs, and charges, it anew.
+    """
 
     code = "idempotency_answer_not_kept"
 
@@ -297,7 +312,9 @@ class ConcurrencyExceeded(RateLimited):
 
 
 class UpstreamError(GatewayError):
-    """The model provider failed or gave an answer that cannot be used. Nothing was lost on your side; try again."""
+    """The model provider failed or gave an answer that cannot be used. Nothing was lost on your side; try
+    again.
+    """
 
     status = 502
     code = "upstream_error"

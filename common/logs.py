@@ -11,7 +11,9 @@ from typing import Any
 import orjson
 import structlog
 
-SECRET = re.compile(r"(gw_(?:live|test|staging|dev|admin)_|sk-or-(?:v\d-)?|sk-|sb_secret_|Bearer\s+|eyJ[\w-]{10})[\w.~+/=-]{6,}")
+SECRET = re.compile(
+    r"(gw_(?:live|test|staging|dev|admin)_|sk-or-(?:v\d-)?|sk-|sb_secret_|Bearer\s+|eyJ[\w-]{10})[\w.~+/=-]{6,}"
+)
 
 
 def scrub(text: str) -> str:
@@ -48,9 +50,16 @@ def configure_logging(level: str, style: str) -> None:
     ]
     lines = style == "json"
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, _scrub_event, _render_line if lines else renderer],
+        processors=[
+            *shared,
+            structlog.processors.format_exc_info,
+            _scrub_event,
+            _render_line if lines else renderer,
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer) if lines else structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer)
+        if lines
+        else structlog.PrintLoggerFactory(sys.stdout),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stdout)

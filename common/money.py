@@ -1,6 +1,8 @@
-"""How much is it, exactly: nano-US-dollars, decimals and their JSON notation. No float ever passes through here.
+"""How much is it, exactly: nano-US-dollars, decimals and their JSON notation. No float ever passes through
+here.
 
-1 credit = 1 US dollar = 1,000,000,000 nano-dollars. Amounts are `int` nano-dollars inside, `Decimal` credits at the edges.
+1 credit = 1 US dollar = 1,000,000,000 nano-dollars. Amounts are `int` nano-dollars inside, `Decimal` credits
+at the edges.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def plain(amount: Decimal) -> str:
 
 
 def plain_credits(nanos: int) -> str:
-    """Nano-dollars, not negative, as credits in plain notation: `plain(credits_from_nanos(nanos))`, without the decimals."""
+    """Nano-dollars, not negative, as credits in plain notation: `plain(credits_from_nanos(nanos))`, without
+    the decimals.
+    """
     whole, rest = divmod(nanos, NANOS_PER_CREDIT)
     return f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
 

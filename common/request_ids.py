@@ -1,4 +1,6 @@
-"""UUIDv7 request ids. A UUIDv7 for each, so that the journal's primary key grows in order of time (RFC 9562, section 5.7)."""
+"""UUIDv7 request ids. A UUIDv7 for each, so that the journal's primary key grows in order of time (RFC 9562,
+section 5.7).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pydantic's findings as sentences. Pydantic's findings in the words of somebody who uses the API, or sets it up."""
+"""Pydantic's findings as sentences. Pydantic's findings in the words of somebody who uses the API, or sets it
+up.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
     "float_type": lambda ctx: "must be a number",
     "float_parsing": lambda ctx: "must be a number",
     **dict.fromkeys(
-        ("ip_v4_network", "ip_v6_network"), lambda ctx: "must be addresses or networks such as 203.0.113.0/24, comma-separated"
+        ("ip_v4_network", "ip_v6_network"),
+        lambda ctx: "must be addresses or networks such as 203.0.113.0/24, comma-separated",
     ),
     "decimal_type": lambda ctx: "must be a number",
     "decimal_parsing": lambda ctx: "must be a number",
@@ -52,7 +55,11 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
     "less_than_equal": lambda ctx: f"must be at most {ctx['le']}",
     "string_type": lambda ctx: "must be a text",
     "string_unicode": lambda ctx: "must be a text in Unicode, without half surrogates",
-    "string_too_short": lambda ctx: "must not be empty" if ctx["min_length"] == 1 else f"must have at least {ctx['min_length']} characters",
+    "string_too_short": lambda ctx: (
+        "must not be empty"
+        if ctx["min_length"] == 1
+        else f"must have at least {ctx['min_length']} characters"
+    ),
     "string_too_long": lambda ctx: f"may have at most {ctx['max_length']} characters",
     "string_pattern_mismatch": lambda ctx: PATTERNS.get(str(ctx["pattern"]), f"must match {ctx['pattern']}"),
     "bool_type": lambda ctx: "must be true or false",
@@ -72,13 +79,18 @@ SENTENCES: dict[str, Callable[[Context], str]] = {
     "datetime_from_date_parsing": lambda ctx: "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z",
     "datetime_object_invalid": lambda ctx: "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z",
     "timezone_aware": lambda ctx: "must name its time zone, such as the Z of 2026-01-31T12:00:00Z",
-    "value_error": lambda ctx: str(ctx["error"]) if "error" in ctx else f"is not valid: {ctx.get('reason', 'see the documentation')}",
+    "value_error": lambda ctx: (
+        str(ctx["error"]) if "error" in ctx else f"is not valid: {ctx.get('reason', 'see the documentation')}"
+    ),
 }
 
 
 # The same of a body that is no object at all: its sender needs to know what would be one.
 OBJECT = 'a JSON object, such as {"name": "value"}'
-WHOLE_BODY = {"missing": f"is missing: send {OBJECT}", **dict.fromkeys(("model_attributes_type", "model_type"), f"must be {OBJECT}")}
+WHOLE_BODY = {
+    "missing": f"is missing: send {OBJECT}",
+    **dict.fromkeys(("model_attributes_type", "model_type"), f"must be {OBJECT}"),
+}
 
 
 def predicate(finding: Mapping[str, Any]) -> str:
@@ -88,7 +100,9 @@ def predicate(finding: Mapping[str, Any]) -> str:
 
 
 def explain(finding: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The sentence for one of pydantic's findings, and the field it is about (dotted), None for the body as a whole."""
+    """The sentence for one of pydantic's findings, and the field it is about (dotted), None for the body as a
+    whole.
+    """
     ctx: Context = finding.get("ctx") or {}
     # The first part says where in the request: a field may have the same name.
     where = [str(part) for part in finding["loc"][1:] if part != "[key]"]

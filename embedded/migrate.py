@@ -1,7 +1,7 @@
 """Applies migrations as the Supabase CLI does. As the Supabase CLI does it, in the same table.
 
-`supabase/migrations/<14 digits>_name.sql`, in order, one transaction per file, never twice; a lock makes concurrent
-callers wait.
+`supabase/migrations/<14 digits>_name.sql`, in order, one transaction per file, never twice; a lock makes
+concurrent callers wait.
 """
 
 from __future__ import annotations
@@ -52,16 +52,21 @@ class Statement:
 
 
 async def migrate(target: str | Mapping[str, Any], migrations: Path) -> list[str]:
-    """Creates Supabase's roles where they are missing, applies the missing files, and returns the names of those.
+    """Creates Supabase's roles where they are missing, applies the missing files, and returns the names of
+    those.
 
-    `target` is a dsn or the arguments of `asyncpg.connect`, of the database's owner. Raises EmbeddedDatabaseError,
-    naming file and line, when a statement fails; that file then left no trace, and the files before it stay applied.
+    `target` is a dsn or the arguments of `asyncpg.connect`, of the database's owner. Raises
+    EmbeddedDatabaseError, naming file and line, when a statement fails; that file then left no trace, and the
+    files before it stay applied.
     """
     async with _connected(target) as connection:
         await connection.execute("select pg_catalog.pg_advisory_lock($1)", LOCK)
         await ensure_roles(connection)
         await connection.execute(HISTORY)
-        done = {row[0] for row in await connection.fetch("select version from supabase_migrations.schema_migrations")}
+        done = {
+            row[0]
+            for row in await connection.fetch("select version from supabase_migrations.schema_migrations")
+        }
         applied = []
         for path in migration_files(migrations):
             if _version(path) not in done:
@@ -71,13 +76,19 @@ async def migrate(target: str | Mapping[str, Any], migrations: Path) -> list[str
 
 
 def migration_files(migrations: Path) -> list[Path]:
-    """The migrations of a folder in the order they are applied. Raises EmbeddedDatabaseError for two of one version."""
+    """The migrations of a folder in the order they are applied. Raises EmbeddedDatabaseError for two of one
+    version.
+    """
     if not migrations.is_dir():
-        raise EmbeddedDatabaseError(f"There is no folder {migrations}: name the one that holds the migrations.")
+        raise EmbeddedDatabaseError(
+            f"There is no folder {migrations}: name the one that holds the migrations."
+        )
     paths = sorted(path for path in migrations.iterdir() if FILE_NAME.fullmatch(path.name))
     for path, following in itertools.pairwise(paths):
         if _version(path) == _version(following):
-            raise EmbeddedDatabaseError(f"{path.name} and {following.name} have the same version: rename one of them.")
+            raise EmbeddedDatabaseError(
+                f"{path.name} and {following.name} have the same version: rename one of them."
+            )
     return paths
 
 
@@ -119,7 +130,9 @@ async def _apply(connection: Connection, path: Path, script: str) -> None:
                 await connection.execute(statement.sql)
             except asyncpg.PostgresError as exc:
                 line = statement.line + _lines_before(statement.sql, exc)
-                raise EmbeddedDatabaseError(f"{path.name}, line {line}: {exc.message or exc} ({exc.sqlstate}).") from exc
+                raise EmbeddedDatabaseError(
+                    f"{path.name}, line {line}: {exc.message or exc} ({exc.sqlstate})."
+                ) from exc
         await connection.execute(
             "insert into supabase_migrations.schema_migrations (version, name, statements) values ($1, $2, $3)",
             _version(path),
@@ -134,7 +147,9 @@ def _check(path: Path, statement: Statement) -> None:
             f"{path.name}, line {statement.line}: a migration runs in one transaction, so it must not contain its own."
         )
     if SQL_BODY.search(statement.sql):
-        raise EmbeddedDatabaseError(f"{path.name}, line {statement.line}: write the body in $$ instead of BEGIN ATOMIC.")
+        raise EmbeddedDatabaseError(
+            f"{path.name}, line {statement.line}: write the body in $$ instead of BEGIN ATOMIC."
+        )
 
 
 def _lines_before(sql: str, error: asyncpg.PostgresError) -> int:
@@ -154,7 +169,9 @@ async def _connected(target: str | Mapping[str, Any]) -> AsyncIterator[Connectio
         # Without prepared statements it also works through a pooler.
         connection: Connection = await asyncpg.connect(**arguments, statement_cache_size=0)
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-        raise EmbeddedDatabaseError(f"The database to migrate cannot be reached ({exc}): check DATABASE_URL.") from exc
+        raise EmbeddedDatabaseError(
+            f"The database to migrate cannot be reached ({exc}): check DATABASE_URL."
+        ) from exc
     try:
         yield connection
     finally:

@@ -1,8 +1,8 @@
 """The embedded server: running, and how to connect.
 
-The server listens on no port and knows no password: a UNIX socket in a 0700 folder, and `peer` for exactly our user.
-Every process that uses it holds a shared lock on `users.lock`; whoever can make that lock exclusive is the last and
-stops the server. The kernel drops the locks of a killed process, so nothing stale remains.
+The server listens on no port and knows no password: a UNIX socket in a 0700 folder, and `peer` for exactly
+our user. Every process that uses it holds a shared lock on `users.lock`; whoever can make that lock exclusive
+is the last and stops the server. The kernel drops the locks of a killed process, so nothing stale remains.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class EmbeddedPostgres:
         self._restarting = asyncio.Lock()
 
     @classmethod
-    async def start(cls, data_dir: Path, *, binaries: Path | None = None, settings: Mapping[str, str] | None = None) -> EmbeddedPostgres:
+    async def start(
+        cls, data_dir: Path, *, binaries: Path | None = None, settings: Mapping[str, str] | None = None
+    ) -> EmbeddedPostgres:
         """Joins the server of `data_dir`, starting it (and creating its database) where needed.
 
-        `binaries` is a folder with `postgres` and `initdb`; `settings` are PostgreSQL's own, put above our defaults.
-        Raises EmbeddedDatabaseError with one sentence when the folder or the programs cannot be used.
+        `binaries` is a folder with `postgres` and `initdb`; `settings` are PostgreSQL's own, put above our
+        defaults. Raises EmbeddedDatabaseError with one sentence when the folder or the programs cannot be
+        used.
         """
         server = cls(data_dir, binaries, settings or {})
         starting = asyncio.ensure_future(asyncio.to_thread(server._join))
@@ -55,8 +58,14 @@ class EmbeddedPostgres:
         return server
 
     def connect_kwargs(self, role: str) -> dict[str, Any]:
-        """What `asyncpg.connect` needs in this process for the role `postgres` (the owner) or `authenticator`."""
-        host = f"/proc/self/fd/{self._socket_folder}" if self._socket_path_is_long() else str(self._cluster.folder)
+        """What `asyncpg.connect` needs in this process for the role `postgres` (the owner) or
+        `authenticator`.
+        """
+        host = (
+            f"/proc/self/fd/{self._socket_folder}"
+            if self._socket_path_is_long()
+            else str(self._cluster.folder)
+        )
         return {"host": host, "port": 5432, "user": role, "database": "postgres", "ssl": False}
 
     async def ensure_running(self) -> None:
@@ -65,7 +74,9 @@ class EmbeddedPostgres:
         Raises EmbeddedDatabaseError when it cannot be started.
         """
         if self._users_lock is None:
-            raise EmbeddedDatabaseError("The embedded database has been stopped: start it again before using it.")
+            raise EmbeddedDatabaseError(
+                "The embedded database has been stopped: start it again before using it."
+            )
         if self._cluster.is_ready():
             return
         async with self._restarting:

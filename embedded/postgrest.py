@@ -1,7 +1,7 @@
 """PostgREST's wire protocol as an httpx transport. Its wire protocol, in process, over a pool.
 
-Everything acts as one role (`service_role`), which connections take on as they start. Connection failures surface as
-the httpx errors that a network would cause; what is not implemented answers 501.
+Everything acts as one role (`service_role`), which connections take on as they start. Connection failures
+surface as the httpx errors that a network would cause; what is not implemented answers 501.
 """
 
 from __future__ import annotations
@@ -13,11 +13,27 @@ import asyncpg
 import httpx
 import orjson
 
-from .answers import JSON_TYPE, Refusal, bad_request, content_range, not_a_single_object, not_implemented, page_status, refusal_of
+from .answers import (
+    JSON_TYPE,
+    Refusal,
+    bad_request,
+    content_range,
+    not_a_single_object,
+    not_implemented,
+    page_status,
+    refusal_of,
+)
 from .catalog import Function, Relation
 from .connections import Connections, Target
 from .queries import PLAIN_QUERY, Query, check_schema, read_parameters, read_query, split_arguments
-from .statements import Statement, call_statement, delete_statement, insert_statement, read_statement, update_statement
+from .statements import (
+    Statement,
+    call_statement,
+    delete_statement,
+    insert_statement,
+    read_statement,
+    update_statement,
+)
 
 if TYPE_CHECKING:
     Proxy = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
@@ -31,10 +47,11 @@ STALE_CODES = {"42883", "42703", "42P01"}
 class PostgrestTransport(httpx.AsyncBaseTransport):
     """An httpx transport that is PostgREST, for `httpx.AsyncClient(transport=...)`.
 
-    `target` is a dsn, the keyword arguments of `asyncpg.connect`, or a function that returns them (asked at every new
-    connection). Any PostgreSQL >= 15 will do whose login may act as `role`. Connections start with the options `role`
-    and `statement_timeout`; a pooler that refuses or ignores them (pgbouncer, Supavisor in transaction mode) is
-    answered with 503 PGRST000 and a sentence that says so: use the direct connection string.
+    `target` is a dsn, the keyword arguments of `asyncpg.connect`, or a function that returns them (asked at
+    every new connection). Any PostgreSQL >= 15 will do whose login may act as `role`. Connections start with
+    the options `role` and `statement_timeout`; a pooler that refuses or ignores them (pgbouncer, Supavisor in
+    transaction mode) is answered with 503 PGRST000 and a sentence that says so: use the direct connection
+    string.
 
     `ensure_running` is awaited when a connection cannot be made, before the one further attempt.
     `statement_timeout_ms` and `max_rows` are a hosted project's limits.
@@ -51,13 +68,19 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         role: str = "service_role",
     ) -> None:
         self._connections = Connections(
-            target, ensure_running=ensure_running, statement_timeout_ms=statement_timeout_ms, size=pool_size, role=role
+            target,
+            ensure_running=ensure_running,
+            statement_timeout_ms=statement_timeout_ms,
+            size=pool_size,
+            role=role,
         )
         self._max_rows = max_rows
         self._plain_calls: dict[tuple[str, tuple[str, ...]], tuple[Function, str]] = {}
 
     def forget_schema(self) -> None:
-        """Makes the next request read tables and functions anew, as `notify pgrst, 'reload schema'` does elsewhere."""
+        """Makes the next request read tables and functions anew, as `notify pgrst, 'reload schema'` does
+        elsewhere.
+        """
         self._connections.catalog = None
         self._plain_calls.clear()
 
@@ -68,8 +91,8 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answers one request.
 
-        Raises httpx.ConnectError or ConnectTimeout when nothing was sent, httpx.ReadError or ReadTimeout when it is
-        unknown whether the statement took effect.
+        Raises httpx.ConnectError or ConnectTimeout when nothing was sent, httpx.ReadError or ReadTimeout when
+        it is unknown whether the statement took effect.
         """
         body = await request.aread()
         try:
@@ -83,8 +106,12 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         except Refusal as refusal:
             return refusal.response(request)
 
-    async def _answer_fresh(self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes) -> httpx.Response:
-        """The answer, after a second look at the schema where a name was not found: a migration may have added it."""
+    async def _answer_fresh(
+        self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes
+    ) -> httpx.Response:
+        """The answer, after a second look at the schema where a name was not found: a migration may have
+        added it.
+        """
         known = self._connections.catalog
         try:
             return await self._answer(connection, request, target, query, body)
@@ -94,7 +121,9 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         self.forget_schema()
         return await self._answer(connection, request, target, query, body)
 
-    async def _answer(self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes) -> httpx.Response:
+    async def _answer(
+        self, connection: Proxy, request: httpx.Request, target: str, query: str, body: bytes
+    ) -> httpx.Response:
         if target.startswith("rpc/"):
             return await self._answer_call(connection, request, target.removeprefix("rpc/"), query, body)
         relation = await self._relation(connection, target)
@@ -110,18 +139,29 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
             limit = asked.preferences.max_affected
             if limit is not None and row[1] > limit:
                 details = f"The query affects {row[1]} rows"
-                raise bad_request("PGRST124", "Query result exceeds max-affected preference constraint", details=details)
+                raise bad_request(
+                    "PGRST124", "Query result exceeds max-affected preference constraint", details=details
+                )
             return _changed(request, asked, row)
 
-    async def _answer_call(self, connection: Proxy, request: httpx.Request, name: str, query: str, body: bytes) -> httpx.Response:
+    async def _answer_call(
+        self, connection: Proxy, request: httpx.Request, name: str, query: str, body: bytes
+    ) -> httpx.Response:
         if request.method == "POST":
             given = _read_arguments(request, body)
             names = tuple(given) if isinstance(given, dict) else None
-            if not query and names and request.headers.get("accept", "*/*") in PLAIN_ACCEPTS and "prefer" not in request.headers:
+            if (
+                not query
+                and names
+                and request.headers.get("accept", "*/*") in PLAIN_ACCEPTS
+                and "prefer" not in request.headers
+            ):
                 return await self._answer_plain_call(connection, request, name, names, body)
             function = await self._function(connection, name, names)
             asked = read_query(request, read_parameters(query))
-            statement = call_statement(function, names or (), asked, self._max_rows, _body_text(function, names, body))
+            statement = call_statement(
+                function, names or (), asked, self._max_rows, _body_text(function, names, body)
+            )
             row = await self._execute(connection, request, statement)
         elif request.method in ("GET", "HEAD"):
             arguments, others = split_arguments(read_parameters(query))
@@ -138,7 +178,9 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
     async def _answer_plain_call(
         self, connection: Proxy, request: httpx.Request, name: str, names: tuple[str, ...], body: bytes
     ) -> httpx.Response:
-        """The hot path: the statement's text is remembered, the body goes in and the answer comes out as text."""
+        """The hot path: the statement's text is remembered, the body goes in and the answer comes out as
+        text.
+        """
         text = body.decode()
         remembered = self._plain_calls.get((name, names))
         if remembered is None:
@@ -148,7 +190,9 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
         row = await self._execute(connection, request, Statement(remembered[1], (text,)))
         return _called(request, remembered[0], PLAIN_QUERY, row)
 
-    async def _execute(self, connection: Proxy, request: httpx.Request, statement: Statement) -> asyncpg.Record:
+    async def _execute(
+        self, connection: Proxy, request: httpx.Request, statement: Statement
+    ) -> asyncpg.Record:
         timeout = request.extensions.get("timeout", {}).get("read")
         try:
             row = await connection.fetchrow(statement.sql, *statement.arguments, timeout=timeout)
@@ -182,7 +226,11 @@ class PostgrestTransport(httpx.AsyncBaseTransport):
             signature = f"public.{name}({', '.join(names or ())})"
             raise Refusal(404, "PGRST202", f"Could not find the function {signature} in the schema cache")
         if len(found) > 1:
-            raise Refusal(300, "PGRST203", f"Could not choose the best candidate function between {len(found)} of public.{name}")
+            raise Refusal(
+                300,
+                "PGRST203",
+                f"Could not choose the best candidate function between {len(found)} of public.{name}",
+            )
         if found[0].is_variadic:
             raise not_implemented("Calling a variadic function")
         return found[0]
@@ -259,4 +307,6 @@ def _changed(request: httpx.Request, asked: Query, row: asyncpg.Record) -> httpx
 
 def _response(request: httpx.Request, status: int, body: str, headers: Mapping[str, str]) -> httpx.Response:
     content = b"" if request.method == "HEAD" else body.encode()
-    return httpx.Response(status, headers={"content-type": JSON_TYPE, **headers}, content=content, request=request)
+    return httpx.Response(
+        status, headers={"content-type": JSON_TYPE, **headers}, content=content, request=request
+    )

@@ -85,7 +85,9 @@ def check_schema(headers: httpx.Headers) -> None:
     """Raises Refusal unless the profile is the exposed schema."""
     for name in ("accept-profile", "content-profile"):
         if headers.get(name, SCHEMA) != SCHEMA:
-            raise Refusal(406, "PGRST106", f"Invalid schema: {headers[name]}", hint=f"Only {SCHEMA} is exposed")
+            raise Refusal(
+                406, "PGRST106", f"Invalid schema: {headers[name]}", hint=f"Only {SCHEMA} is exposed"
+            )
 
 
 def read_parameters(query: str) -> list[tuple[str, str]]:
@@ -97,7 +99,18 @@ def split_arguments(parameters: Iterable[tuple[str, str]]) -> tuple[dict[str, st
     """The arguments of a function called by GET, and the rest: what begins with an operator is a filter."""
     arguments: dict[str, str] = {}
     others: list[tuple[str, str]] = []
-    reserved = {"select", "order", "limit", "offset", "columns", "on_conflict", "and", "or", "not.and", "not.or"}
+    reserved = {
+        "select",
+        "order",
+        "limit",
+        "offset",
+        "columns",
+        "on_conflict",
+        "and",
+        "or",
+        "not.and",
+        "not.or",
+    }
     for name, value in parameters:
         if name in reserved or "." in name or _is_operation(value):
             others.append((name, value))

@@ -23,7 +23,10 @@ API_ROLES = "anon, authenticated, service_role"
 # The defaults of projects made before 2026: what somebody forgets to revoke is open, and a test can see it.
 OLD_DEFAULT_PRIVILEGES = [
     f"grant usage on schema public to {API_ROLES}",
-    *(f"alter default privileges in schema public grant all on {kind} to {API_ROLES}" for kind in ("tables", "functions", "sequences")),
+    *(
+        f"alter default privileges in schema public grant all on {kind} to {API_ROLES}"
+        for kind in ("tables", "functions", "sequences")
+    ),
 ]
 
 
@@ -52,13 +55,17 @@ async def ensure_roles(connection: Connection) -> list[str]:
 
 async def _grant_roles(connection: Connection) -> None:
     """Grants only what is not yet there: on a hosted Supabase the login may not repeat these grants."""
-    if not await connection.fetchval("select pg_catalog.pg_has_role('authenticator', 'service_role', 'member')"):
+    if not await connection.fetchval(
+        "select pg_catalog.pg_has_role('authenticator', 'service_role', 'member')"
+    ):
         await connection.execute(f"grant {API_ROLES} to authenticator")
     # Since version 16 who creates a role is a member of it without the right to act as it.
     acting = "set" if connection.get_server_version().major >= 16 else "member"
     if not await connection.fetchval("select pg_catalog.pg_has_role('service_role', $1)", acting):
         await connection.execute("grant service_role to current_user")
-    if not await connection.fetchval("select pg_catalog.has_schema_privilege('service_role', 'public', 'usage')"):
+    if not await connection.fetchval(
+        "select pg_catalog.has_schema_privilege('service_role', 'public', 'usage')"
+    ):
         await connection.execute(f"grant usage on schema public to {API_ROLES}")
 
 

@@ -61,7 +61,9 @@ def update_statement(relation: Relation, query: Query, body: bytes) -> Statement
     columns = [_writable(relation, name) for name in names]
     arguments = Arguments([body.decode()])
     if not columns:
-        return _changed(relation, query, f"select * from {relation.sql} where $1::text is null", arguments, is_read=True)
+        return _changed(
+            relation, query, f"select * from {relation.sql} where $1::text is null", arguments, is_read=True
+        )
     source = Source(relation, relation.sql, arguments)
     values = ", ".join(f"{quote_identifier(c.name)} = {BODY}.{quote_identifier(c.name)}" for c in columns)
     rows_sql = _json_rows(columns, body, with_defaults=query.preferences.missing_is_default)
@@ -76,15 +78,23 @@ def delete_statement(relation: Relation, query: Query) -> Statement:
     return _changed(relation, query, f"delete from {relation.sql}{where}", arguments)
 
 
-def call_statement(function: Function, names: Sequence[str], query: Query, max_rows: int, body: str | None) -> Statement:
-    """A call with these named arguments, which are in the JSON object `body`; or `body` is the one unnamed argument."""
+def call_statement(
+    function: Function, names: Sequence[str], query: Query, max_rows: int, body: str | None
+) -> Statement:
+    """A call with these named arguments, which are in the JSON object `body`; or `body` is the one unnamed
+    argument.
+    """
     arguments = Arguments([] if body is None else [body])
     call, source = _call(function, names, has_body=body is not None)
     if function.rows is None and not function.is_set:
         if query.filters or query.order:
             raise not_implemented("Filtering the result of a function that returns a single value")
-        return Statement(f"select {_scalar_text(function, call)}, 1::bigint, null::bigint{source}", arguments.values)
-    rows = function.rows or Relation(function.name, {"pgrst_scalar": Column("pgrst_scalar", function.return_type)})
+        return Statement(
+            f"select {_scalar_text(function, call)}, 1::bigint, null::bigint{source}", arguments.values
+        )
+    rows = function.rows or Relation(
+        function.name, {"pgrst_scalar": Column("pgrst_scalar", function.return_type)}
+    )
     called = f"select pgrst_call.*{source}{', lateral' if source else ' from'} {call} as pgrst_call"
     if function.rows is None:
         called += "(pgrst_scalar)"
@@ -106,13 +116,20 @@ def _call(function: Function, names: Sequence[str], *, has_body: bool) -> tuple[
         return f"{function.sql}($1::{function.arguments[0].type})", ""
     columns = [function.by_name[name] for name in names]
     given = ", ".join(f"{quote_identifier(c.name)} => pgrst_args.{quote_identifier(c.name)}" for c in columns)
-    return f"{function.sql}({given})", f" from json_to_record($1::json) as pgrst_args({_definitions(columns)})"
+    return (
+        f"{function.sql}({given})",
+        f" from json_to_record($1::json) as pgrst_args({_definitions(columns)})",
+    )
 
 
 def _scalar_text(function: Function, call: str) -> str:
     if function.return_type == "void":
         return f"{call}::text"
-    return f"coalesce({call}::text, 'null')" if function.return_type in ("json", "jsonb") else f"coalesce(to_json({call})::text, 'null')"
+    return (
+        f"coalesce({call}::text, 'null')"
+        if function.return_type in ("json", "jsonb")
+        else f"coalesce(to_json({call})::text, 'null')"
+    )
 
 
 def _answer(query: Query, total: str, *, element: str = PAGE, first: bool = False) -> str:
@@ -124,16 +141,23 @@ def _answer(query: Query, total: str, *, element: str = PAGE, first: bool = Fals
     return f"select {body}, count(*), {total} from {PAGE}"
 
 
-def _changed(relation: Relation, query: Query, sql: str, arguments: Arguments, *, is_read: bool = False) -> Statement:
+def _changed(
+    relation: Relation, query: Query, sql: str, arguments: Arguments, *, is_read: bool = False
+) -> Statement:
     """A change as a statement that answers with its rows, or only with their number."""
     if query.preferences.returns == "minimal" and not query.is_single:
         returning = "" if is_read else " returning 1"
-        return Statement(f"with {SOURCE} as ({sql}{returning}) select '', count(*), count(*) from {SOURCE}", arguments.values)
+        return Statement(
+            f"with {SOURCE} as ({sql}{returning}) select '', count(*), count(*) from {SOURCE}",
+            arguments.values,
+        )
     returning = "" if is_read else f" returning {relation.sql}.*"
     reading = Source(relation, SOURCE, arguments)
     page = f"select {reading.selection(query.select)} from {SOURCE}{_order(reading, query)}"
     counted = f"(select count(*) from {SOURCE})"
-    return Statement(f"with {SOURCE} as ({sql}{returning}), {PAGE} as ({page}) {_answer(query, counted)}", arguments.values)
+    return Statement(
+        f"with {SOURCE} as ({sql}{returning}), {PAGE} as ({page}) {_answer(query, counted)}", arguments.values
+    )
 
 
 def _on_conflict(relation: Relation, query: Query, columns: Sequence[Column]) -> str:
@@ -156,7 +180,9 @@ def _json_rows(columns: Sequence[Column], body: bytes, *, with_defaults: bool) -
         return f"json_array_elements({array}) as {BODY}"
     if not with_defaults:
         return f"json_to_recordset({array}) as {BODY}({_definitions(columns)})"
-    defaults = ", ".join(f"{_literal(column.name)}, {column.default}" for column in columns if column.default is not None)
+    defaults = ", ".join(
+        f"{_literal(column.name)}, {column.default}" for column in columns if column.default is not None
+    )
     filled = f"select jsonb_build_object({defaults}) || element from jsonb_array_elements(({array})::jsonb) as element"
     return f"({filled}) as pgrst_filled(row), lateral jsonb_to_record(pgrst_filled.row) as {BODY}({_definitions(columns)})"
 

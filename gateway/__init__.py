@@ -1,1 +1,3 @@
-"""The product, without HTTP routes: left imports right: proxy < runtime < billing < pricing, upstream, webhooks."""
+"""The product, without HTTP routes: left imports right: proxy < runtime < billing < pricing, upstream,
+webhooks.
+"""

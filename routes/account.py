@@ -32,7 +32,14 @@ router = APIRouter(
     responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
-LIMITS = ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+LIMITS = (
+    "requests_per_minute",
+    "requests_per_hour",
+    "requests_per_day",
+    "tokens_per_minute",
+    "tokens_per_hour",
+    "tokens_per_day",
+)
 ProfileReader = Annotated[Caller, may("read", "profile")]
 UsageReader = Annotated[Caller, may("read", "usage")]
 
@@ -61,7 +68,9 @@ async def read_profile(request: Request, caller: ProfileReader) -> Response:
 
 
 @router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
-async def update_profile(request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]) -> Response:
+async def update_profile(
+    request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     given = order.model_dump(exclude_none=True)
@@ -74,12 +83,16 @@ async def update_profile(request: Request, order: ProfileChange, caller: Annotat
 
 
 @router.delete("/account", summary="Delete your account, for good")
-async def delete_account(request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]) -> Response:
+async def delete_account(
+    request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
     user = await _require_user(runtime, caller)
-    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])})
+    await db.delete_account(
+        runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])}
+    )
     message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
     return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
 
@@ -127,7 +140,9 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     runtime: Runtime = await request.app.state.runtime.ready()
     found: dict[str, dict[str, Any]] = {}
     for row in await db_security.list_keys(runtime.client, caller.user_id):
-        entry = found.setdefault(row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0})
+        entry = found.setdefault(
+            row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0}
+        )
         entry["total_requests"] += row["requests_used"]
         entry["key_count"] += 1
         if row["max_requests"] is not None:
@@ -135,7 +150,9 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     return Reply({"status": "success", "environment_usage": found})
 
 
-@router.get("/usage", summary="What you have used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
+@router.get(
+    "/usage", summary="What you have used, by time and group", description=ABOUT_LATENCY, responses=TABULATED
+)
 async def read_usage(
     request: Request,
     caller: UsageReader,
@@ -148,17 +165,36 @@ async def read_usage(
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return await usage_report(
-        runtime, user_id=caller.user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format
+        runtime,
+        user_id=caller.user_id,
+        start=start,
+        end=end,
+        zone=timezone,
+        bucket=bucket,
+        group=group_by,
+        form=format,
     )
 
 
-@router.get("/usage/records", summary="Each request, and what it cost", response_model=UsageRecords, responses=EXPORTED)
-async def list_usage_records(request: Request, caller: UsageReader, within: Within, part: AnyPart) -> Response:
+@router.get(
+    "/usage/records",
+    summary="Each request, and what it cost",
+    response_model=UsageRecords,
+    responses=EXPORTED,
+)
+async def list_usage_records(
+    request: Request, caller: UsageReader, within: Within, part: AnyPart
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return await answer(request, records(runtime, caller.user_id, within), part, "records")
 
 
-@router.get("/transactions", summary="Grants, purchases, refunds and expiries", response_model=Transactions, responses=EXPORTED)
+@router.get(
+    "/transactions",
+    summary="Grants, purchases, refunds and expiries",
+    response_model=Transactions,
+    responses=EXPORTED,
+)
 async def list_transactions(
     request: Request, caller: Annotated[Caller, may("read", "transactions")], within: Within, part: AnyPart
 ) -> Response:
@@ -176,13 +212,19 @@ async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
 async def _profile(runtime: Runtime, caller: Caller) -> Profile:
     user = await _require_user(runtime, caller)
     shown = {name: user[name] for name in Profile.model_fields if name in user}
-    return Profile(**shown, user_id=caller.user_id, api_key=caller.masked_key, credits=credits_from_nanos(user["credits_nanos"]))
+    return Profile(
+        **shown,
+        user_id=caller.user_id,
+        api_key=caller.masked_key,
+        credits=credits_from_nanos(user["credits_nanos"]),
+    )
 
 
 def shown_metrics(metrics: db.Row) -> dict[str, Any]:
     """Metrics with their amounts in credits."""
     found = {
-        name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value for name, value in metrics.items()
+        name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value
+        for name, value in metrics.items()
     }
     total = metrics["total_requests"]
     return {**found, "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0}

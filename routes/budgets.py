@@ -1,6 +1,7 @@
 """Provider keys and end users' budgets. A user's own upstream key, and the budgets of the user's customers.
 
-A request names its end user by the header `x-end-user`, else by OpenAI's `user` field (Anthropic's `metadata.user_id`).
+A request names its end user by the header `x-end-user`, else by OpenAI's `user` field (Anthropic's
+`metadata.user_id`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from routes.dependencies import Caller, Declared, may
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
 from routes.http.responses import Reply, utc_now
-from routes.schemas.spending import EndUserChange, EndUserOrder, EndUsers, EndUserView, ProviderKeyOrder, ProviderKeyView
+from routes.schemas.spending import (
+    EndUserChange,
+    EndUserOrder,
+    EndUsers,
+    EndUserView,
+    ProviderKeyOrder,
+    ProviderKeyView,
+)
 
 router = APIRouter(
     prefix="/user",
@@ -49,13 +57,20 @@ async def read_provider_key(request: Request, caller: AccountReader) -> Response
     return Reply(ProviderKeyView(status="success", provider_key=row))
 
 
-@router.put("/provider-key", summary="Send your requests with your own OpenRouter key", response_model=ProviderKeyView)
+@router.put(
+    "/provider-key", summary="Send your requests with your own OpenRouter key", response_model=ProviderKeyView
+)
 async def set_provider_key(request: Request, order: ProviderKeyOrder, caller: AccountWriter) -> Response:
-    """Kept encrypted, shown masked. From then on OpenRouter bills you for your requests; they are metered and limited here, not charged."""
+    """Kept encrypted, shown masked. From then on OpenRouter bills you for your requests; they are metered and
+    limited here, not charged.
+    """
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     checked = await _check(runtime, order.key)
-    kept = {"encrypted_key": runtime.vault.encrypt(order.key), "label": f"{order.key[:LABEL_START]}...{order.key[-LABEL_END:]}"}
+    kept = {
+        "encrypted_key": runtime.vault.encrypt(order.key),
+        "label": f"{order.key[:LABEL_START]}...{order.key[-LABEL_END:]}",
+    }
     found = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **kept})
     require_found(found)
     return Reply(ProviderKeyView(status="success", provider_key=_without_outcome(found), checked=checked))
@@ -68,11 +83,18 @@ async def delete_provider_key(request: Request, caller: AccountWriter) -> Respon
     found = await db_security.delete_provider_key(runtime.client, caller.stamp())
     if found["outcome"] == "not_found":
         raise NotFound("You have no upstream key of your own here.")
-    return Reply({"status": "success", "message": "Your key is forgotten: requests use the gateway's account, and your credits, again."})
+    return Reply(
+        {
+            "status": "success",
+            "message": "Your key is forgotten: requests use the gateway's account, and your credits, again.",
+        }
+    )
 
 
 async def _check(runtime: Runtime, key: str) -> bool:
-    """Whether the upstream was asked. Raises BadRequest for a key that it does not take; one that cannot be checked is kept."""
+    """Whether the upstream was asked. Raises BadRequest for a key that it does not take; one that cannot be
+    checked is kept.
+    """
     if runtime.mode != "live":
         return False
     try:
@@ -80,7 +102,9 @@ async def _check(runtime: Runtime, key: str) -> bool:
     except UpstreamUnavailable:
         return False
     if account is None:
-        raise BadRequest("`key`: OpenRouter does not accept this key.", param="key", code="provider_key_refused")
+        raise BadRequest(
+            "`key`: OpenRouter does not accept this key.", param="key", code="provider_key_refused"
+        )
     return True
 
 
@@ -91,41 +115,64 @@ async def _check(runtime: Runtime, key: str) -> bool:
 async def list_end_users(
     request: Request,
     caller: BudgetReader,
-    end_user: Annotated[str | None, Query(min_length=1, max_length=256, description="Only this one, who may be under `*`")] = None,
+    end_user: Annotated[
+        str | None, Query(min_length=1, max_length=256, description="Only this one, who may be under `*`")
+    ] = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     if end_user is not None:
-        row = await db.end_user_standing(runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat())
-        return Reply(EndUsers(status="success", end_users=[] if row is None else [_view(row)], next_cursor=None))
+        row = await db.end_user_standing(
+            runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat()
+        )
+        return Reply(
+            EndUsers(status="success", end_users=[] if row is None else [_view(row)], next_cursor=None)
+        )
     rows = await db.list_end_user_budgets(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None
     return Reply(EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following))
 
 
-@router.post("/end-users", summary="A budget for one of your customers, or for each (`*`)", response_model=EndUserView, status_code=201)
+@router.post(
+    "/end-users",
+    summary="A budget for one of your customers, or for each (`*`)",
+    response_model=EndUserView,
+    status_code=201,
+)
 async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetWriter) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
-    asked = {"end_user": order.end_user, "budget_nanos": str(nanos_from_credits(order.budget)), "budget_window": order.budget_window}
+    asked = {
+        "end_user": order.end_user,
+        "budget_nanos": str(nanos_from_credits(order.budget)),
+        "budget_window": order.budget_window,
+    }
     found = await db.create_end_user_budget(runtime.client, {**caller.stamp(), **asked})
     if found["outcome"] == "name_taken":
         raise Conflict("This end user has a budget already. Change it with PUT.", param="end_user")
     if found["outcome"] == "too_many":
-        raise Conflict("You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else.")
+        raise Conflict(
+            "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
+        )
     require_found(found)
     return Reply(_view(found), status_code=201)
 
 
 @router.put("/end-users/{budget_id}", summary="Change a customer's budget", response_model=EndUserView)
-async def update_end_user(request: Request, budget_id: PathId, order: EndUserChange, caller: BudgetWriter) -> Response:
+async def update_end_user(
+    request: Request, budget_id: PathId, order: EndUserChange, caller: BudgetWriter
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
-    changes: dict[str, Any] = {} if order.budget is None else {"budget_nanos": str(nanos_from_credits(order.budget))}
+    changes: dict[str, Any] = (
+        {} if order.budget is None else {"budget_nanos": str(nanos_from_credits(order.budget))}
+    )
     if order.budget_window is not None:
         changes["budget_window"] = order.budget_window
-    found = await db.update_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes})
+    found = await db.update_end_user_budget(
+        runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
+    )
     require_found(found, "There is no such budget.", "budget_id")
     return Reply(_view(found))
 
@@ -136,7 +183,13 @@ async def delete_end_user(request: Request, budget_id: PathId, caller: BudgetWri
     forbid_test_key(caller)
     found = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
     require_found(found, "There is no such budget.", "budget_id")
-    return Reply({"status": "success", "message": "The budget is gone; that of `*` applies, if there is one.", "deleted_id": budget_id})
+    return Reply(
+        {
+            "status": "success",
+            "message": "The budget is gone; that of `*` applies, if there is one.",
+            "deleted_id": budget_id,
+        }
+    )
 
 
 def forbid_test_key(caller: Caller) -> None:
@@ -145,7 +198,9 @@ def forbid_test_key(caller: Caller) -> None:
         raise Forbidden("A test key cannot change this. Use a live one.")
 
 
-def require_found(found: db.Row, message: str = "This account or key no longer exists.", param: str | None = None) -> None:
+def require_found(
+    found: db.Row, message: str = "This account or key no longer exists.", param: str | None = None
+) -> None:
     """Raises NotFound for an order that met nothing."""
     if found["outcome"] == "not_found":
         raise NotFound(message, param=param)

@@ -14,7 +14,15 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
 from gateway.runtime.instance import Runtime
 from routes.http.client_address import address_of, client_domain
-from security import LEGACY, Credential, address_subject, key_environment, masked, presented_key, printable_header
+from security import (
+    LEGACY,
+    Credential,
+    address_subject,
+    key_environment,
+    masked,
+    presented_key,
+    printable_header,
+)
 
 WRONG_SECRETS_PER_MINUTE = 10
 
@@ -119,14 +127,18 @@ class Admin:
 bearer_scheme = HTTPBearer(auto_error=False, description="An API key: `gw_...`", scheme_name="bearer")
 
 
-header_scheme = APIKeyHeader(name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it")
+header_scheme = APIKeyHeader(
+    name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it"
+)
 
 
 Declared = [Depends(bearer_scheme), Depends(header_scheme)]
 
 
 async def verified(request: Request, verb: str, resource: str) -> Caller:
-    """The caller, after the database has said that the key may do this. Raises InvalidKey, Forbidden, DatabaseUnavailable."""
+    """The caller, after the database has said that the key may do this. Raises InvalidKey, Forbidden,
+    DatabaseUnavailable.
+    """
     runtime: Runtime = await request.app.state.runtime.ready()
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
@@ -134,7 +146,9 @@ async def verified(request: Request, verb: str, resource: str) -> Caller:
     # Whatever is answered from here on says what is left of the limits (middleware).
     request.state.limits = found["limits"]
     if found["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
-        raise MissingScope("This secret was replaced and is only in its grace period: use the new one for keys and the account.")
+        raise MissingScope(
+            "This secret was replaced and is only in its grace period: use the new one for keys and the account."
+        )
     return Caller(
         user_id=found["user_id"],
         key_id=found["key_id"],
@@ -159,7 +173,9 @@ def may(verb: str, resource: str) -> Any:
 
 
 async def optional_admin(request: Request) -> Admin | None:
-    """The administrator whose key this request carries, None without a key. Raises for a key that is not an administrator's."""
+    """The administrator whose key this request carries, None without a key. Raises for a key that is not an
+    administrator's.
+    """
     if "authorization" not in request.headers and "x-api-key" not in request.headers:
         return None
     try:
@@ -169,7 +185,9 @@ async def optional_admin(request: Request) -> Admin | None:
 
 
 async def require_admin(request: Request) -> Admin:
-    """Raises InvalidKey without a valid key, MissingScope for a user's, RateLimited after ten wrong keys a minute from one address."""
+    """Raises InvalidKey without a valid key, MissingScope for a user's, RateLimited after ten wrong keys a
+    minute from one address.
+    """
     runtime: Runtime = await request.app.state.runtime.ready()
     key = presented_key(request.headers)
     address = address_of(request, runtime)
@@ -189,7 +207,8 @@ async def require_admin(request: Request) -> Admin:
 async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> None:
     """Audits a wrong secret. Raises RateLimited for an address that has presented too many.
 
-    Only ever called for a wrong one: a right one works whatever others have tried, so nobody can lock the operator out.
+    Only ever called for a wrong one: a right one works whatever others have tried, so nobody can lock the
+    operator out.
     """
     address = address_of(request, runtime)
     found = await runtime.note_wrong_secret(
@@ -203,7 +222,11 @@ async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> Non
         }
     )
     if found["outcome"] == "limited":
-        raise RateLimited("Too many wrong keys came from here.", code="too_many_wrong_keys", retry_after=found["retry_after"])
+        raise RateLimited(
+            "Too many wrong keys came from here.",
+            code="too_many_wrong_keys",
+            retry_after=found["retry_after"],
+        )
 
 
 AdminOnly = Annotated[Admin, Depends(require_admin)]

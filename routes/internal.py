@@ -1,4 +1,6 @@
-"""The sweep that a scheduler calls. The sweep, which finishes the requests that crashed instances left behind."""
+"""The sweep that a scheduler calls. The sweep, which finishes the requests that crashed instances left
+behind.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def made(order: KeyOrder, key: str, found: dict[str, Any]) -> Response:
     return Reply(
         KeyMade(
             status="success",
-            message="Keep the API key: it is shown this once." if not order.revealable else "The API key can be shown again.",
+            message="Keep the API key: it is shown this once."
+            if not order.revealable
+            else "The API key can be shown again.",
             api_key=key,
             key_name=order.key_name,
             environment_tag=order.environment_tag,
@@ -107,10 +109,20 @@ async def read_usage(request: Request, caller: Reader) -> Response:
     return Reply({"user_id": caller.user_id, "total_keys": len(keys), "keys": keys, "audit_logging": True})
 
 
-@router.get("/audit-logs", summary="Who did what with your keys", response_model=AuditLogs, responses=EXPORTED)
-async def list_audit_logs(request: Request, caller: Annotated[Caller, may("read", "audit")], asked: Events, part: AnyPart) -> Response:
+@router.get(
+    "/audit-logs", summary="Who did what with your keys", response_model=AuditLogs, responses=EXPORTED
+)
+async def list_audit_logs(
+    request: Request, caller: Annotated[Caller, may("read", "audit")], asked: Events, part: AnyPart
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, own_audit(runtime, replace(asked, user_id=caller.user_id)), part, "logs", counted="total_logs")
+    return await answer(
+        request,
+        own_audit(runtime, replace(asked, user_id=caller.user_id)),
+        part,
+        "logs",
+        counted="total_logs",
+    )
 
 
 @router.get("/{key_id}", summary="One key", response_model=KeyView)
@@ -129,7 +141,10 @@ async def reveal_key(request: Request, key_id: PathId, caller: Writer) -> Respon
     raise_key_refusal(found)
     key = runtime.vault.decrypt(found["encrypted_key"])
     if key is None:
-        raise NotFound("This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).", param="key_id")
+        raise NotFound(
+            "This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).",
+            param="key_id",
+        )
     return Reply({"status": "success", "api_key": key, "key": view(found["key"])})
 
 
@@ -144,13 +159,24 @@ async def update_key(request: Request, key_id: PathId, order: KeyChange, caller:
     for name in ("key_name", "is_active"):
         if (value := getattr(order, name)) is not None:
             changes[name] = value
-    found = await db_security.update_key(runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes})
+    found = await db_security.update_key(
+        runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes}
+    )
     raise_key_refusal(found)
-    return Reply(KeyChanged(status="success", message="The key is changed", updated_key=view(found["key"]), timestamp=utc_now()))
+    return Reply(
+        KeyChanged(
+            status="success",
+            message="The key is changed",
+            updated_key=view(found["key"]),
+            timestamp=utc_now(),
+        )
+    )
 
 
 @router.post("/{key_id}/rotate", summary="A new secret for a key", response_model=KeyChanged)
-async def rotate_key(request: Request, key_id: PathId, caller: Writer, order: Rotation | None = None) -> Response:
+async def rotate_key(
+    request: Request, key_id: PathId, caller: Writer, order: Rotation | None = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return await _rotate(runtime, caller, key_id, order.grace_period if order else 0)
 
@@ -160,29 +186,53 @@ async def revoke_key(request: Request, key_id: PathId, order: KeyRevocation, cal
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
     raise_key_refusal(found)
-    return Reply(KeyRevoked(status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()))
+    return Reply(
+        KeyRevoked(
+            status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()
+        )
+    )
 
 
 async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> Response:
     row = await _require_key(runtime, caller, key_id)
     key, stored = _new_secret(runtime, row)
-    found = await db_security.rotate_keys(runtime.client, {**caller.stamp(), "grace_seconds": grace, "keys": [stored]})
+    found = await db_security.rotate_keys(
+        runtime.client, {**caller.stamp(), "grace_seconds": grace, "keys": [stored]}
+    )
     raise_key_refusal(found)
     changed = view(found["keys"][0])
-    return Reply(KeyChanged(status="success", message="The key has a new secret", updated_key=changed, api_key=key, timestamp=utc_now()))
+    return Reply(
+        KeyChanged(
+            status="success",
+            message="The key has a new secret",
+            updated_key=changed,
+            api_key=key,
+            timestamp=utc_now(),
+        )
+    )
 
 
 async def _rotate_all(runtime: Runtime, caller: Caller, order: KeyChange) -> Response:
     rows = await db_security.list_keys(runtime.client, caller.user_id)
-    wanted = [row for row in rows if row["is_active"] and order.environment_tag in (None, row["environment_tag"])]
+    wanted = [
+        row for row in rows if row["is_active"] and order.environment_tag in (None, row["environment_tag"])
+    ]
     secrets = [_new_secret(runtime, row) for row in wanted]
     found = await db_security.rotate_keys(
-        runtime.client, {**caller.stamp(), "grace_seconds": order.grace_period, "keys": [stored for _, stored in secrets]}
+        runtime.client,
+        {**caller.stamp(), "grace_seconds": order.grace_period, "keys": [stored for _, stored in secrets]},
     )
     raise_key_refusal(found)
-    new = [{"id": row["id"], "key_name": row["key_name"], "api_key": key} for row, (key, _) in zip(found["keys"], secrets, strict=True)]
+    new = [
+        {"id": row["id"], "key_name": row["key_name"], "api_key": key}
+        for row, (key, _) in zip(found["keys"], secrets, strict=True)
+    ]
     message = f"{len(new)} keys have new secrets"
-    return Reply(KeyChanged(status="success", message=message, rotated_count=len(new), new_keys=new, timestamp=utc_now()))
+    return Reply(
+        KeyChanged(
+            status="success", message=message, rotated_count=len(new), new_keys=new, timestamp=utc_now()
+        )
+    )
 
 
 async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> dict[str, Any]:
@@ -196,14 +246,20 @@ def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, A
     key = new_key(row["environment_tag"])
     stored = runtime.keyring.stored(key, row["environment_tag"], row["key_name"])
     fields = {name: stored[name] for name in ("key_hash", "hash_secret_id", "last4")}
-    return key, {"key_id": row["id"], **fields, "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None}
+    return key, {
+        "key_id": row["id"],
+        **fields,
+        "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None,
+    }
 
 
 def _rules(order: KeyRules) -> dict[str, Any]:
     """The columns that these rules set: what was left out is not among them."""
     given = order.model_fields_set
     found: dict[str, Any] = {
-        name: getattr(order, name) for name in ("allowed_models", "max_requests", "cache_ttl_seconds") if name in given
+        name: getattr(order, name)
+        for name in ("allowed_models", "max_requests", "cache_ttl_seconds")
+        if name in given
     }
     if "scope_permissions" in given and order.scope_permissions is not None:
         found["scope_permissions"] = order.scope_permissions
@@ -212,7 +268,9 @@ def _rules(order: KeyRules) -> dict[str, Any]:
             found[name] = getattr(order, name) or []
     if "expiration_days" in given:
         days = order.expiration_days
-        found["expiration_date"] = None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
+        found["expiration_date"] = (
+            None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
+        )
     if "budget" in given:
         found["budget_nanos"] = None if order.budget is None else nanos_from_credits(order.budget)
         found["budget_window"] = order.budget_window
@@ -249,9 +307,12 @@ def raise_key_refusal(found: dict[str, Any]) -> None:
             if found.get("limit") == 500
             else "You have 50 active keys, the most that are allowed. Revoke one first."
         ),
-        "not_revealable": BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id"),
+        "not_revealable": BadRequest(
+            "This key was not made revealable: only its HMAC is stored.", param="key_id"
+        ),
         "broader": MissingScope(
-            f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.", param=found.get("field")
+            f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.",
+            param=found.get("field"),
         ),
     }
     if found["outcome"] in refusals:

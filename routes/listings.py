@@ -1,4 +1,6 @@
-"""Usage records, transactions, audit log as lists. Usage records, credit transactions and the audit log; one's own or everybody's."""
+"""Usage records, transactions, audit log as lists. Usage records, credit transactions and the audit log;
+one's own or everybody's.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ from routes.schemas.keys import AuditLog, Moment
 
 PAGE_ROWS = 100
 Form = Annotated[
-    Literal["json", "csv", "jsonl"], Query(description="`json` is a page; `csv` and `jsonl` (JSON lines) are all of it, streamed")
+    Literal["json", "csv", "jsonl"],
+    Query(description="`json` is a page; `csv` and `jsonl` (JSON lines) are all of it, streamed"),
 ]
-Rows = Annotated[int | None, Query(ge=1, le=1000, description="Rows a page, 100 unless said otherwise; of an export the most, all without")]
+Rows = Annotated[
+    int | None,
+    Query(
+        ge=1,
+        le=1000,
+        description="Rows a page, 100 unless said otherwise; of an export the most, all without",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,9 @@ def _part(limit: Rows = None, cursor: Cursor = None, format: Form = "json") -> P
     return Part(limit, cursor, format)
 
 
-def check_range(start: datetime.datetime | None, end: datetime.datetime | None, names: tuple[str, str] = ("start", "end")) -> db.Range:
+def check_range(
+    start: datetime.datetime | None, end: datetime.datetime | None, names: tuple[str, str] = ("start", "end")
+) -> db.Range:
     """The two as a range. Raises BadRequest for times in the wrong order."""
     if start is not None and end is not None and start >= end:
         raise BadRequest(f"`{names[1]}` must be after `{names[0]}`.", param=names[1])
@@ -68,8 +80,12 @@ Within = Annotated[db.Range, Depends(_within)]
 Events = Annotated[AuditFilter, Depends(_events)]
 
 
-async def answer(request: Request, listing: Listing, part: Part, field: str, *, counted: str | None = None) -> Response:
-    """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises BadRequest for the cursor."""
+async def answer(
+    request: Request, listing: Listing, part: Part, field: str, *, counted: str | None = None
+) -> Response:
+    """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises
+    BadRequest for the cursor.
+    """
     before = listing.order.read(part.cursor)
     if part.form != "json":
         return await export(request, listing, part.form, before=before, most=part.limit)
@@ -77,7 +93,9 @@ async def answer(request: Request, listing: Listing, part: Part, field: str, *, 
     rows = await listing.fetch(before, limit)
     count = {} if counted is None else {counted: len(rows)}
     following = listing.order.following(rows, limit)
-    return Reply({"status": "success", **count, field: [listing.show(row) for row in rows], "next_cursor": following})
+    return Reply(
+        {"status": "success", **count, field: [listing.show(row) for row in rows], "next_cursor": following}
+    )
 
 
 def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
@@ -94,10 +112,18 @@ def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> List
 
     async def fetch(before: tuple[str, str] | None, limit: int) -> list[db.Row]:
         if user_id is not None:
-            return await db.list_usage_records(runtime.client, user_id, within=within, before=before, limit=limit)
+            return await db.list_usage_records(
+                runtime.client, user_id, within=within, before=before, limit=limit
+            )
         return await db.list_all_usage_records(runtime.client, within=within, before=before, limit=limit)
 
-    return Listing("usage-records", AdminUsageRecord, BY_MOMENT, fetch, functools.partial(show_record, kind=AdminUsageRecord))
+    return Listing(
+        "usage-records",
+        AdminUsageRecord,
+        BY_MOMENT,
+        fetch,
+        functools.partial(show_record, kind=AdminUsageRecord),
+    )
 
 
 def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
@@ -115,7 +141,13 @@ def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) ->
     async def fetch(before: int | None, limit: int) -> list[db.Row]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
-    return Listing("transactions", AdminTransaction, BY_ID, fetch, functools.partial(show_transaction, kind=AdminTransaction))
+    return Listing(
+        "transactions",
+        AdminTransaction,
+        BY_ID,
+        fetch,
+        functools.partial(show_transaction, kind=AdminTransaction),
+    )
 
 
 def own_audit(runtime: Runtime, events: AuditFilter) -> Listing:
@@ -151,5 +183,8 @@ def show_record(row: db.Row, kind: type[UsageRecord] = UsageRecord) -> UsageReco
 
 
 def show_transaction(row: db.Row, kind: type[Transaction] = Transaction) -> Transaction:
-    amounts = {"amount": credits_from_nanos(row["amount_nanos"]), "balance_after": credits_from_nanos(row["balance_after_nanos"])}
+    amounts = {
+        "amount": credits_from_nanos(row["amount_nanos"]),
+        "balance_after": credits_from_nanos(row["balance_after_nanos"]),
+    }
     return kind.model_validate({name: row[name] for name in kind.model_fields if name in row} | amounts)

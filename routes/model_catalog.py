@@ -18,23 +18,38 @@ from routes.schemas.openrouter import CountAnswer
 router = APIRouter(tags=["public"], responses=errors_of(503))
 
 Offset = Annotated[int, Query(ge=0, le=2**31 - 1, description="How many models to leave out at the start")]
-Limit = Annotated[int | None, Query(ge=1, le=1000, description="The most models to list; all of them without it")]
+Limit = Annotated[
+    int | None, Query(ge=1, le=1000, description="The most models to list; all of them without it")
+]
 
 
-@router.get("/v1/models", summary="The models, as OpenAI's and OpenRouter's clients read them", responses=errors_of(400))
+@router.get(
+    "/v1/models",
+    summary="The models, as OpenAI's and OpenRouter's clients read them",
+    responses=errors_of(400),
+)
 @router.get("/api/v1/models", include_in_schema=False)
 async def list_models(request: Request, offset: Offset = 0, limit: Limit = None) -> Response:
     """All of them, or a page: `total_count` says how many there are, `links.next` where the next page is."""
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
     whole = offset == 0 and limit is None
-    return Response(index.json if whole else index.page(offset, limit, request.url.path), media_type="application/json")
+    return Response(
+        index.json if whole else index.page(offset, limit, request.url.path), media_type="application/json"
+    )
 
 
-@router.get("/v1/model/{author}/{slug}", summary="One model, as OpenRouter's clients read it", responses=errors_of(404))
+@router.get(
+    "/v1/model/{author}/{slug}",
+    summary="One model, as OpenRouter's clients read it",
+    responses=errors_of(404),
+)
 @router.get("/api/v1/model/{author}/{slug}", include_in_schema=False)
 async def read_model_of_author(request: Request, author: str, slug: str) -> Response:
-    return Response(upstream_json({"data": await _entry(request, f"{author}/{slug}", "slug")}), media_type="application/json")
+    return Response(
+        upstream_json({"data": await _entry(request, f"{author}/{slug}", "slug")}),
+        media_type="application/json",
+    )
 
 
 @router.get("/v1/models/count", summary="How many models there are", response_model=CountAnswer)
@@ -50,7 +65,13 @@ async def count_models(request: Request) -> Response:
     summary="The providers of a model, with their prices",
     responses={
         200: {
-            "content": {"application/json": {"example": {"data": {"id": "openai/gpt-4o-mini", "endpoints": [{"provider_name": "OpenAI"}]}}}}
+            "content": {
+                "application/json": {
+                    "example": {
+                        "data": {"id": "openai/gpt-4o-mini", "endpoints": [{"provider_name": "OpenAI"}]}
+                    }
+                }
+            }
         },
         **errors_of(404),
     },
@@ -83,4 +104,6 @@ async def _entry(request: Request, model_id: str, param: str) -> dict[str, Any]:
 
 
 def _unknown(model_id: str, param: str) -> ModelNotFound:
-    return ModelNotFound(f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param=param)
+    return ModelNotFound(
+        f"The model `{model_id[:256]}` does not exist. GET /v1/models lists those that do.", param=param
+    )

@@ -39,12 +39,25 @@ router = APIRouter(
     responses=errors_of(400, 401, 403, 404, 503),
 )
 
-RESETS: dict[str | None, Literal["daily", "weekly", "monthly"]] = {"day": "daily", "week": "weekly", "month": "monthly"}
-# OpenRouter's own ids, and the sandbox's, name the second in which the generation began: gen-1786988078-NGfm..., gen-rerank-178...
+RESETS: dict[str | None, Literal["daily", "weekly", "monthly"]] = {
+    "day": "daily",
+    "week": "weekly",
+    "month": "monthly",
+}
+# OpenRouter's own ids, and the sandbox's, name the second in which the generation began:
+# gen-1786988078-NGfm..., gen-rerank-178...
 TIMED_ID = re.compile(r"gen-(?:[a-z]+-)?(1\d{9})-")
-API_TYPES = {"embeddings": "embeddings", "rerank": "rerank", "images": "image", "audio/speech": "tts", "audio/transcriptions": "stt"}
+API_TYPES = {
+    "embeddings": "embeddings",
+    "rerank": "rerank",
+    "images": "image",
+    "audio/speech": "tts",
+    "audio/transcriptions": "stt",
+}
 ALL_LIMITS = "GET /user/limit shows all limits of this key."
-AMOUNTS = tuple(f"{kind}usage{window}" for kind in ("", "byok_") for window in ("", "_daily", "_weekly", "_monthly"))
+AMOUNTS = tuple(
+    f"{kind}usage{window}" for kind in ("", "byok_") for window in ("", "_daily", "_weekly", "_monthly")
+)
 
 
 @router.get("/v1/key", summary="The key that asks, as OpenRouter's clients read it", response_model=KeyAnswer)
@@ -69,22 +82,38 @@ async def read_credits(request: Request, caller: Annotated[Caller, may("read", "
     return Reply(CreditsAnswer(data=CreditsData(total_credits=granted, total_usage=granted - balance)))
 
 
-@router.get("/v1/generation", summary="One of your requests, by its generation id or request id", response_model=GenerationAnswer)
+@router.get(
+    "/v1/generation",
+    summary="One of your requests, by its generation id or request id",
+    response_model=GenerationAnswer,
+)
 @router.get("/api/v1/generation", include_in_schema=False)
 async def read_generation(
     request: Request,
     caller: Annotated[Caller, may("read", "usage")],
     id: Annotated[
-        str, Query(min_length=1, max_length=256, description="`gen-...`, from the last day where it names no time; or our request id")
+        str,
+        Query(
+            min_length=1,
+            max_length=256,
+            description="`gen-...`, from the last day where it names no time; or our request id",
+        ),
     ],
 ) -> Response:
-    """OpenRouter's ids name their time, and are found however old they are. Like OpenRouter, it answers 404 until the cost is known."""
+    """OpenRouter's ids name their time, and are found however old they are. Like OpenRouter, it answers 404
+    until the cost is known.
+    """
     runtime: Runtime = await request.app.state.runtime.ready()
     row = await _find(runtime, caller.user_id, id)
     if row is None:
         raise NotFound("You have no request with this id.", param="id")
     if row["status"] == "pending":
-        raise NotFound("This request is not settled yet. Ask again in a moment.", param="id", code="generation_pending", retry_after=1)
+        raise NotFound(
+            "This request is not settled yet. Ask again in a moment.",
+            param="id",
+            code="generation_pending",
+            retry_after=1,
+        )
     return Reply(GenerationAnswer(data=_generation(row)))
 
 
@@ -96,7 +125,11 @@ async def _find(runtime: Runtime, user_id: int, wanted: str) -> dict[str, Any] |
     except ValueError:
         pass
     match = TIMED_ID.match(wanted)
-    around = None if match is None else datetime.datetime.fromtimestamp(int(match.group(1)), datetime.UTC).isoformat()
+    around = (
+        None
+        if match is None
+        else datetime.datetime.fromtimestamp(int(match.group(1)), datetime.UTC).isoformat()
+    )
     return await db.find_generation(runtime.client, user_id, wanted, around=around)
 
 
@@ -107,7 +140,9 @@ def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
     return KeyData(
         label=masked(row["key_prefix"], row["last4"]),
         limit=None if budget is None else credits_from_nanos(budget),
-        limit_remaining=None if budget is None else credits_from_nanos(max(0, budget - row["budget_spent_nanos"])),
+        limit_remaining=None
+        if budget is None
+        else credits_from_nanos(max(0, budget - row["budget_spent_nanos"])),
         limit_reset=RESETS.get(row["budget_window"]),
         include_byok_in_limit=False,
         is_free_tier=row["is_free_tier"],
@@ -119,7 +154,9 @@ def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
         workspace_id=None,
         allowed_data_regions=["global"],
         free_model_daily_requests=FreeRequests(limit=free, remaining=free, used=0),
-        rate_limit=KeyRateLimit(requests=-1 if per_minute is None else per_minute, interval="1m", note=ALL_LIMITS),
+        rate_limit=KeyRateLimit(
+            requests=-1 if per_minute is None else per_minute, interval="1m", note=ALL_LIMITS
+        ),
         **{name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS},
     )
 

@@ -53,9 +53,13 @@ async def read_own_plan(request: Request, caller: PlanReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     assigned = found["assigned"]
     if assigned is None:
-        raise NotFound("You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan")
+        raise NotFound(
+            "You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan"
+        )
     period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
-    return Reply({"status": "success", "plan": shown_plan(found["plan"]), "limits": _limits(found["plan"]), **period})
+    return Reply(
+        {"status": "success", "plan": shown_plan(found["plan"]), "limits": _limits(found["plan"]), **period}
+    )
 
 
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
@@ -89,7 +93,9 @@ async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
 
 @router.get("/user/plan/entitlements", summary="What your plan allows", dependencies=Declared)
 async def read_entitlements(
-    request: Request, caller: PlanReader, feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None
+    request: Request,
+    caller: PlanReader,
+    feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None,
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
@@ -107,27 +113,45 @@ async def read_entitlements(
     )
 
 
-@router.post("/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared)
+@router.post(
+    "/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared
+)
 async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     blank = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
-    found = await db.create_plan(runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(order), "slug": order.slug}})
+    found = await db.create_plan(
+        runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(order), "slug": order.slug}}
+    )
     if found["outcome"] == "slug_taken":
         raise Conflict("There is a plan with this slug already.", param="slug")
     return Reply(shown_plan(found["plan"]))
 
 
-@router.put("/admin/plans/{plan_id}", summary="Change a plan", response_model=Plan, tags=["admin"], dependencies=Declared)
+@router.put(
+    "/admin/plans/{plan_id}",
+    summary="Change a plan",
+    response_model=Plan,
+    tags=["admin"],
+    dependencies=Declared,
+)
 async def update_plan(request: Request, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return Reply(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
 
 
-@router.delete("/admin/plans/{plan_id}", summary="Take a plan off the list", tags=["admin"], dependencies=Declared)
+@router.delete(
+    "/admin/plans/{plan_id}", summary="Take a plan off the list", tags=["admin"], dependencies=Declared
+)
 async def withdraw_plan(request: Request, plan_id: PathId, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
-    return Reply({"status": "success", "message": "The plan is no longer offered; who has it keeps it", "plan_id": plan_id})
+    return Reply(
+        {
+            "status": "success",
+            "message": "The plan is no longer offered; who has it keeps it",
+            "plan_id": plan_id,
+        }
+    )
 
 
 async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes: dict[str, Any]) -> db.Row:
@@ -135,20 +159,31 @@ async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes
     if found["outcome"] == "not_found":
         raise NotFound("There is no such plan.", param="plan_id")
     if found["outcome"] == "built_in":
-        raise BadRequest("This plan applies to everybody without a plan and cannot be taken off.", param="plan_id")
+        raise BadRequest(
+            "This plan applies to everybody without a plan and cannot be taken off.", param="plan_id"
+        )
     return db.Row(found["plan"])
 
 
 def _columns(order: PlanChange) -> dict[str, Any]:
     given = order.model_dump(exclude_unset=True, exclude={"slug"})
-    nullable = {"daily_request_limit", "monthly_request_limit", "daily_token_limit", "monthly_token_limit", "concurrency", "allowed_models"}
+    nullable = {
+        "daily_request_limit",
+        "monthly_request_limit",
+        "daily_token_limit",
+        "monthly_token_limit",
+        "concurrency",
+        "allowed_models",
+    }
     for name, value in given.items():
         if value is None and name not in nullable:
             raise BadRequest(f"`{name}` cannot be null.", param=name)
     if "price_per_month" in given:
         given["price_per_month_nanos"] = nanos_from_credits(given.pop("price_per_month"))
     if "environment_factors" in given:
-        given["environment_factors"] = {name: str(factor) for name, factor in given["environment_factors"].items()}
+        given["environment_factors"] = {
+            name: str(factor) for name, factor in given["environment_factors"].items()
+        }
     return given
 
 

@@ -1,4 +1,5 @@
-"""ASGI endpoints of the proxy. Plain ASGI endpoints: the framework's own cost as much as everything else together here.
+"""ASGI endpoints of the proxy. Plain ASGI endpoints: the framework's own cost as much as everything else
+together here.
 
 They read the body, start an exchange in a task of its own, and watch whether the client is still there.
 """
@@ -34,7 +35,9 @@ class ClientConnection:
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started = True
-        encoded = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        encoded = [
+            (name.lower().encode(), value.encode("latin-1", "replace")) for name, value in headers.items()
+        ]
         await self._deliver({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def send(self, data: bytes, *, more: bool) -> None:
@@ -66,7 +69,8 @@ class ProxyEndpoint:
             scope["state"].setdefault("log", {})["error_code"] = refusal.code
             if not client.gone:
                 await error_reply(refusal, request_id, scope["path"])(scope, receive, send)
-            # Error, traceback, frames and task hold each other, and with them the body, until the collector comes by.
+            # Error, traceback, frames and task hold each other, and with them the body, until the collector
+            # comes by.
             refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
         except Exception as bug:
             if not (client.started or client.gone):
@@ -79,7 +83,9 @@ class ProxyEndpoint:
         body = await _read_body(request, runtime.settings.deadline_seconds)
         if body is None:
             return None
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]
+        }
         proxied = Proxied(
             endpoint=self.endpoint,
             credential=credential,
@@ -106,7 +112,9 @@ class ProxyEndpoint:
 
 
 async def _read_body(request: Request, seconds: float) -> bytes | None:
-    """The whole body, or None where the client left before it was complete. Raises BadRequest where it takes longer."""
+    """The whole body, or None where the client left before it was complete. Raises BadRequest where it takes
+    longer.
+    """
     try:
         async with asyncio.timeout(seconds):
             return await _collect(request)
@@ -150,13 +158,17 @@ ROUTES = {path: ProxyEndpoint(endpoint.at(path)) for endpoint in ENDPOINTS for p
 
 
 class Shortcut:
-    """Takes proxied requests past the framework's layers, which cost a seventh of a request. Browsers need CORS: theirs go the long way."""
+    """Takes proxied requests past the framework's layers, which cost a seventh of a request. Browsers need
+    CORS: theirs go the long way.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = ROUTES.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        endpoint = (
+            ROUTES.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        )
         if endpoint is None or any(name == b"origin" for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
         else:

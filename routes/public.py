@@ -1,4 +1,6 @@
-"""/, /health, /models, /auth/register. What this is, whether it is well, which models there are, and for an account."""
+"""/, /health, /models, /auth/register. What this is, whether it is well, which models there are, and for an
+account.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,12 @@ async def read_ready(request: Request) -> Response:
 
 
 async def _health(service: Service) -> Health:
-    found: dict[str, Any] = {"database": "unknown", "openrouter": "unknown", "user_count": None, "problem": None}
+    found: dict[str, Any] = {
+        "database": "unknown",
+        "openrouter": "unknown",
+        "user_count": None,
+        "problem": None,
+    }
     try:
         runtime = await service.ready()
         found["database"] = "unavailable"
@@ -191,7 +198,10 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
             "user_agent": printable_header(request.headers.get("user-agent"), 512),
             "request_id": request.state.request_id,
             "actor": admin.actor if admin else None,
-            "key": {**runtime.keyring.stored(key, environment, order.key_name), "scope_permissions": DEFAULT_SCOPES},
+            "key": {
+                **runtime.keyring.stored(key, environment, order.key_name),
+                "scope_permissions": DEFAULT_SCOPES,
+            },
         },
     )
     _raise_refusal(found)
@@ -215,7 +225,12 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
 def _raise_refusal(found: db.Row) -> None:
     outcome = found["outcome"]
     if outcome == "wrong_mode":
-        raise Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
+        raise Misconfigured(
+            "The database and this instance disagree on live or sandbox mode; restart the instance."
+        )
     if outcome == "address_limit":
-        raise RateLimited("Five registrations an hour may be tried from one network address. Try again later.", retry_after=3600)
+        raise RateLimited(
+            "Five registrations an hour may be tried from one network address. Try again later.",
+            retry_after=3600,
+        )
     raise_taken(found, name_field="username")

@@ -50,7 +50,11 @@ MESSAGES = {
 }
 
 
-@router.get("/v1/receipts/{request_id}", summary="All that is known of one request, to the nano-dollar", response_model=Receipt)
+@router.get(
+    "/v1/receipts/{request_id}",
+    summary="All that is known of one request, to the nano-dollar",
+    response_model=Receipt,
+)
 @router.get("/api/v1/receipts/{request_id}", include_in_schema=False)
 async def read_receipt(
     request: Request,
@@ -70,13 +74,19 @@ async def quote(
     request: Request,
     order: QuoteOrder,
     caller: Annotated[Caller, may("write", "chat")],
-    x_end_user: Annotated[str | None, Header(max_length=256, description="Your customer, before what the body names them")] = None,
+    x_end_user: Annotated[
+        str | None, Header(max_length=256, description="Your customer, before what the body names them")
+    ] = None,
 ) -> Response:
     """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
     runtime: Runtime = await request.app.state.runtime.ready()
     settings = runtime.settings
     models = await runtime.catalog(caller.environment).models()
-    policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, runtime.upstream(caller.environment).suffixes)
+    policy = BoundPolicy(
+        settings.default_max_output_tokens,
+        settings.free_models,
+        runtime.upstream(caller.environment).suffixes,
+    )
     endpoint = endpoint_of(order.endpoint)
     bound = quotes.bound_of(endpoint, order.body, models, policy)
     asked = {
@@ -86,7 +96,9 @@ async def quote(
         "end_user": end_user_of(endpoint, order.body, x_end_user),
     }
     found = {"free": caller.environment == "test", **await db.quote_request(runtime.client, asked)}
-    return Reply(Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens)))
+    return Reply(
+        Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens))
+    )
 
 
 def _receipt(row: dict[str, Any]) -> Receipt:
@@ -102,7 +114,9 @@ def _receipt(row: dict[str, Any]) -> Receipt:
             price_basis=row["price_basis"],
             expires_at=row["expires_at"],
         ),
-        tokens=ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields}) if settled else None,
+        tokens=ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields})
+        if settled
+        else None,
         charge=_charge(row, refunds) if settled else None,
         timings=ReceiptTimings(**{name: row[name] for name in ReceiptTimings.model_fields}),
         ending=ReceiptEnding(**{name: row[name] for name in ReceiptEnding.model_fields}) if settled else None,

@@ -24,8 +24,12 @@ FAR = datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC)
 SLOT = datetime.timedelta(minutes=15)
 
 Bucket = Literal["hour", "day", "month", "none"]
-Group = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"]
-AdminGroup = Literal["model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "end_user", "none"]
+Group = Literal[
+    "model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"
+]
+AdminGroup = Literal[
+    "model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "end_user", "none"
+]
 Format = Literal["json", "csv"]
 
 
@@ -65,11 +69,17 @@ COLUMNS = (
 )
 
 
-def read_range(start: datetime.datetime | None, end: datetime.datetime | None) -> tuple[datetime.datetime, datetime.datetime]:
-    """The range that was asked for, widened to quarters of an hour; the last 30 days unless said otherwise. Raises BadRequest."""
+def read_range(
+    start: datetime.datetime | None, end: datetime.datetime | None
+) -> tuple[datetime.datetime, datetime.datetime]:
+    """The range that was asked for, widened to quarters of an hour; the last 30 days unless said otherwise.
+    Raises BadRequest.
+    """
     until = _round_up(min(end or utc_now(), FAR))
     since = (start or until - datetime.timedelta(days=30)).astimezone(datetime.UTC)
-    since -= datetime.timedelta(minutes=since.minute % 15, seconds=since.second, microseconds=since.microsecond)
+    since -= datetime.timedelta(
+        minutes=since.minute % 15, seconds=since.second, microseconds=since.microsecond
+    )
     if since >= until:
         raise BadRequest("`end` must be after `start`.", param="end")
     if until - since > datetime.timedelta(days=MAX_DAYS):
@@ -79,7 +89,9 @@ def read_range(start: datetime.datetime | None, end: datetime.datetime | None) -
 
 def _round_up(moment: datetime.datetime) -> datetime.datetime:
     moment = moment.astimezone(datetime.UTC)
-    over = datetime.timedelta(minutes=moment.minute % 15, seconds=moment.second, microseconds=moment.microsecond)
+    over = datetime.timedelta(
+        minutes=moment.minute % 15, seconds=moment.second, microseconds=moment.microsecond
+    )
     return moment - over + (SLOT if over else datetime.timedelta())
 
 
@@ -96,7 +108,13 @@ async def usage_report(
 ) -> Response:
     """The report as an answer."""
     since, until = read_range(start, end)
-    report = {"start": since.isoformat(), "end": until.isoformat(), "zone": zone, "bucket": bucket, "limit": MAX_ROWS + 1}
+    report = {
+        "start": since.isoformat(),
+        "end": until.isoformat(),
+        "zone": zone,
+        "bucket": bucket,
+        "limit": MAX_ROWS + 1,
+    }
     if group != "end_user":
         found = await db.report_usage(runtime.client, user_id=user_id, report={**report, "group": group})
     elif user_id is None:
@@ -104,7 +122,10 @@ async def usage_report(
     else:
         found = await db.report_end_users(runtime.client, user_id=user_id, report=report)
     if len(found) > MAX_ROWS:
-        raise BadRequest(f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.", param="bucket")
+        raise BadRequest(
+            f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.",
+            param="bucket",
+        )
     rows = [_row(row) for row in found]
     if form == "csv":
         return csv_answer(COLUMNS, rows, "usage.csv")
@@ -117,7 +138,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     requests = row["requests"]
     average = round(row["latency_ms_total"] / requests) if requests else None
     # Of one request every percentile is known, and not only its bucket.
-    latencies = dict.fromkeys((name for name in COLUMNS if name.startswith("latency") and requests == 1), average)
+    latencies = dict.fromkeys(
+        (name for name in COLUMNS if name.startswith("latency") and requests == 1), average
+    )
     found = {**row, **shown, "latency_average_ms": average, **latencies}
     return {name: found.get(name) for name in COLUMNS}
 

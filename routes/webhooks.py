@@ -51,9 +51,16 @@ async def list_webhooks(request: Request, caller: WebhookReader) -> Response:
     return Reply(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
 
 
-@router.post("/webhooks", summary="Be told when a budget is half, four fifths or all spent", response_model=WebhookKept, status_code=201)
+@router.post(
+    "/webhooks",
+    summary="Be told when a budget is half, four fifths or all spent",
+    response_model=WebhookKept,
+    status_code=201,
+)
 async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookWriter) -> Response:
-    """Deliveries are POSTs signed by the Standard Webhooks specification (`webhook-id`, `webhook-timestamp`, `webhook-signature`)."""
+    """Deliveries are POSTs signed by the Standard Webhooks specification (`webhook-id`, `webhook-timestamp`,
+    `webhook-signature`).
+    """
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     secret = new_secret()
@@ -63,19 +70,30 @@ async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookW
         raise Conflict("You have five webhooks, the most that are allowed. Delete one first.")
     require_found(found)
     message = "Keep the secret: it is shown this once."
-    return Reply(WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret), status_code=201)
+    return Reply(
+        WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret),
+        status_code=201,
+    )
 
 
-@router.get("/webhooks/deliveries", summary="What was sent, and how it was received", response_model=Deliveries)
-async def list_deliveries(request: Request, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None) -> Response:
+@router.get(
+    "/webhooks/deliveries", summary="What was sent, and how it was received", response_model=Deliveries
+)
+async def list_deliveries(
+    request: Request, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_deliveries(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
-    return Reply(Deliveries(status="success", deliveries=[_delivery(row) for row in rows], next_cursor=following))
+    return Reply(
+        Deliveries(status="success", deliveries=[_delivery(row) for row in rows], next_cursor=following)
+    )
 
 
 @router.put("/webhooks/{webhook_id}", summary="Change a webhook, or its secret", response_model=WebhookKept)
-async def update_webhook(request: Request, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter) -> Response:
+async def update_webhook(
+    request: Request, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     changes: dict[str, Any] = order.model_dump(include={"url", "is_active"}, exclude_none=True)
@@ -98,7 +116,11 @@ async def delete_webhook(request: Request, webhook_id: PathId, caller: WebhookWr
     return Reply({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
 
 
-@router.post("/webhooks/{webhook_id}/test", summary="Send a test, and see how it is received", response_model=DeliveryTested)
+@router.post(
+    "/webhooks/{webhook_id}/test",
+    summary="Send a test, and see how it is received",
+    response_model=DeliveryTested,
+)
 async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWriter) -> Response:
     """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
     runtime: Runtime = await request.app.state.runtime.ready()
@@ -114,13 +136,22 @@ async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWrit
     if row is None:
         raise NotFound(MISSING, param="webhook_id")
     shown = _delivery(row)
-    message = "The test has arrived" if shown.status == "delivered" else "The test has not arrived yet; `last_error` says why"
+    message = (
+        "The test has arrived"
+        if shown.status == "delivered"
+        else "The test has not arrived yet; `last_error` says why"
+    )
     return Reply(DeliveryTested(status="success", message=message, delivery=shown))
 
 
-@router.get("/budget-events", summary="Which budgets are half, four fifths or all spent", response_model=BudgetEvents)
+@router.get(
+    "/budget-events", summary="Which budgets are half, four fifths or all spent", response_model=BudgetEvents
+)
 async def list_budget_events(
-    request: Request, caller: Annotated[Caller, may("read", "budgets")], limit: PageSize = 100, cursor: Cursor = None
+    request: Request,
+    caller: Annotated[Caller, may("read", "budgets")],
+    limit: PageSize = 100,
+    cursor: Cursor = None,
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_budget_events(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)

@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8787)
     options = parser.parse_args()
-    config = uvicorn.Config(create_app(), host=options.host, port=options.port, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        create_app(), host=options.host, port=options.port, log_level="warning", access_log=False
+    )
     with suppress(KeyboardInterrupt):  # after an orderly end uvicorn raises the signal once more
         _Server(config).run()
 

@@ -1,6 +1,8 @@
-"""The simulator as one ASGI app. The simulator as one raw ASGI app: routes, keys, limits and what tests may look at.
+"""The simulator as one ASGI app. The simulator as one raw ASGI app: routes, keys, limits and what tests may
+look at.
 
-Paths are OpenRouter's, with or without the prefix `/api/v1` (or `/v1`); those under `/sandbox` are the simulator's own.
+Paths are OpenRouter's, with or without the prefix `/api/v1` (or `/v1`); those under `/sandbox` are the
+simulator's own.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ class Sandbox:
         if path == "/sandbox/calls":
             await self._calls(connection)
             return
-        handler = self._handlers.get((connection.method, path)) or self._find_model_handler(connection.method, path)
+        handler = self._handlers.get((connection.method, path)) or self._find_model_handler(
+            connection.method, path
+        )
         call = self.state.open_call(connection, path if handler else "(unknown)")
         try:
             if handler is None:
@@ -107,7 +111,9 @@ class Sandbox:
         generation_id = failed_id(call.body) if isinstance(call.body, dict) else None
         if generation_id:
             headers["x-generation-id"] = generation_id
-        await connection.answer(failure.status, dumps(_error_body(connection.path, failure, generation_id)), headers)
+        await connection.answer(
+            failure.status, dumps(_error_body(connection.path, failure, generation_id)), headers
+        )
 
     def _inference(self, answer: _Answer) -> _Handler:
         """The handler of an endpoint that generates: read, plan, deliver."""
@@ -119,14 +125,18 @@ class Sandbox:
 
         return handler
 
-    async def _read(self, connection: Connection, call: Call) -> tuple[Mapping[str, object], dict[str, object]]:
+    async def _read(
+        self, connection: Connection, call: Call
+    ) -> tuple[Mapping[str, object], dict[str, object]]:
         """The parsed body and the scenario's changes; the key is checked first."""
         _require_key(connection)
         raw = await connection.read_body()
         call.keep_body(raw)
         content_type = connection.header("content-type")
         if call.path == "/audio/transcriptions" and content_type.startswith("multipart/form-data"):
-            return read_upload(read_form(content_type, raw)), parse_scenarios(connection.header(SCENARIO_HEADER))
+            return read_upload(read_form(content_type, raw)), parse_scenarios(
+                connection.header(SCENARIO_HEADER)
+            )
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
@@ -230,7 +240,9 @@ def _error_body(path: str, failure: Failure, generation_id: str | None) -> Mappi
 
 
 async def _end_late(connection: Connection) -> None:
-    """End an answer that took longer than the limit; a body already begun is dropped unless it is a stream of events."""
+    """End an answer that took longer than the limit; a body already begun is dropped unless it is a stream of
+    events.
+    """
     if not connection.started:
         await connection.answer(504, dumps(_error_body(connection.path, _TOO_LATE, None)))
     elif connection.farewell and not connection.finished:

@@ -59,7 +59,9 @@ class Bill:
         }
 
     def render_key(self, now: datetime) -> dict[str, object]:
-        """`data` of `/key`: a key without a limit that has used what was billed. Days are UTC, weeks begin on Monday."""
+        """`data` of `/key`: a key without a limit that has used what was billed. Days are UTC, weeks begin on
+        Monday.
+        """
         today = _midnight(now)
         starts = (today, today - timedelta(days=today.weekday()), today.replace(day=1))
         used = dict(zip(_WINDOWS, (self._since(start) for start in starts), strict=True))
@@ -78,7 +80,11 @@ class Bill:
             "is_provisioning_key": False,
             "expires_at": None,
             "creator_user_id": None,
-            "rate_limit": {"requests": -1, "interval": "10s", "note": "This field is deprecated and safe to ignore."},
+            "rate_limit": {
+                "requests": -1,
+                "interval": "10s",
+                "note": "This field is deprecated and safe to ignore.",
+            },
         }
 
     def render_credits(self) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""What the simulated model says. Text, JSON, tool arguments and reasoning, derived from nothing but the request."""
+"""What the simulated model says. Text, JSON, tool arguments and reasoning, derived from nothing but the
+request.
+"""
 
 from __future__ import annotations
 
@@ -124,17 +126,29 @@ def _stop(pieces: list[str], stop: object) -> tuple[list[str], str | None]:
     return (tokens.split(text[: min(found)[0]]), min(found)[1]) if found else (pieces, None)
 
 
-def _call(function: Mapping[str, object], brief: Brief, index: int, thoughts: tuple[str, ...], room: int) -> Choice:
+def _call(
+    function: Mapping[str, object], brief: Brief, index: int, thoughts: tuple[str, ...], room: int
+) -> Choice:
     name = str(function.get("name", "tool"))
-    arguments = dumps(sample(function.get("parameters") or {"type": "object"}, _last_words(brief.body)[:40])).decode()
+    arguments = dumps(
+        sample(function.get("parameters") or {"type": "object"}, _last_words(brief.body)[:40])
+    ).decode()
     lead = min(tokens.count(name), room)
     pieces, finish = _cut(tokens.split(arguments), room - lead, brief.most_bytes)
     seed = zlib.crc32(f"{name}{arguments}{index}".encode())
-    return Choice(index, thoughts, pieces, "tool_calls" if finish == "stop" else finish, ToolCall(f"call_{seed:08x}", name, lead))
+    return Choice(
+        index,
+        thoughts,
+        pieces,
+        "tool_calls" if finish == "stop" else finish,
+        ToolCall(f"call_{seed:08x}", name, lead),
+    )
 
 
 def _called_function(brief: Brief) -> Mapping[str, object] | None:
-    """The function that the answer calls, if any: a tool's result is answered in words, unless a call is required."""
+    """The function that the answer calls, if any: a tool's result is answered in words, unless a call is
+    required.
+    """
     offered: list[Mapping[str, object]] = [
         tool["function"]
         for tool in _list(brief.body.get("tools"))

@@ -29,7 +29,9 @@ async def deliver(connection: Connection, state: State, call: Call, plan: Plan, 
         await _deliver_whole(connection, state, call, plan, dialect)
 
 
-async def _deliver_whole(connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect) -> None:
+async def _deliver_whole(
+    connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect
+) -> None:
     """Send a whole body; a client that leaves is billed in full."""
     behaviour = plan.behaviour
     body, media_type = _body(plan, dialect)
@@ -43,7 +45,9 @@ async def _deliver_whole(connection: Connection, state: State, call: Call, plan:
         state.end(call, plan.generation)
 
 
-async def _send_with_faults(connection: Connection, call: Call, plan: Plan, body: bytes, media_type: str) -> None:
+async def _send_with_faults(
+    connection: Connection, call: Call, plan: Plan, body: bytes, media_type: str
+) -> None:
     behaviour = plan.behaviour
     if behaviour.delay:
         await connection.pause(behaviour.delay)
@@ -53,7 +57,9 @@ async def _send_with_faults(connection: Connection, call: Call, plan: Plan, body
         await _send_whole(connection, call, plan, body, media_type)
         return
     call.status = 200
-    await connection.start(200, {"content-type": media_type, **_headers(plan)}, compressed=behaviour.compressed)
+    await connection.start(
+        200, {"content-type": media_type, **_headers(plan)}, compressed=behaviour.compressed
+    )
     if behaviour.halt:
         await connection.write(body[: len(body) // 2])
         if behaviour.halt == "middle":
@@ -86,10 +92,16 @@ def _render_json(plan: Plan, dialect: Dialect, whole: Mapping[str, object]) -> b
     if plan.behaviour.body == "error-choices":
         return dumps({**whole, **dialect.render_error(STREAM_ERRORS["code"])})
     body = dumps(whole)
-    return body[: len(body) * 2 // 3] if plan.behaviour.body == "invalid" else b" " * plan.behaviour.padding + body
+    return (
+        body[: len(body) * 2 // 3]
+        if plan.behaviour.body == "invalid"
+        else b" " * plan.behaviour.padding + body
+    )
 
 
-async def _deliver_stream(connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect) -> None:
+async def _deliver_stream(
+    connection: Connection, state: State, call: Call, plan: Plan, dialect: Dialect
+) -> None:
     progress = _Progress()
     outcome = None
     try:
@@ -104,7 +116,9 @@ class _Progress:
     tokens = 0
 
 
-async def _stream(connection: Connection, call: Call, plan: Plan, dialect: Dialect, progress: _Progress) -> None:
+async def _stream(
+    connection: Connection, call: Call, plan: Plan, dialect: Dialect, progress: _Progress
+) -> None:
     behaviour = plan.behaviour
     if behaviour.halt == "start":
         await connection.hang()

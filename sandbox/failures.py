@@ -1,4 +1,5 @@
-"""OpenRouter's refusals, by status and shape. One entry per status and shape, each with the operator's `user_id`, which must not leak.
+"""OpenRouter's refusals, by status and shape. One entry per status and shape, each with the operator's
+`user_id`, which must not leak.
 
 Shapes: https://openrouter.ai/docs/api-reference/errors, and captures of what the documentation does not show.
 """
@@ -73,7 +74,13 @@ def unavailable(model: str, code: str, status: int, excluded_by: list[str], deta
 
 def max_price_excludes(model: str) -> Failure:
     """No provider serves the model at or below `provider.max_price`."""
-    return unavailable(model, "constraint_filtered", 404, ["max_price"], "No endpoints found that satisfy the requested max_price.")
+    return unavailable(
+        model,
+        "constraint_filtered",
+        404,
+        ["max_price"],
+        "No endpoints found that satisfy the requested max_price.",
+    )
 
 
 _ANTHROPIC_TYPES = {
@@ -91,7 +98,9 @@ _ANTHROPIC_TYPES = {
 
 
 def anthropic_error(error: Mapping[str, object], status: int) -> dict[str, object]:
-    """The `error` object of `/messages`: Anthropic's type and message, and OpenRouter's other fields beside them."""
+    """The `error` object of `/messages`: Anthropic's type and message, and OpenRouter's other fields beside
+    them.
+    """
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     metadata = error.get("metadata")
     typed = metadata.get("error_type") if isinstance(metadata, Mapping) else None
@@ -105,11 +114,11 @@ def anthropic_body(failure: Failure, generation_id: str | None) -> dict[str, obj
     return {"type": "error", "error": error, "request_id": generation_id, "user_id": USER_ID}
 
 
-_TOO_DEAR = (
-    "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, but can only afford 59. To increase, visit "
-)
+_TOO_DEAR = "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, but can only afford 59. To increase, visit "
 _LOW_CREDIT = f"{_TOO_DEAR}https://openrouter.ai/settings/credits and upgrade to a paid account"
-_KEY_LIMIT = f"{_TOO_DEAR}https://openrouter.ai/workspaces/default/keys/{KEY_HASH} and adjust the key's daily limit"
+_KEY_LIMIT = (
+    f"{_TOO_DEAR}https://openrouter.ai/workspaces/default/keys/{KEY_HASH} and adjust the key's daily limit"
+)
 
 FAILURES: Mapping[str, Failure] = {
     "error-400": _failure("400, an invalid request", 400, 'Input required: specify "prompt" or "messages"'),
@@ -126,8 +135,12 @@ FAILURES: Mapping[str, Failure] = {
         402,
         "Insufficient credits. Add more using https://openrouter.ai/credits",
     ),
-    "error-402-max-tokens": _failure("402, the operator's credits do not cover max_tokens", 402, _LOW_CREDIT, provider_name=None),
-    "error-402-key-limit": _failure("402, the key's limit; the message leaks the operator's key hash", 402, _KEY_LIMIT, provider_name=None),
+    "error-402-max-tokens": _failure(
+        "402, the operator's credits do not cover max_tokens", 402, _LOW_CREDIT, provider_name=None
+    ),
+    "error-402-key-limit": _failure(
+        "402, the key's limit; the message leaks the operator's key hash", 402, _KEY_LIMIT, provider_name=None
+    ),
     "error-403": _failure("403, permission denied", 403, "Permission denied", error_type="permission_denied"),
     "error-403-moderation": _failure(
         "403, input flagged by moderation",
@@ -138,9 +151,15 @@ FAILURES: Mapping[str, Failure] = {
         provider_name="OpenAI",
         model_slug="openai/gpt-4o-mini",
     ),
-    "error-403-guardrail": _failure("403, input blocked by a guardrail", 403, "Request blocked by guardrail", patterns=["credit_card"]),
-    "error-404": _failure("404, no endpoints", 404, "No endpoints found for this model.", error_type="not_found"),
-    "error-404-availability": unavailable("openai/gpt-4o-mini", "no_endpoints", 404, [], "No endpoints found that can serve this request."),
+    "error-403-guardrail": _failure(
+        "403, input blocked by a guardrail", 403, "Request blocked by guardrail", patterns=["credit_card"]
+    ),
+    "error-404": _failure(
+        "404, no endpoints", 404, "No endpoints found for this model.", error_type="not_found"
+    ),
+    "error-404-availability": unavailable(
+        "openai/gpt-4o-mini", "no_endpoints", 404, [], "No endpoints found that can serve this request."
+    ),
     "error-408": _failure("408, timeout", 408, "Request timed out"),
     "error-413": _failure("413, payload too large", 413, "Payload too large", error_type="payload_too_large"),
     "error-422": _failure("422, unprocessable", 422, "Unprocessable entity", error_type="unprocessable"),
@@ -198,6 +217,8 @@ FAILURES: Mapping[str, Failure] = {
     ),
     "error-504": _failure("504, timeout at the provider", 504, "Provider timed out", error_type="timeout"),
     "error-524": _failure("524, timeout at the edge", 524, "A timeout occurred"),
-    "error-529": _failure("529, provider overloaded", 529, "Provider is overloaded", error_type="provider_overloaded"),
+    "error-529": _failure(
+        "529, provider overloaded", 529, "Provider is overloaded", error_type="provider_overloaded"
+    ),
     "max-price-refused": max_price_excludes("openai/gpt-4o-mini"),
 }

@@ -1,8 +1,9 @@
-"""Generation ids that carry their cost. Its id says it, so that any instance can answer, also after the one that made it died.
+"""Generation ids that carry their cost. Its id says it, so that any instance can answer, also after the one
+that made it died.
 
-`gen-<unix seconds>-<payload>`, or `gen-tts-...` where OpenRouter names the kind. The payload is base62 of a version byte,
-the numbers below as LEB128 varints, and a CRC-16 that makes a random id unreadable. The cost is written in
-femto-dollars, exactly.
+`gen-<unix seconds>-<payload>`, or `gen-tts-...` where OpenRouter names the kind. The payload is base62 of a
+version byte, the numbers below as LEB128 varints, and a CRC-16 that makes a random id unreadable. The cost is
+written in femto-dollars, exactly.
 """
 
 from __future__ import annotations
@@ -105,7 +106,11 @@ def decode(generation_id: str) -> Generation | None:
     if len(raw) < 3 or payload[0] != _VERSION or checksum != _checksum(created, payload):
         return None
     generation = _read(created, list(_numbers(payload[1:])))
-    return generation if generation is not None and _kind(generation) == (kind if kind in _KINDS else "") else None
+    return (
+        generation
+        if generation is not None and _kind(generation) == (kind if kind in _KINDS else "")
+        else None
+    )
 
 
 def _read(created: int, numbers: list[int]) -> Generation | None:
@@ -113,7 +118,12 @@ def _read(created: int, numbers: list[int]) -> Generation | None:
         return None
     code, provider, flags, api_type, finish, *counts, cost, upstream_cost, late_lookups, _ = numbers
     model = _MODEL_CODES.get(code)
-    if model is None or provider >= len(model.endpoints) or api_type >= len(API_TYPES) or finish >= len(FINISHES):
+    if (
+        model is None
+        or provider >= len(model.endpoints)
+        or api_type >= len(API_TYPES)
+        or finish >= len(FINISHES)
+    ):
         return None
     return Generation(
         created=created,

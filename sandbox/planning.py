@@ -69,7 +69,9 @@ class Plan:
     def running(self, completion: int) -> Tokens:
         """The tokens after so many of the completion."""
         tokens = self.tokens
-        parts = {name: min(getattr(tokens, name), completion) for name in ("reasoning", "audio_out", "image_out")}
+        parts = {
+            name: min(getattr(tokens, name), completion) for name in ("reasoning", "audio_out", "image_out")
+        }
         return replace(tokens, completion=completion, **parts)
 
     def bill(self, tokens: Tokens) -> tuple[Decimal, Decimal]:
@@ -77,7 +79,9 @@ class Plan:
         return _bill(self.route, self.behaviour, tokens)
 
     def cancelled(self, completion: int) -> Generation:
-        """The generation when the client left a stream after so many tokens; not every provider stops billing then."""
+        """The generation when the client left a stream after so many tokens; not every provider stops billing
+        then.
+        """
         if self.route.endpoint.provider not in STOPS_BILLING_ON_ABORT:
             return replace(self.generation, cancelled=True)
         tokens = self.running(completion)
@@ -86,13 +90,24 @@ class Plan:
 
 def plan_completion(body: Body, ask: Ask) -> Plan:
     """Plan the answer of the first model that can give one; raises the last one's Refusal."""
-    return _first_plan(body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask), after=after_fallback)
+    return _first_plan(
+        body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask), after=after_fallback
+    )
 
 
-def plan_media(body: Body, ask: Ask, output: str, api_type: str, count: Callable[[Route], Tokens], *, streamed: bool = False) -> Plan:
+def plan_media(
+    body: Body,
+    ask: Ask,
+    output: str,
+    api_type: str,
+    count: Callable[[Route], Tokens],
+    *,
+    streamed: bool = False,
+) -> Plan:
     """Plan an answer without choices, by a model that puts out `output`; raises Refusal.
 
-    What only text can do (errors in mid-stream, a provider that dies, another model that answers unasked) is left out.
+    What only text can do (errors in mid-stream, a provider that dies, another model that answers unasked) is
+    left out.
     """
 
     def plan(model_id: str, behaviour: Behaviour) -> Plan:
@@ -100,13 +115,17 @@ def plan_media(body: Body, ask: Ask, output: str, api_type: str, count: Callable
         route = _require_route(model_id, body, behaviour, ask, output)
         tokens = count(route)
         tokens = Tokens() if behaviour.cache == "hit" else tokens
-        generation = _generation(route, behaviour, tokens, finish="stop", streamed=streamed, api_type=api_type)
+        generation = _generation(
+            route, behaviour, tokens, finish="stop", streamed=streamed, api_type=api_type
+        )
         return Plan(encode(generation, secrets.randbits(40)), route, behaviour, (), generation)
 
     return _first_plan(body, ask, plan, after=lambda ids: ids[1:] or ids)
 
 
-def _first_plan(body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan], after: Callable[[list[str]], list[str]]) -> Plan:
+def _first_plan(
+    body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan], after: Callable[[list[str]], list[str]]
+) -> Plan:
     ids = candidates(body)
     if ask.changes.get("fallback"):
         ids = after(ids)
@@ -142,12 +161,22 @@ def _plan(model_id: str, body: Body, behaviour: Behaviour, ask: Ask) -> Plan:
     most = _most_tokens(body, route.model, prompt.tokens)
     choices = _choices(body, route.model, behaviour, ask.limits, most)
     tokens = _tokens(prompt, choices, behaviour, route, searches)
-    generation = _generation(route, behaviour, tokens, finish=choices[0].finish, streamed=body.get("stream") is True)
-    return Plan(encode(generation, secrets.randbits(40)), route, behaviour, choices, generation, shows_thoughts(body))
+    generation = _generation(
+        route, behaviour, tokens, finish=choices[0].finish, streamed=body.get("stream") is True
+    )
+    return Plan(
+        encode(generation, secrets.randbits(40)), route, behaviour, choices, generation, shows_thoughts(body)
+    )
 
 
 def _generation(
-    route: Route, behaviour: Behaviour, tokens: Tokens, *, finish: str, streamed: bool, api_type: str = "completions"
+    route: Route,
+    behaviour: Behaviour,
+    tokens: Tokens,
+    *,
+    finish: str,
+    streamed: bool,
+    api_type: str = "completions",
 ) -> Generation:
     cost, upstream_cost = _bill(route, behaviour, tokens)
     return Generation(
@@ -171,7 +200,9 @@ def failed_id(body: Body) -> str | None:
     model = BY_ID.get(split_model(candidates(body)[0])[0])
     if model is None:
         return None
-    generation = Generation(int(time.time()), model.id, model.endpoints[0].provider, Tokens(), ZERO, finish="error")
+    generation = Generation(
+        int(time.time()), model.id, model.endpoints[0].provider, Tokens(), ZERO, finish="error"
+    )
     return encode(generation, secrets.randbits(40))
 
 
@@ -206,7 +237,9 @@ def _searches(body: Body, route: Route) -> int:
 
 def _most_tokens(body: Body, model: Model, prompt: int) -> int:
     """The most completion tokens of one choice; raises Refusal for limits that cannot be met."""
-    asked = [_limit(body, name) for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
+    asked = [
+        _limit(body, name) for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None
+    ]
     wanted = min(asked) if asked and model.supports("max_tokens") else 0
     if prompt >= model.context or prompt + wanted > model.context:
         raise too_long(model, prompt, wanted)
@@ -263,7 +296,9 @@ def _thought_tokens(body: Body, model: Model, behaviour: Behaviour) -> int:
     wishes = wishes if isinstance(wishes, Mapping) else {}
     effort, short = wishes.get("effort"), body.get("reasoning_effort")
     if effort and short and effort != short:
-        raise refusal(400, "reasoning.effort and reasoning_effort must not differ", error_type="invalid_request")
+        raise refusal(
+            400, "reasoning.effort and reasoning_effort must not differ", error_type="invalid_request"
+        )
     asked = bool(wishes or short or body.get("include_reasoning")) and wishes.get("enabled") is not False
     wanted = str(effort or short or "medium")
     if wanted not in REASONING_TOKENS:
@@ -277,7 +312,9 @@ def _thought_tokens(body: Body, model: Model, behaviour: Behaviour) -> int:
     return min(tokens, most) if isinstance(most, int) else tokens
 
 
-def _tokens(prompt: Prompt, choices: tuple[Choice, ...], behaviour: Behaviour, route: Route, searches: int) -> Tokens:
+def _tokens(
+    prompt: Prompt, choices: tuple[Choice, ...], behaviour: Behaviour, route: Route, searches: int
+) -> Tokens:
     if behaviour.cache == "hit":
         return Tokens()
     cached = prompt.tokens * 3 // 4 if behaviour.cache == "read" else 0

@@ -87,9 +87,15 @@ def _allowed(model: Model, wishes: Mapping[str, object]) -> list[Endpoint]:
     order, only, ignore = (_names(wishes.get(name)) for name in ("order", "only", "ignore"))
     if wishes.get("allow_fallbacks") is False and order:
         only = [name for name in order if not only or name in only]
-    endpoints = [endpoint for endpoint in model.endpoints if (not only or endpoint.tag in only) and endpoint.tag not in ignore]
+    endpoints = [
+        endpoint
+        for endpoint in model.endpoints
+        if (not only or endpoint.tag in only) and endpoint.tag not in ignore
+    ]
     if not endpoints:
-        raise refusal(404, "No allowed providers are available for the selected model.", error_type="not_found")
+        raise refusal(
+            404, "No allowed providers are available for the selected model.", error_type="not_found"
+        )
     return sorted(endpoints, key=lambda item: order.index(item.tag) if item.tag in order else len(order))
 
 

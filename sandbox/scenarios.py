@@ -1,7 +1,8 @@
 """The failures that can be asked for. The one source for code, tests and documentation.
 
-A scenario is named in the header `x-sandbox-scenario` or as a suffix of the model (`openai/gpt-4o-mini:error-429`), and
-may carry parameters: `slow;ms=50`. Several, separated by commas, are combined.
+A scenario is named in the header `x-sandbox-scenario` or as a suffix of the model
+(`openai/gpt-4o-mini:error-429`), and may carry parameters: `slow;ms=50`. Several, separated by commas, are
+combined.
 """
 
 from __future__ import annotations
@@ -86,13 +87,21 @@ _PARAMETERS = {
 
 _TABLE: dict[str, Scenario] = {
     "ordinary": Scenario("An ordinary answer; `tokens=N` sets its length"),
-    "usage-with-finish": Scenario("Stream: usage in a last event that repeats the finish reason (as ordinary)"),
-    "usage-empty-choices": Scenario("Stream: usage in a last event with `choices: []`", {"usage": "empty-choices"}),
-    "usage-null-finish": Scenario("Stream: usage in a last event with finish_reason null", {"usage": "null-finish"}),
+    "usage-with-finish": Scenario(
+        "Stream: usage in a last event that repeats the finish reason (as ordinary)"
+    ),
+    "usage-empty-choices": Scenario(
+        "Stream: usage in a last event with `choices: []`", {"usage": "empty-choices"}
+    ),
+    "usage-null-finish": Scenario(
+        "Stream: usage in a last event with finish_reason null", {"usage": "null-finish"}
+    ),
     "usage-every-event": Scenario("Stream: running usage in every event", {"usage": "every-event"}),
     "usage-twice": Scenario("Stream: the usage event comes twice", {"usage": "twice"}),
     "usage-missing": Scenario("No usage at all, `[DONE]` as usual", {"usage": "missing"}),
-    "usage-missing-no-done": Scenario("No usage, and the stream ends without `[DONE]`", {"usage": "missing", "done": False}),
+    "usage-missing-no-done": Scenario(
+        "No usage, and the stream ends without `[DONE]`", {"usage": "missing", "done": False}
+    ),
     "no-done": Scenario("Stream: usage comes, `[DONE]` does not", {"done": False}),
     "keepalive": Scenario("Stream: comment lines before and between the events", {"comments": (3, 1)}),
     "comment-as-data": Scenario(
@@ -103,20 +112,36 @@ _TABLE: dict[str, Scenario] = {
     "split-chunks": Scenario("UTF-8 characters and JSON are split over pieces of 7 bytes", {"piece": 7}),
     "tool-call": Scenario("A tool call in fragments, asked for or not", {"calls_tool": True}),
     "reasoning": Scenario("Reasoning deltas before the answer, asked for or not", {"thinks": True}),
-    "stream-error": Scenario("Stream: error with a number as code after `count` events", {"stream_error": "code"}),
-    "stream-error-string": Scenario("Stream: error with a string as code after `count` events", {"stream_error": "string"}),
-    "stream-error-empty": Scenario("Stream: error with `choices: []` after `count` events", {"stream_error": "empty"}),
+    "stream-error": Scenario(
+        "Stream: error with a number as code after `count` events", {"stream_error": "code"}
+    ),
+    "stream-error-string": Scenario(
+        "Stream: error with a string as code after `count` events", {"stream_error": "string"}
+    ),
+    "stream-error-empty": Scenario(
+        "Stream: error with `choices: []` after `count` events", {"stream_error": "empty"}
+    ),
     "error-first": Scenario("Stream: an error is the first event", {"stream_error": "code", "after": 0}),
-    "error-in-200": Scenario("Status 200 with an error as JSON, also where a stream was asked for", {"body": "error"}),
+    "error-in-200": Scenario(
+        "Status 200 with an error as JSON, also where a stream was asked for", {"body": "error"}
+    ),
     "error-in-200-choices": Scenario("The same, with choices beside the error", {"body": "error-choices"}),
     "provider-died": Scenario("Partial content with finish_reason `error`, status 200", {"dies": True}),
     "cost-null": Scenario("usage.cost is null; /generation knows it", {"cost": "null"}),
-    "cost-missing": Scenario("usage without cost, as the schema of /messages has it; /generation knows it", {"cost": "missing"}),
-    "cost-zero": Scenario("usage.cost is 0, and nothing is billed", {"cost": "zero", "cost_factor": Decimal(0)}),
-    "cost-negative": Scenario("usage.cost is negative; /generation knows the true cost", {"cost": "negative"}),
+    "cost-missing": Scenario(
+        "usage without cost, as the schema of /messages has it; /generation knows it", {"cost": "missing"}
+    ),
+    "cost-zero": Scenario(
+        "usage.cost is 0, and nothing is billed", {"cost": "zero", "cost_factor": Decimal(0)}
+    ),
+    "cost-negative": Scenario(
+        "usage.cost is negative; /generation knows the true cost", {"cost": "negative"}
+    ),
     "cost-nan": Scenario("usage.cost is NaN; /generation knows the true cost", {"cost": "nan"}),
     "cost-string": Scenario("usage.cost is a string", {"cost": "string"}),
-    "cost-above-hold": Scenario("The bill is `factor` (100) times what prices allow", {"cost_factor": Decimal(100)}),
+    "cost-above-hold": Scenario(
+        "The bill is `factor` (100) times what prices allow", {"cost_factor": Decimal(100)}
+    ),
     "byok": Scenario("Own key at the provider: cost 0, the price in cost_details", {"byok": True}),
     "cache-read": Scenario("Most of the prompt is read from the provider's cache", {"cache": "read"}),
     "cache-write": Scenario("Most of the prompt is written to the provider's cache", {"cache": "write"}),
@@ -129,19 +154,25 @@ _TABLE: dict[str, Scenario] = {
         "The model's prices rise to `factor` (2) times, in the catalog too, for 5 minutes: refused for max_price until /models is read",
         {"rise_factor": Decimal(2)},
     ),
-    "fallback": Scenario("Another model answers: the second of `models`, else the cheapest", {"fallback": True}),
+    "fallback": Scenario(
+        "Another model answers: the second of `models`, else the cheapest", {"fallback": True}
+    ),
     "dearer-provider": Scenario("The dearest endpoint of the model answers", {"dearer": True}),
     "gzip": Scenario("The body is gzip, although identity was asked for", {"compressed": True}),
     "slow-first-token": Scenario("The first token takes `seconds` (60)", {"delay": 60.0}),
     "slow": Scenario("Events are `ms` (200) apart; `tokens=N` sets how many", {"pace": 0.2}),
     "hang": Scenario("No answer at all, until the client leaves", {"halt": "start"}),
     "stall": Scenario("Silence after `count` events, until the client leaves", {"halt": "middle"}),
-    "cut": Scenario("The connection is dropped in the middle of an event, after `count` events", {"halt": "cut"}),
+    "cut": Scenario(
+        "The connection is dropped in the middle of an event, after `count` events", {"halt": "cut"}
+    ),
     "abort": Scenario(
         "Slow, for aborting: /generation says cancelled after `times` (2) lookups of 404",
         {"pace": 0.2, "late_lookups": 2, "tokens": 40},
     ),
-    "generation-late": Scenario("/generation answers 404 to the first `times` (2) lookups", {"late_lookups": 2}),
+    "generation-late": Scenario(
+        "/generation answers 404 to the first `times` (2) lookups", {"late_lookups": 2}
+    ),
     "generation-lost": Scenario("/generation never finds it", {"late_lookups": FOREVER}),
     "no-generation-id": Scenario("No X-Generation-Id header", {"generation_header": False}),
     "redirect": Scenario("302 to another host", {"body": "redirect"}),
@@ -151,7 +182,9 @@ _TABLE: dict[str, Scenario] = {
     **{name: Scenario(failure.description, {"failure": name}) for name, failure in FAILURES.items()},
 }
 
-SCENARIOS: Mapping[str, str] = MappingProxyType({name: scenario.description for name, scenario in _TABLE.items()})
+SCENARIOS: Mapping[str, str] = MappingProxyType(
+    {name: scenario.description for name, scenario in _TABLE.items()}
+)
 
 
 def parse_scenarios(text: str) -> dict[str, object]:
@@ -202,7 +235,10 @@ def _parse_parameter(scenario: Scenario, text: str) -> dict[str, object]:
     target = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
     if not target or not 0 <= number <= MAX_PARAMETER:
         known = ", ".join([*_PARAMETERS, *(["factor"] if _factor_of(scenario) else [])])
-        raise refusal(400, f"Not a parameter of this sandbox scenario: {text[:40]!r}. Known: {known}, each a number up to {MAX_PARAMETER}.")
+        raise refusal(
+            400,
+            f"Not a parameter of this sandbox scenario: {text[:40]!r}. Known: {known}, each a number up to {MAX_PARAMETER}.",
+        )
     if target.endswith("factor"):
         return {target: number}
     if target in ("pace", "delay"):

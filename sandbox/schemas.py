@@ -1,7 +1,8 @@
-"""One sample that conforms to a JSON schema. One deterministic sample, for tool arguments and structured outputs.
+"""One sample that conforms to a JSON schema. One deterministic sample, for tool arguments and structured
+outputs.
 
-Covers what models are asked for in practice: types, enums, constants, nested objects and arrays, bounds, formats, local
-references and combinators. A `pattern` is not solved.
+Covers what models are asked for in practice: types, enums, constants, nested objects and arrays, bounds,
+formats, local references and combinators. A `pattern` is not solved.
 """
 
 from __future__ import annotations
@@ -86,9 +87,14 @@ class _Sampler:
         least = _whole(schema, "minItems", 0 if items or depth >= MAX_DEPTH // 2 else 1)
         most = _whole(schema, "maxItems", max(least, 1))
         wanted = min(max(least, len(items)), max(most, len(items)), MAX_VALUES)
-        rest = [self.value(schema.get("items", {"type": "string"}), depth + 1) for _ in range(wanted - len(items))]
+        rest = [
+            self.value(schema.get("items", {"type": "string"}), depth + 1) for _ in range(wanted - len(items))
+        ]
         if schema.get("uniqueItems") is True:
-            rest = [f"{item} {place}" if place and isinstance(item, str) else item for place, item in enumerate(rest)]
+            rest = [
+                f"{item} {place}" if place and isinstance(item, str) else item
+                for place, item in enumerate(rest)
+            ]
         return items + rest
 
     def _text(self, schema: Schema) -> str:
@@ -128,7 +134,10 @@ def _join(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str
 
 
 def _most_telling(options: list[object]) -> object:
-    return next((item for item in options if not (isinstance(item, Mapping) and item.get("type") == "null")), options[0])
+    return next(
+        (item for item in options if not (isinstance(item, Mapping) and item.get("type") == "null")),
+        options[0],
+    )
 
 
 def _type_of(schema: Schema) -> str:

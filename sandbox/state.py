@@ -1,4 +1,6 @@
-"""Calls and generations, in bounded memory. Generations, calls and the bill, in bounded memory; no id needs it to be priced."""
+"""Calls and generations, in bounded memory. Generations, calls and the bill, in bounded memory; no id needs
+it to be priced.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,11 @@ class State:
         self.calls.clear()
 
     def render(self) -> Mapping[str, object]:
-        return {"counts": dict(self.counts), "billed": self.billed, "calls": [call.render() for call in self.calls]}
+        return {
+            "counts": dict(self.counts),
+            "billed": self.billed,
+            "calls": [call.render() for call in self.calls],
+        }
 
 
 def _status(generation: Generation) -> str:

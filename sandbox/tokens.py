@@ -1,7 +1,8 @@
-"""A deterministic tokenizer. A deterministic, plausible tokenizer that never counts more tokens than UTF-8 bytes.
+"""A deterministic tokenizer. A deterministic, plausible tokenizer that never counts more tokens than UTF-8
+bytes.
 
-Beside the text, a message adds at most 4 tokens and the reply's priming 3 (OpenAI's counting recipe); an image
-adds 85 to 1105 (OpenAI's vision guide).
+Beside the text, a message adds at most 4 tokens and the reply's priming 3 (OpenAI's counting recipe); an
+image adds 85 to 1105 (OpenAI's vision guide).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Prompt:
     images: int = 0
 
     def __add__(self, other: Prompt) -> Prompt:
-        return Prompt(self.tokens + other.tokens, self.cacheable + other.cacheable, self.images + other.images)
+        return Prompt(
+            self.tokens + other.tokens, self.cacheable + other.cacheable, self.images + other.images
+        )
 
 
 def split(text: str) -> list[str]:
@@ -79,7 +82,9 @@ def _count_text_input(value: object) -> Prompt:
     if isinstance(value, str):
         return Prompt(count(value))
     if isinstance(value, list):
-        return sum((Prompt(1) if isinstance(item, int) else _count_text_input(item) for item in value), Prompt())
+        return sum(
+            (Prompt(1) if isinstance(item, int) else _count_text_input(item) for item in value), Prompt()
+        )
     if isinstance(value, dict) and isinstance(value.get("content"), list):
         return sum((_count_part(part) for part in value["content"]), Prompt())
     return Prompt()

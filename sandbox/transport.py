@@ -1,8 +1,8 @@
 """Httpx2 to an ASGI app in process.
 
-httpx2's own ASGITransport buffers the whole answer. Here the app runs in a task and its body passes through a short,
-bounded channel: the client reads pieces as they are made, the app waits for a slow reader, and a client that
-closes early is seen by the app as `http.disconnect`.
+httpx2's own ASGITransport buffers the whole answer. Here the app runs in a task and its body passes through a
+short, bounded channel: the client reads pieces as they are made, the app waits for a slow reader, and a
+client that closes early is seen by the app as `http.disconnect`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class SandboxTransport(httpx2.AsyncBaseTransport):
             exchange.abort()
             raise
         if start is None or start["type"] != "http.response.start":
-            raise httpx2.RemoteProtocolError("Server disconnected without sending a response.", request=request)
+            raise httpx2.RemoteProtocolError(
+                "Server disconnected without sending a response.", request=request
+            )
         return httpx2.Response(
             start["status"],
             headers=start.get("headers", []),
@@ -66,7 +68,9 @@ class _Exchange:
         self._room = asyncio.Event()
         self._closed = asyncio.Event()
         self._complete = False
-        self.task: asyncio.Future[None] = asyncio.ensure_future(app(_scope(request), self._receive, self._send))
+        self.task: asyncio.Future[None] = asyncio.ensure_future(
+            app(_scope(request), self._receive, self._send)
+        )
         self.task.add_done_callback(lambda _: self._changed.set())
 
     async def _receive(self) -> Message:

@@ -138,7 +138,9 @@ class Connection:
         rest = self._gzip.flush() if self._gzip is not None else b""
         await self._deliver({"type": "http.response.body", "body": rest, "more_body": False})
 
-    async def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, compressed: bool = False) -> None:
+    async def answer(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, *, compressed: bool = False
+    ) -> None:
         """Send a whole answer with its length; JSON unless the headers say otherwise."""
         if compressed:
             body = gzip.compress(body)

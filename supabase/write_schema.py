@@ -1,4 +1,5 @@
-"""What does the whole schema look like now? Joins the migrations into schema.sql, each function once and as it stands: `make schema`.
+"""What does the whole schema look like now? Joins the migrations into schema.sql, each function once and as
+it stands: `make schema`.
 
 A test holds the result against what the migrations make, object by object.
 """
@@ -16,7 +17,9 @@ set check_function_bodies = off; -- it may name what comes after it
 """
 RULE = "-- " + "=" * 76
 # A function with the comments right above it, up to its last line.
-FUNCTION = re.compile(r"(?:^-- [^\n]*\n)*^create (?:or replace )?function public\.(\w+)\((.*?)\).*?\$\$.*?\$\$;\n", re.M | re.S)
+FUNCTION = re.compile(
+    r"(?:^-- [^\n]*\n)*^create (?:or replace )?function public\.(\w+)\((.*?)\).*?\$\$.*?\$\$;\n", re.M | re.S
+)
 
 
 def key_of(function: re.Match[str]) -> tuple[str, str]:
@@ -40,7 +43,9 @@ def whole(migrations: list[Path]) -> str:
     parts = [HEAD]
     for name, text in texts:
         body = re.sub(r"^notify pgrst.*\n", "", FUNCTION.sub(place, text), flags=re.M)
-        parts.append("\n".join(("", "", RULE, f"-- {name}", RULE, "", re.sub(r"\n{3,}", "\n\n", body).rstrip() + "\n")))
+        parts.append(
+            "\n".join(("", "", RULE, f"-- {name}", RULE, "", re.sub(r"\n{3,}", "\n\n", body).rstrip() + "\n"))
+        )
     return "".join((*parts, "\n\nnotify pgrst, 'reload schema';\n"))
 
 

@@ -1,6 +1,7 @@
 """Do all charges together equal the upstream's own bill? Random requests with random endings, on two workers.
 
-`make bill` sends 2,000 (`ARGS="REQUESTS SEED"` as many as it is told). Not collected by pytest: `test_bill.py` runs a few.
+`make bill` sends 2,000 (`ARGS="REQUESTS SEED"` as many as it is told). Not collected by pytest:
+`test_bill.py` runs a few.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from typing import Any
 
 import httpx
 from kinds import KINDS, Kind
-from rig import Database, Gateway, Upstream, User, eventually, fresh_database, quick_folder, running_workers, served, started_postgres
+from rig import (
+    Database,
+    Gateway,
+    Upstream,
+    User,
+    eventually,
+    fresh_database,
+    quick_folder,
+    running_workers,
+    served,
+    started_postgres,
+)
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import create_app as create_sandbox
@@ -29,8 +41,8 @@ USERS = 8
 AT_ONCE = 24
 SETTLED_SECONDS = 120.0
 
-# How the upstream may answer, and how often. Where it leaves neither usage nor a generation that can be asked for, nothing is charged by
-# design: those are not among them.
+# How the upstream may answer, and how often. Where it leaves neither usage nor a generation that can be asked
+# for, nothing is charged by design: those are not among them.
 ANSWERS = {
     "": 30,
     "usage-empty-choices": 3,
@@ -107,7 +119,10 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
     patience = rng.choice((None, None, None, 0.0, 0.01, 0.05, 0.2))  # seconds until this client leaves
     content = kind.content(body)
     try:
-        async with asyncio.timeout(patience), user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as answer:
+        async with (
+            asyncio.timeout(patience),
+            user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as answer,
+        ):
             async for _ in answer.aiter_raw():
                 pass
             return f"{kind.path} {'stream ' if streamed else ''}{answer.status_code}"
@@ -115,11 +130,17 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
         return f"{kind.path} {'stream ' if streamed else ''}{'left' if isinstance(error, TimeoutError) else 'broken'}"
 
 
-async def run(database: Database, gateway: Gateway, upstream: Upstream, *, requests: int, seed: int) -> Result:
+async def run(
+    database: Database, gateway: Gateway, upstream: Upstream, *, requests: int, seed: int
+) -> Result:
     """Sends that many requests, waits until all are settled, and compares the books."""
     users = [await gateway.register(credits=10_000) for _ in range(USERS)]
     for user in users:
-        await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
+        await gateway.admin(
+            "POST",
+            "/admin/limit",
+            json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}},
+        )
     result = Result(requests)
     gate = asyncio.Semaphore(AT_ONCE)
 
@@ -133,7 +154,9 @@ async def run(database: Database, gateway: Gateway, upstream: Upstream, *, reque
     try:
         await eventually(lambda: database.value(pending), lambda count: count == 0, seconds=SETTLED_SECONDS)
     except TimeoutError:
-        result.faults.append(f"{await database.value(pending)} requests are still pending after {SETTLED_SECONDS:g} s")
+        result.faults.append(
+            f"{await database.value(pending)} requests are still pending after {SETTLED_SECONDS:g} s"
+        )
     await compare(database, upstream, result)
     return result
 
@@ -149,9 +172,15 @@ async def compare(database: Database, upstream: Upstream, result: Result) -> Non
         result.charged += due
         if due != bill.quantize(Decimal("1e-9"), ROUND_CEILING):
             what = f"{record['endpoint']} {record['status']} by {record['settlement_source']}"
-            result.faults.append(f"{what}: charged {due}, billed {bill} ({record['request_id']}, {record['generation_id']})")
+            result.faults.append(
+                f"{what}: charged {due}, billed {bill} ({record['request_id']}, {record['generation_id']})"
+            )
         result.billed += bill
-    result.faults += [f"billed and not charged: {name} {_bill(found)}" for name, found in generations.items() if _bill(found)]
+    result.faults += [
+        f"billed and not charged: {name} {_bill(found)}"
+        for name, found in generations.items()
+        if _bill(found)
+    ]
     if books := await database.rows("select * from public.audit_ledger()"):
         result.faults.append(f"the books do not add up: {books}")
     if held := await database.value("select sum(held_nanos) from public.users"):

@@ -1,4 +1,6 @@
-"""What the tests of bounds share: a model list of every kind of price, bodies, and how they are bounded or refused."""
+"""What the tests of bounds share: a model list of every kind of price, bodies, and how they are bounded or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ POLICY = BoundPolicy(default_max_output_tokens=4096, free_models=False)
 NANOS = 10**9
 
 
-def entry(model_id: str, prompt: str = "0.000001", completion: str = "0.000002", **changes: Any) -> dict[str, Any]:
+def entry(
+    model_id: str, prompt: str = "0.000001", completion: str = "0.000002", **changes: Any
+) -> dict[str, Any]:
     pricing = {"prompt": prompt, "completion": completion, **changes.pop("pricing", {})}
     return {
         "id": model_id,
@@ -39,10 +43,22 @@ MODELS = [
     entry("thinking/model", pricing={"internal_reasoning": "0.00001"}),
     entry("vision/model", pricing={"image": "0.001", "image_token": "0.000004"}),
     entry("ear/model", pricing={"audio": "0.00003"}),
-    entry("painter/model", pricing={"image_output": "0.00003"}, architecture={"output_modalities": ["text", "image"]}),
-    entry("speaker/model", pricing={"audio_output": "0.00008"}, architecture={"output_modalities": ["text", "audio"]}),
+    entry(
+        "painter/model",
+        pricing={"image_output": "0.00003"},
+        architecture={"output_modalities": ["text", "image"]},
+    ),
+    entry(
+        "speaker/model",
+        pricing={"audio_output": "0.00008"},
+        architecture={"output_modalities": ["text", "audio"]},
+    ),
     entry("artist/model", architecture={"output_modalities": ["image"]}),
-    entry("seeker/model", pricing={"web_search": "0.01"}, supported_parameters=["max_tokens", "web_search_options"]),
+    entry(
+        "seeker/model",
+        pricing={"web_search": "0.01"},
+        supported_parameters=["max_tokens", "web_search_options"],
+    ),
     entry("native/model", pricing={"web_search": "0.01"}),
     entry("video/model", pricing={"video_second": "0.1"}),
     entry("fixed/model", "0", "0", pricing={"request": "0.5"}),
@@ -63,18 +79,46 @@ MODELS = [
         pricing={"image_output": "0.00004", "request": "0.01"},
         architecture={"output_modalities": ["image"]},
     ),
-    entry("sketch/model", "0", "0.000004", supported_parameters=[], architecture={"output_modalities": ["image"]}),
+    entry(
+        "sketch/model",
+        "0",
+        "0.000004",
+        supported_parameters=[],
+        architecture={"output_modalities": ["image"]},
+    ),
     entry("megapixel/model", "0", "0", architecture={"output_modalities": ["image"]}),
-    entry("voice/model", "0.00001", "0", supported_parameters=[], architecture={"output_modalities": ["speech"]}),
-    entry("singer/model", "0.000001", "0.000002", pricing={"audio_output": "0.00002"}, architecture={"output_modalities": ["audio"]}),
-    entry("scribe/model", "0.000002", "0.00001", pricing={"audio": "0.000006"}, architecture={"output_modalities": ["text"]}),
+    entry(
+        "voice/model", "0.00001", "0", supported_parameters=[], architecture={"output_modalities": ["speech"]}
+    ),
+    entry(
+        "singer/model",
+        "0.000001",
+        "0.000002",
+        pricing={"audio_output": "0.00002"},
+        architecture={"output_modalities": ["audio"]},
+    ),
+    entry(
+        "scribe/model",
+        "0.000002",
+        "0.00001",
+        pricing={"audio": "0.000006"},
+        architecture={"output_modalities": ["text"]},
+    ),
     entry("clerk/model", "0", "0", pricing={"request": "0.006"}, context_length=None, top_provider={}),
     entry("deaf/model", "0.000002", "0.00001", context_length=None, top_provider={}),
-    entry("rank/units", "0", "0", pricing={"request": "0.002"}, architecture={"output_modalities": ["rerank"]}),
+    entry(
+        "rank/units", "0", "0", pricing={"request": "0.002"}, architecture={"output_modalities": ["rerank"]}
+    ),
     entry("rank/tokens", "0.00000005", "0", architecture={"output_modalities": ["rerank"]}),
     entry("rank/model:free", "0", "0", architecture={"output_modalities": ["rerank"]}),
     entry("openrouter/auto", "-1", "-1", context_length=200_000),
-    entry("embed/model", "0.00000002", "0", context_length=8_000, architecture={"output_modalities": ["embeddings"]}),
+    entry(
+        "embed/model",
+        "0.00000002",
+        "0",
+        context_length=8_000,
+        architecture={"output_modalities": ["embeddings"]},
+    ),
 ]
 BOTH_LIMITS = entry("both/model", supported_parameters=["max_tokens", "max_completion_tokens"])
 INDEX = read_models(json.dumps({"data": MODELS}).encode())
@@ -84,7 +128,9 @@ def chat(model: str | None = "plain/model", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "Hi"}], **fields}
 
 
-def bound(body: Mapping[str, Any], endpoint: str = CHAT, policy: BoundPolicy = POLICY, index: ModelIndex = INDEX) -> Bound:
+def bound(
+    body: Mapping[str, Any], endpoint: str = CHAT, policy: BoundPolicy = POLICY, index: ModelIndex = INDEX
+) -> Bound:
     return bound_request(endpoint, body, len(json.dumps(body)), index, policy)
 
 

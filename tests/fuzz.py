@@ -1,6 +1,8 @@
-"""Does any input make the API answer with a 5xx, or with a status that its OpenAPI does not name? Schemathesis against a running gateway.
+"""Does any input make the API answer with a 5xx, or with a status that its OpenAPI does not name?
+Schemathesis against a running gateway.
 
-`make fuzz`; `python tests/fuzz.py EXAMPLES` bounds the number of examples an operation. Not collected by pytest.
+`make fuzz`; `python tests/fuzz.py EXAMPLES` bounds the number of examples an operation. Not collected by
+pytest.
 """
 
 from __future__ import annotations
@@ -29,8 +31,16 @@ def gateway(folder: str) -> Iterator[str]:
     """A gateway in sandbox mode on a fresh embedded database."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    environment = {**os.environ, "GATEWAY_DATA_DIR": folder, "ADMIN_API_KEY": ADMIN_KEY, "PORT": str(port), "LOG_LEVEL": "error"}
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    environment = {
+        **os.environ,
+        "GATEWAY_DATA_DIR": folder,
+        "ADMIN_API_KEY": ADMIN_KEY,
+        "PORT": str(port),
+        "LOG_LEVEL": "error",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url)
@@ -55,7 +65,15 @@ def _wait_for(url: str) -> None:
 def register(url: str, name: str) -> str:
     """A user's key, with limits that fuzzing does not reach."""
     user = _post(url, "/auth/register", {"username": name, "email": f"{name}@example.com"})
-    unlimited = dict.fromkeys(("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour"))
+    unlimited = dict.fromkeys(
+        (
+            "requests_per_minute",
+            "requests_per_hour",
+            "requests_per_day",
+            "tokens_per_minute",
+            "tokens_per_hour",
+        )
+    )
     _post(url, "/admin/limit", {"user_id": user["user_id"], "rate_limits": unlimited})
     _post(url, "/admin/add_credits", {"user_id": user["user_id"], "credits": 1000})
     return str(user["api_key"])
@@ -83,7 +101,8 @@ def main() -> int:
     examples = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     with tempfile.TemporaryDirectory() as folder, gateway(folder) as url:
         keys = [register(url, f"fuzz{number}") for number in range(8)]
-        # Keys whose own ids fuzzing does not guess; account deletion would end a pass for everything after it.
+        # Keys whose own ids fuzzing does not guess; account deletion would end a pass for everything after
+        # it.
         passes = [
             (ADMIN_KEY, "^/(admin|internal|auth)"),
             (keys[6], "^/(user/(?!account|api-keys)|v1/|models|plans|health|$)"),

@@ -71,7 +71,11 @@ def _message(rng: random.Random) -> dict[str, Any]:
 
 
 def _rerank(rng: random.Random) -> dict[str, Any]:
-    return {"model": "cohere/rerank-v3.5", "query": text(rng), "documents": [text(rng) for _ in range(rng.randint(1, 5))]}
+    return {
+        "model": "cohere/rerank-v3.5",
+        "query": text(rng),
+        "documents": [text(rng) for _ in range(rng.randint(1, 5))],
+    }
 
 
 def _image(rng: random.Random) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The parts that tests are made of: a real PostgreSQL, a gateway on a socket, and the sandbox as its upstream on another.
+"""The parts that tests are made of: a real PostgreSQL, a gateway on a socket, and the sandbox as its upstream
+on another.
 
-A database is a copy of a migrated template, so a test begins with an empty one within some 50 ms. Nothing is mocked.
+A database is a copy of a migrated template, so a test begins with an empty one within some 50 ms. Nothing is
+mocked.
 """
 
 from __future__ import annotations
@@ -101,8 +103,8 @@ def started_postgres(folder: Path, binaries: Path | None) -> Iterator[EmbeddedPo
     asyncio.run(server.stop())
 
 
-# A new database has none of the privileges that a hosted project of the older kind gives away; the tests need them, so that a
-# forgotten revoke shows.
+# A new database has none of the privileges that a hosted project of the older kind gives away; the tests need
+# them, so that a forgotten revoke shows.
 BOOTSTRAP = """
 grant usage on schema public to anon, authenticated, service_role;
 alter default privileges in schema public grant all on tables to anon, authenticated, service_role;
@@ -113,7 +115,9 @@ alter default privileges in schema public grant all on sequences to anon, authen
 
 @contextmanager
 def quick_folder() -> Iterator[Path]:
-    """A folder in memory, where a test's database is made in a tenth of the time; on the disk where memory has no room for it."""
+    """A folder in memory, where a test's database is made in a tenth of the time; on the disk where memory
+    has no room for it.
+    """
     in_memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
     with tempfile.TemporaryDirectory(prefix="gateway-tests-", dir=MEMORY if in_memory else None) as name:
         folder = Path(name)
@@ -166,7 +170,8 @@ async def sql(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
 
 def listening() -> socket.socket:
     """A free port of 127.0.0.1."""
-    # Named by its protocol: asyncio sets TCP_NODELAY on no other, and every answer would wait 40 ms for an acknowledgement.
+    # Named by its protocol: asyncio sets TCP_NODELAY on no other, and every answer would wait 40 ms for an
+    # acknowledgement.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(512)
@@ -175,9 +180,13 @@ def listening() -> socket.socket:
 
 @asynccontextmanager
 async def served(app: Any, *, grace: int = 5) -> AsyncIterator[str]:
-    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL. At its end, requests have `grace` seconds to end."""
+    """Serves an ASGI app on a free port of 127.0.0.1; yields its base URL. At its end, requests have `grace`
+    seconds to end.
+    """
     listener = listening()
-    config = uvicorn.Config(app, log_config=None, proxy_headers=False, access_log=False, timeout_graceful_shutdown=grace)
+    config = uvicorn.Config(
+        app, log_config=None, proxy_headers=False, access_log=False, timeout_graceful_shutdown=grace
+    )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     running = asyncio.create_task(server._serve(sockets=[listener]))
@@ -207,7 +216,11 @@ class Gateway:
     async def register(self, *, credits: float | str = 0, environment: str = "live") -> User:
         """A new user; `credits` are granted by an admin on top of what signing up gives."""
         number = next(self._users)
-        body = {"username": f"user{number}", "email": f"user{number}@example.com", "environment_tag": environment}
+        body = {
+            "username": f"user{number}",
+            "email": f"user{number}@example.com",
+            "environment_tag": environment,
+        }
         answer = await self.admin("POST", "/auth/register", json=body)
         user = User(self, answer["user_id"], answer["api_key"])
         if float(credits):
@@ -216,13 +229,22 @@ class Gateway:
         return user
 
     async def admin(self, method: str, path: str, **rest: Any) -> Any:
-        answer = await self.http.request(method, path, headers={"authorization": f"Bearer {ADMIN_KEY}"}, **rest)
+        answer = await self.http.request(
+            method, path, headers={"authorization": f"Bearer {ADMIN_KEY}"}, **rest
+        )
         assert answer.is_success, answer.text
         return answer.json()
 
 
 UNLIMITED = dict.fromkeys(
-    ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+    (
+        "requests_per_minute",
+        "requests_per_hour",
+        "requests_per_day",
+        "tokens_per_minute",
+        "tokens_per_hour",
+        "tokens_per_day",
+    )
 )
 
 
@@ -240,11 +262,15 @@ class User:
 
     def sdk(self, **options: Any) -> openai.AsyncOpenAI:
         """The official SDK, pointed at the gateway, without retries of its own."""
-        client = openai.AsyncOpenAI(api_key=self.key, base_url=f"{self.gateway.url}/v1", **{"max_retries": 0, **options})
+        client = openai.AsyncOpenAI(
+            api_key=self.key, base_url=f"{self.gateway.url}/v1", **{"max_retries": 0, **options}
+        )
         self.gateway.stack.push_async_callback(client.close)
         return client
 
-    async def chat(self, *, scenario: str | None = None, model: str = "openai/gpt-4o-mini", **body: Any) -> httpx.Response:
+    async def chat(
+        self, *, scenario: str | None = None, model: str = "openai/gpt-4o-mini", **body: Any
+    ) -> httpx.Response:
         headers = {**self.headers, **({"x-sandbox-scenario": scenario} if scenario else {})}
         body = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], **body}
         return await self.gateway.http.post("/v1/chat/completions", headers=headers, json=body)
@@ -259,12 +285,18 @@ class User:
 
     async def settled_record(self) -> dict[str, Any]:
         """The user's only record, once it is no longer pending."""
-        records = await eventually(self.records, lambda found: len(found) == 1 and found[0]["status"] != "pending")
+        records = await eventually(
+            self.records, lambda found: len(found) == 1 and found[0]["status"] != "pending"
+        )
         return dict(records[0])
 
 
-async def eventually(ask: Callable[[], Awaitable[Any]], accept: Callable[[Any], bool], seconds: float = 10.0) -> Any:
-    """Asks again until the answer is accepted; for what happens after a client is gone, when there is nothing to await."""
+async def eventually(
+    ask: Callable[[], Awaitable[Any]], accept: Callable[[Any], bool], seconds: float = 10.0
+) -> Any:
+    """Asks again until the answer is accepted; for what happens after a client is gone, when there is nothing
+    to await.
+    """
     async with asyncio.timeout(seconds):
         while not accept(found := await ask()):  # noqa: ASYNC110  # what it waits for happens elsewhere
             await asyncio.sleep(0.02)
@@ -286,12 +318,16 @@ def settings_for(database: Database, **changes: Any) -> Settings:
 
 
 @pytest.fixture
-async def start_gateway(database: Database, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Gateway]]]:
+async def start_gateway(
+    database: Database, tmp_path: Path
+) -> AsyncIterator[Callable[..., Awaitable[Gateway]]]:
     """Starts gateways on the test's database; settings as keyword arguments."""
     async with AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
+            return await stack.enter_async_context(
+                running_gateway(database, **{"gateway_data_dir": tmp_path, **settings})
+            )
 
         yield start
 
@@ -313,7 +349,9 @@ async def gateway(start_gateway: Callable[..., Awaitable[Gateway]]) -> Gateway:
 
 @dataclass
 class Upstream:
-    """The sandbox as an upstream of its own, on a socket. In live mode no client can ask it for a scenario: `scenario` does."""
+    """The sandbox as an upstream of its own, on a socket. In live mode no client can ask it for a scenario:
+    `scenario` does.
+    """
 
     url: str
     sandbox: Sandbox
@@ -364,16 +402,21 @@ async def live_gateway(start_gateway: Callable[..., Awaitable[Gateway]], upstrea
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stage(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Gateway, Upstream]]:
-    """A live gateway and its upstream for a whole module, whose tests have users of their own and run on its loop."""
+async def stage(
+    postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Gateway, Upstream]]:
+    """A live gateway and its upstream for a whole module, whose tests have users of their own and run on its
+    loop.
+    """
     async with fresh_database(postgres) as database, running_upstream() as upstream:
         folder = tmp_path_factory.mktemp("stage")
         async with running_gateway(database, gateway_data_dir=folder, **live(upstream.url)) as gateway:
             yield gateway, upstream
 
 
-# The stage's parts, and what needs a database of the test's own beside it, on the loop of the module. A module gives them the names that
-# its tests know them by: `upstream, live_gateway = staged_upstream, staged_gateway`.
+# The stage's parts, and what needs a database of the test's own beside it, on the loop of the module. A
+# module gives them the names that its tests know them by: `upstream, live_gateway = staged_upstream,
+# staged_gateway`.
 
 
 @pytest.fixture
@@ -387,12 +430,16 @@ def staged_gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def staged_start(database: Database, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Gateway]]]:
+async def staged_start(
+    database: Database, tmp_path: Path
+) -> AsyncIterator[Callable[..., Awaitable[Gateway]]]:
     """`start_gateway`."""
     async with AsyncExitStack() as stack:
 
         async def start(**settings: Any) -> Gateway:
-            return await stack.enter_async_context(running_gateway(database, **{"gateway_data_dir": tmp_path, **settings}))
+            return await stack.enter_async_context(
+                running_gateway(database, **{"gateway_data_dir": tmp_path, **settings})
+            )
 
         yield start
 
@@ -413,7 +460,9 @@ def live(url: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def running_workers(database: Database, upstream_url: str, folder: Path) -> AsyncIterator[tuple[Gateway, int]]:
+async def running_workers(
+    database: Database, upstream_url: str, folder: Path
+) -> AsyncIterator[tuple[Gateway, int]]:
     """`uvicorn app:app --workers 2` in live mode, as an operator would start it, and its process id."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
@@ -436,8 +485,13 @@ async def running_workers(database: Database, upstream_url: str, folder: Path) -
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    limits = httpx.Limits(max_connections=250, max_keepalive_connections=0)  # each request is a connection, to whichever worker takes it
-    async with AsyncExitStack() as stack, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http:
+    limits = httpx.Limits(
+        max_connections=250, max_keepalive_connections=0
+    )  # each request is a connection, to whichever worker takes it
+    async with (
+        AsyncExitStack() as stack,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http,
+    ):
         try:
             await eventually(lambda: is_ready(http), lambda ready: ready, seconds=30)
             yield Gateway(f"http://127.0.0.1:{port}", None, database, http, stack), process.pid
@@ -486,7 +540,9 @@ class DatabaseLink:
             writer.transport.abort()
             return
         target = self.database.connect_kwargs("postgres")
-        server_reader, server_writer = await asyncio.open_unix_connection(f"{target['host']}/.s.PGSQL.{target.get('port', 5432)}")
+        server_reader, server_writer = await asyncio.open_unix_connection(
+            f"{target['host']}/.s.PGSQL.{target.get('port', 5432)}"
+        )
         self._writers |= {writer, server_writer}
         try:
             await asyncio.gather(self._forward(reader, server_writer), self._back(server_reader, writer))

@@ -1,4 +1,6 @@
-"""An upstream that answers what a test tells it to, byte for byte and piece by piece; it keeps what it was sent."""
+"""An upstream that answers what a test tells it to, byte for byte and piece by piece; it keeps what it was
+sent.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,14 @@ def model(model_id: str, inputs: str, outputs: str, **prices: str) -> dict[str, 
     }
 
 
-TEXT, EMBEDDER, RANKER, PAINTER, SPEAKER, WRITER = "a/text", "a/embedder", "a/ranker", "a/painter", "a/speaker", "a/writer"
+TEXT, EMBEDDER, RANKER, PAINTER, SPEAKER, WRITER = (
+    "a/text",
+    "a/embedder",
+    "a/ranker",
+    "a/painter",
+    "a/speaker",
+    "a/writer",
+)
 MODELS = (
     model(TEXT, "text", "text"),
     model(EMBEDDER, "text", "embeddings", completion="0"),
@@ -67,7 +76,9 @@ class Sent:
 
 @dataclass
 class Scripted:
-    """The upstream. `replies` are given in turn, the last one for ever; `known_cost` is what GET /generation says."""
+    """The upstream. `replies` are given in turn, the last one for ever; `known_cost` is what GET /generation
+    says.
+    """
 
     url: str = ""
     replies: list[Reply] = field(default_factory=list)
@@ -107,13 +118,24 @@ class Scripted:
         if scope["path"] == "/models":
             self.lists += 1
             return Reply([dumps({"data": [self._priced(each) for each in MODELS]})])
-        if scope["path"] == "/generation" and self.known_cost is not None and GENERATION.encode() in scope["query_string"]:
-            about = {"id": GENERATION, "total_cost": Decimal(self.known_cost), "native_tokens_prompt": 9, "native_tokens_completion": 4}
+        if (
+            scope["path"] == "/generation"
+            and self.known_cost is not None
+            and GENERATION.encode() in scope["query_string"]
+        ):
+            about = {
+                "id": GENERATION,
+                "total_cost": Decimal(self.known_cost),
+                "native_tokens_prompt": 9,
+                "native_tokens_completion": 4,
+            }
             return Reply([dumps({"data": about})])
         return Reply([b'{"error":{"code":404,"message":"not found"}}'], status=404)
 
     def _priced(self, entry: dict[str, Any]) -> dict[str, Any]:
-        pricing = {name: format(Decimal(price) * self.factor, "f") for name, price in entry["pricing"].items()}
+        pricing = {
+            name: format(Decimal(price) * self.factor, "f") for name, price in entry["pricing"].items()
+        }
         return {**entry, "pricing": pricing}
 
 

@@ -85,7 +85,9 @@ async def test_what_none_of_our_keys_sealed_is_not_there(capsys: pytest.CaptureF
 def test_a_json_answer_gets_the_charge_where_it_stood() -> None:
     pieces = recorded(with_field(b'{"id":"gen-1"}', "gateway_usage", CHARGE_MARK))
     assert pieces is not None
-    assert StoredAnswer(200, HEADERS, pieces).body(b'{"cost":1}') == b'{"id":"gen-1","gateway_usage":{"cost":1}}'
+    assert (
+        StoredAnswer(200, HEADERS, pieces).body(b'{"cost":1}') == b'{"id":"gen-1","gateway_usage":{"cost":1}}'
+    )
 
 
 def test_a_stream_gets_the_charge_where_it_stood() -> None:
@@ -100,7 +102,9 @@ def test_a_stream_gets_the_charge_where_it_stood() -> None:
 
 def test_an_answer_without_a_charge_stays_without() -> None:
     assert recorded(b"ID3 audio") == (b"ID3 audio",)
-    assert StoredAnswer(200, {"content-type": "audio/mpeg"}, (b"ID3 audio",)).body(b'{"cost":1}') == b"ID3 audio"
+    assert (
+        StoredAnswer(200, {"content-type": "audio/mpeg"}, (b"ID3 audio",)).body(b'{"cost":1}') == b"ID3 audio"
+    )
 
 
 # Places.
@@ -108,11 +112,18 @@ def test_an_answer_without_a_charge_stays_without() -> None:
 
 def test_a_place_is_what_decides_the_answer_and_nothing_else() -> None:
     base: dict[str, Any] = {"mode": "live", "environment": "live", "path": "chat/completions"}
-    others: list[dict[str, Any]] = [{"mode": "sandbox"}, {"environment": "staging"}, {"environment": None}, {"path": "completions"}]
+    others: list[dict[str, Any]] = [
+        {"mode": "sandbox"},
+        {"environment": "staging"},
+        {"environment": None},
+        {"path": "completions"},
+    ]
     keys = [idempotency_place(**{**base, **change}, key="k", raw=b"{}").place for change in [{}, *others]]
     keys.append(idempotency_place(**base, key="another", raw=b"{}").place)
     bodies = [cache_place(**{**base, **change}, body={"a": 1}, vault=VAULT).place for change in [{}, *others]]
-    bodies += [cache_place(**base, body={"a": 1, "stream": stream}, vault=VAULT).place for stream in (True, False)]
+    bodies += [
+        cache_place(**base, body={"a": 1, "stream": stream}, vault=VAULT).place for stream in (True, False)
+    ]
     bodies.append(cache_place(**base, body={"a": 1}, vault=VAULT, variant="scenario").place)
     assert len({*keys, *bodies}) == len(keys) + len(bodies)
     assert all(len(place) == 64 for place in (*keys, *bodies))
@@ -141,4 +152,9 @@ def test_a_key_that_is_none_is_refused_by_name(key: str) -> None:
 
 def test_a_place_says_no_more_than_it_must() -> None:
     assert Place("p", "f").item() == {"place": "p", "fingerprint": "f"}
-    assert Place("p", "f", 5, True).item() == {"place": "p", "fingerprint": "f", "ttl_seconds": 5, "clear": True}
+    assert Place("p", "f", 5, True).item() == {
+        "place": "p",
+        "fingerprint": "f",
+        "ttl_seconds": 5,
+        "clear": True,
+    }

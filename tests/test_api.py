@@ -1,4 +1,6 @@
-"""The management endpoints: anonymous, wrong, not found, valid; exact numbers, one envelope, and nothing without a key."""
+"""The management endpoints: anonymous, wrong, not found, valid; exact numbers, one envelope, and nothing
+without a key.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ PUBLIC = {
     ("GET", "/api/v1/models"),
     ("GET", "/v1/models/{model_id:path}"),
     ("GET", "/api/v1/models/{model_id:path}"),
-    *(("GET", f"{prefix}/models/{rest}") for prefix in ("/v1", "/api/v1") for rest in ("count", "{author}/{slug}/endpoints")),
+    *(
+        ("GET", f"{prefix}/models/{rest}")
+        for prefix in ("/v1", "/api/v1")
+        for rest in ("count", "{author}/{slug}/endpoints")
+    ),
     *(("GET", f"{prefix}/model/{{author}}/{{slug}}") for prefix in ("/v1", "/api/v1")),
     ("POST", "/auth/register"),  # open only where the operator wants it
     ("GET", "/docs"),
@@ -63,7 +69,9 @@ def routes_of(app: Any) -> list[tuple[str, str]]:
         for route in routes:
             if methods := getattr(route, "methods", None):
                 found.extend((method, route.path) for method in methods - {"HEAD"})
-            elif nested := getattr(getattr(route, "original_router", None), "routes", None) or getattr(route, "routes", None):
+            elif nested := getattr(getattr(route, "original_router", None), "routes", None) or getattr(
+                route, "routes", None
+            ):
                 walk(nested)
 
     walk(app.routes)
@@ -84,7 +92,9 @@ async def test_every_route_but_the_public_ones_wants_a_key(live_gateway: Gateway
         assert error["code"] == "invalid_api_key", (method, path)
         await forget_guesses(live_gateway)
         wrong = await live_gateway.http.request(method, url, json={}, headers={"x-api-key": new_key("live")})
-        error_of(wrong, 503 if path.startswith("/internal") else 401)  # the sweep's own secret is not set here
+        error_of(
+            wrong, 503 if path.startswith("/internal") else 401
+        )  # the sweep's own secret is not set here
 
 
 async def forget_guesses(gateway: Gateway) -> None:
@@ -96,7 +106,9 @@ async def test_a_user_s_key_opens_no_admin_route(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     for method, path in routes_of(live_gateway.app):
         if path.startswith(("/admin", "/internal")):
-            answer = await live_gateway.http.request(method, path.replace("{", "").replace("}", ""), json={}, headers=user.headers)
+            answer = await live_gateway.http.request(
+                method, path.replace("{", "").replace("}", ""), json={}, headers=user.headers
+            )
             assert answer.status_code in (401, 403, 503), (path, answer.text)
             assert not answer.is_success
 
@@ -110,17 +122,25 @@ async def test_an_admin_user_s_key_needs_the_scope_and_the_role(live_gateway: Ga
 
     error_of(await grant(), 403)
     async with live_gateway.database.owner() as owner:
-        await owner.execute("""update public.api_keys_new set scope_permissions = '{"admin": ["*"]}' where user_id = $1""", user.id)
+        await owner.execute(
+            """update public.api_keys_new set scope_permissions = '{"admin": ["*"]}' where user_id = $1""",
+            user.id,
+        )
         error_of(await grant(), 403)
         await owner.execute("update public.users set role = 'admin' where id = $1", user.id)
     assert (await grant()).status_code == 200
-    error_of(await live_gateway.http.get("/user/balance", headers=user.headers), 403)  # this key has no scope to read
+    error_of(
+        await live_gateway.http.get("/user/balance", headers=user.headers), 403
+    )  # this key has no scope to read
 
 
 async def test_scopes_are_asked_for_by_name(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     async with live_gateway.database.owner() as owner:
-        await owner.execute("""update public.api_keys_new set scope_permissions = '{"read": ["balance"]}' where user_id = $1""", user.id)
+        await owner.execute(
+            """update public.api_keys_new set scope_permissions = '{"read": ["balance"]}' where user_id = $1""",
+            user.id,
+        )
     assert (await live_gateway.http.get("/user/balance", headers=user.headers)).status_code == 200
     for path in ("/user/usage/records", "/user/transactions"):
         error = error_of(await live_gateway.http.get(path, headers=user.headers), 403)
@@ -139,31 +159,49 @@ NUMBERS = iter(range(1000, 9999))
 
 
 async def test_a_new_account_gets_a_key_once_and_its_first_credits(live_gateway: Gateway) -> None:
-    answer = await live_gateway.http.post("/auth/register", headers=ADMIN, json=registration(environment_tag="staging", key_name="Mine"))
+    answer = await live_gateway.http.post(
+        "/auth/register", headers=ADMIN, json=registration(environment_tag="staging", key_name="Mine")
+    )
     body = answer.json()
     assert answer.status_code == 200
     assert key_environment(body["api_key"]) == "staging" and body["scope_permissions"] == DEFAULT_SCOPES
     assert body["credits"] == 0 and body["subscription_status"] == "trial"
     balance = await User(live_gateway, body["user_id"], body["api_key"]).balance()
-    assert body["api_key"] not in str(balance) and balance["api_key"] == f"gw_staging_...{body['api_key'][-4:]}"
-    stored = await live_gateway.database.value("select to_jsonb(k)::text from public.api_keys_new k where user_id = $1", body["user_id"])
+    assert (
+        body["api_key"] not in str(balance) and balance["api_key"] == f"gw_staging_...{body['api_key'][-4:]}"
+    )
+    stored = await live_gateway.database.value(
+        "select to_jsonb(k)::text from public.api_keys_new k where user_id = $1", body["user_id"]
+    )
     assert body["api_key"] not in stored and body["api_key"][12:-6] not in stored
 
 
 async def test_credits_never_come_from_who_registers(live_gateway: Gateway) -> None:
-    order = registration(credits=1000, initial_credits=1000, role="admin", signup_nanos="5", scope_permissions={"admin": ["*"]})
+    order = registration(
+        credits=1000, initial_credits=1000, role="admin", signup_nanos="5", scope_permissions={"admin": ["*"]}
+    )
     body = (await live_gateway.http.post("/auth/register", headers=ADMIN, json=order)).json()
     assert body["credits"] == 0 and body["scope_permissions"] == DEFAULT_SCOPES
     user = User(live_gateway, body["user_id"], body["api_key"])
     assert (await user.balance())["credits"] == 0
-    error_of(await live_gateway.http.post("/admin/add_credits", headers=user.headers, json={"user_id": user.id, "credits": 1}), 403)
+    error_of(
+        await live_gateway.http.post(
+            "/admin/add_credits", headers=user.headers, json={"user_id": user.id, "credits": 1}
+        ),
+        403,
+    )
 
 
 async def test_names_and_addresses_are_taken_once_whatever_their_case(live_gateway: Gateway) -> None:
     order = registration()
     assert (await live_gateway.http.post("/auth/register", headers=ADMIN, json=order)).status_code == 200
-    for changes, param in (({"email": "other@example.com"}, "username"), ({"username": "other", "email": order["email"].upper()}, "email")):
-        error = error_of(await live_gateway.http.post("/auth/register", headers=ADMIN, json={**order, **changes}), 409)
+    for changes, param in (
+        ({"email": "other@example.com"}, "username"),
+        ({"username": "other", "email": order["email"].upper()}, "email"),
+    ):
+        error = error_of(
+            await live_gateway.http.post("/auth/register", headers=ADMIN, json={**order, **changes}), 409
+        )
         assert error["param"] == param
 
 
@@ -181,30 +219,51 @@ async def test_names_and_addresses_are_taken_once_whatever_their_case(live_gatew
         ({"key_name": "x" * 101}, "key_name"),
     ],
 )
-async def test_what_is_wrong_in_a_registration_is_named(live_gateway: Gateway, changes: dict[str, Any], param: str) -> None:
-    error = error_of(await live_gateway.http.post("/auth/register", headers=ADMIN, json=registration(**changes)), 400)
+async def test_what_is_wrong_in_a_registration_is_named(
+    live_gateway: Gateway, changes: dict[str, Any], param: str
+) -> None:
+    error = error_of(
+        await live_gateway.http.post("/auth/register", headers=ADMIN, json=registration(**changes)), 400
+    )
     assert error["param"] == param and error["type"] == "invalid_request_error"
 
 
 async def test_registration_is_closed_in_live_mode_but_for_the_admin(live_gateway: Gateway) -> None:
-    assert error_of(await live_gateway.http.post("/auth/register", json=registration()), 403)["code"] == "registration_closed"
+    assert (
+        error_of(await live_gateway.http.post("/auth/register", json=registration()), 403)["code"]
+        == "registration_closed"
+    )
     user = await live_gateway.register()
-    for headers, status in ((user.headers, 403), ({"authorization": "Bearer wrong"}, 401), ({"authorization": "Basic x"}, 401)):
-        error = error_of(await live_gateway.http.post("/auth/register", headers=headers, json=registration()), status)
+    for headers, status in (
+        (user.headers, 403),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Basic x"}, 401),
+    ):
+        error = error_of(
+            await live_gateway.http.post("/auth/register", headers=headers, json=registration()), status
+        )
         assert error["message"].startswith("Registration takes no key, or an administrator's")
 
 
 @pytest.mark.asyncio(loop_scope="function")
-async def test_open_registration_is_limited_by_address_and_grants_what_the_operator_set(start_gateway: Start) -> None:
-    gateway = await start_gateway(registration="open", signup_credits=Decimal("0.000000001"), trusted_proxies="127.0.0.0/8")
+async def test_open_registration_is_limited_by_address_and_grants_what_the_operator_set(
+    start_gateway: Start,
+) -> None:
+    gateway = await start_gateway(
+        registration="open", signup_credits=Decimal("0.000000001"), trusted_proxies="127.0.0.0/8"
+    )
     for number in range(5):
         headers = {"x-forwarded-for": f"2001:db8::{number}"}  # one /64 is one address
         answer = await gateway.http.post("/auth/register", headers=headers, json=registration())
         assert answer.status_code == 200
         assert '"credits":0.000000001,' in answer.text
-    answer = await gateway.http.post("/auth/register", headers={"x-forwarded-for": "2001:db8::9"}, json=registration())
+    answer = await gateway.http.post(
+        "/auth/register", headers={"x-forwarded-for": "2001:db8::9"}, json=registration()
+    )
     assert error_of(answer, 429)["type"] == "rate_limit_error" and int(answer.headers["retry-after"]) > 0
-    answer = await gateway.http.post("/auth/register", headers={"x-forwarded-for": "2001:db8:1::1"}, json=registration())
+    answer = await gateway.http.post(
+        "/auth/register", headers={"x-forwarded-for": "2001:db8:1::1"}, json=registration()
+    )
     assert answer.status_code == 200
     await gateway.database.assert_books_balance()
 
@@ -214,17 +273,28 @@ async def test_open_registration_is_limited_by_address_and_grants_what_the_opera
 
 async def test_a_grant_is_exact_and_made_once_per_idempotency_key(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
-    order = {"user_id": user.id, "credits": 0.000000001, "idempotency_key": f"grant-{user.id}", "reason": "welcome"}
+    order = {
+        "user_id": user.id,
+        "credits": 0.000000001,
+        "idempotency_key": f"grant-{user.id}",
+        "reason": "welcome",
+    }
     for message in ("Added 0.000000001 credits", "Was granted before; nothing added"):
         answer = await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json=order)
         assert answer.json()["message"] == message
         assert '"new_balance":0.000000001,' in answer.text
-    error_of(await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json={**order, "credits": 2}), 409)
+    error_of(
+        await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json={**order, "credits": 2}), 409
+    )
     answer = await live_gateway.http.get("/user/balance", headers=user.headers)
     assert '"credits":0.000000001,"held":0,"available":0.000000001' in answer.text
     assert "e-" not in answer.text.lower().replace("key", "")
-    transactions = (await live_gateway.http.get("/user/transactions", headers=user.headers)).json()["transactions"]
-    assert [(row["kind"], row["amount"], row["balance_after"], row["reason"]) for row in transactions] == [("grant", 1e-9, 1e-9, "welcome")]
+    transactions = (await live_gateway.http.get("/user/transactions", headers=user.headers)).json()[
+        "transactions"
+    ]
+    assert [(row["kind"], row["amount"], row["balance_after"], row["reason"]) for row in transactions] == [
+        ("grant", 1e-9, 1e-9, "welcome")
+    ]
     await live_gateway.database.assert_books_balance()
 
 
@@ -253,7 +323,9 @@ async def test_a_grant_by_key_reaches_the_key_s_user(live_gateway: Gateway) -> N
         ([], 400, None),
     ],
 )
-async def test_what_is_wrong_in_a_grant_is_refused(live_gateway: Gateway, order: Any, status: int, param: str | None) -> None:
+async def test_what_is_wrong_in_a_grant_is_refused(
+    live_gateway: Gateway, order: Any, status: int, param: str | None
+) -> None:
     error = error_of(await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json=order), status)
     assert param is None or error["param"] == param
 
@@ -263,10 +335,17 @@ async def test_limits_are_set_for_a_user_or_a_key_and_only_those_named(live_gate
     for target in ({"user_id": user.id}, {"api_key": user.key}):
         order = {**target, "rate_limits": {"requests_per_minute": 3}}
         found = await live_gateway.admin("POST", "/admin/limit", json=order)
-        found = await live_gateway.admin("POST", "/admin/limit", json={**target, "rate_limits": {"tokens_per_day": 5}})
+        found = await live_gateway.admin(
+            "POST", "/admin/limit", json={**target, "rate_limits": {"tokens_per_day": 5}}
+        )
         assert (found["rate_limits"]["requests_per_minute"], found["rate_limits"]["tokens_per_day"]) == (3, 5)
     for rate_limits in ({}, {"requests_per_minute": -1}, {"requests_per_minute": 1.5}, {"typo": 1}):
-        error_of(await live_gateway.http.post("/admin/limit", headers=ADMIN, json={"user_id": user.id, "rate_limits": rate_limits}), 400)
+        error_of(
+            await live_gateway.http.post(
+                "/admin/limit", headers=ADMIN, json={"user_id": user.id, "rate_limits": rate_limits}
+            ),
+            400,
+        )
     missing = {"user_id": 999_999, "rate_limits": {"burst": 1}}
     error_of(await live_gateway.http.post("/admin/limit", headers=ADMIN, json=missing), 404)
 
@@ -274,12 +353,16 @@ async def test_limits_are_set_for_a_user_or_a_key_and_only_those_named(live_gate
 async def test_a_plan_is_assigned_or_said_to_be_missing(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     plan = await live_gateway.database.value("select min(id) from public.plans")
-    found = await live_gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan, "duration_months": 2})
+    found = await live_gateway.admin(
+        "POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan, "duration_months": 2}
+    )
     assert found["plan_id"] == plan and found["end_date"]
     for order in ({"user_id": 999_999, "plan_id": plan}, {"user_id": user.id, "plan_id": 999_999}):
         error_of(await live_gateway.http.post("/admin/assign-plan", headers=ADMIN, json=order), 404)
     error_of(
-        await live_gateway.http.post("/admin/assign-plan", headers=ADMIN, json={"user_id": user.id, "plan_id": 1, "duration_months": 0}),
+        await live_gateway.http.post(
+            "/admin/assign-plan", headers=ADMIN, json={"user_id": user.id, "plan_id": 1, "duration_months": 0}
+        ),
         400,
     )
 
@@ -287,7 +370,9 @@ async def test_a_plan_is_assigned_or_said_to_be_missing(live_gateway: Gateway) -
 # A user's own books.
 
 
-async def test_pages_hold_every_record_once_and_only_one_s_own(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_pages_hold_every_record_once_and_only_one_s_own(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user, other = await live_gateway.register(credits=1), await live_gateway.register(credits=1)
     for _ in range(5):
         assert (await user.chat()).status_code == 200
@@ -296,7 +381,9 @@ async def test_pages_hold_every_record_once_and_only_one_s_own(live_gateway: Gat
     cursor = None
     while True:
         params = {"limit": 2, **({"cursor": cursor} if cursor else {})}
-        page = (await live_gateway.http.get("/user/usage/records", headers=user.headers, params=params)).json()
+        page = (
+            await live_gateway.http.get("/user/usage/records", headers=user.headers, params=params)
+        ).json()
         seen += [record["request_id"] for record in page["records"]]
         cursor = page["next_cursor"]
         if cursor is None:
@@ -316,7 +403,12 @@ async def test_pages_and_cursors_are_bounded(live_gateway: Gateway, path: str) -
         return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
     for limit in ("0", "1001", "-1", "x", "1e9"):
-        assert error_of(await live_gateway.http.get(path, headers=user.headers, params={"limit": limit}), 400)["param"] == "limit"
+        assert (
+            error_of(await live_gateway.http.get(path, headers=user.headers, params={"limit": limit}), 400)[
+                "param"
+            ]
+            == "limit"
+        )
     cursors = [
         "x" * 201,
         "ü",
@@ -328,7 +420,9 @@ async def test_pages_and_cursors_are_bounded(live_gateway: Gateway, path: str) -
         encoded("-1"),
     ]
     for cursor in cursors:
-        error = error_of(await live_gateway.http.get(path, headers=user.headers, params={"cursor": cursor}), 400)
+        error = error_of(
+            await live_gateway.http.get(path, headers=user.headers, params={"cursor": cursor}), 400
+        )
         assert error["param"] == "cursor"
 
 
@@ -336,7 +430,9 @@ async def test_a_transaction_page_goes_on_where_the_last_one_ended(live_gateway:
     user = await live_gateway.register()
     for amount in (1, 2, 3):
         await live_gateway.admin("POST", "/admin/add_credits", json={"user_id": user.id, "credits": amount})
-    first = (await live_gateway.http.get("/user/transactions", headers=user.headers, params={"limit": 2})).json()
+    first = (
+        await live_gateway.http.get("/user/transactions", headers=user.headers, params={"limit": 2})
+    ).json()
     params = {"limit": 2, "cursor": first["next_cursor"]}
     second = (await live_gateway.http.get("/user/transactions", headers=user.headers, params=params)).json()
     assert [row["amount"] for row in first["transactions"] + second["transactions"]] == [3, 2, 1]
@@ -350,11 +446,24 @@ async def test_the_public_pages_say_what_this_is(live_gateway: Gateway) -> None:
     root = (await live_gateway.http.get("/")).json()
     assert root["mode"] == "live" and root["status"] == "running"
     listed = {endpoint for area in root["endpoints"].values() for endpoint in area}
-    routes = {f"{method} {path.replace(':path', '')}" for method, path in routes_of(live_gateway.app) if not path.startswith("/api/v1")}
-    assert listed == routes - {"GET /docs", "GET /docs/oauth2-redirect", "GET /openapi.json", "POST /internal/sweep"}
+    routes = {
+        f"{method} {path.replace(':path', '')}"
+        for method, path in routes_of(live_gateway.app)
+        if not path.startswith("/api/v1")
+    }
+    assert listed == routes - {
+        "GET /docs",
+        "GET /docs/oauth2-redirect",
+        "GET /openapi.json",
+        "POST /internal/sweep",
+    }
     assert all(about for area in root["endpoints"].values() for about in area.values())
     health = await live_gateway.http.get("/health")
-    assert health.status_code == 200 and health.json()["database"] == "connected" and health.json()["problem"] is None
+    assert (
+        health.status_code == 200
+        and health.json()["database"] == "connected"
+        and health.json()["problem"] is None
+    )
     assert (await live_gateway.http.get("/health/live")).json() == {"status": "alive"}
     assert (await live_gateway.http.get("/health/ready")).json() == {"status": "ready"}
     assert (await live_gateway.http.get("/openapi.json")).json()["paths"]["/v1/chat/completions"]["post"]
@@ -388,7 +497,10 @@ async def test_the_model_list_comes_page_by_page_until_it_ends(live_gateway: Gat
         assert (beyond["data"], beyond["total_count"], beyond["links"]["next"]) == ([], len(found), None)
 
 
-@pytest.mark.parametrize(("query", "param"), [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("offset=-1", "offset")])
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("offset=-1", "offset")],
+)
 async def test_a_page_that_cannot_be_is_refused(live_gateway: Gateway, query: str, param: str) -> None:
     assert error_of(await live_gateway.http.get(f"/v1/models?{query}"), 400)["param"] == param
 
@@ -402,27 +514,40 @@ async def test_one_model_is_read_by_its_author_and_slug(live_gateway: Gateway, p
     assert (error["code"], error["param"]) == ("model_not_found", "slug")
 
 
-async def test_errors_under_openrouter_s_prefix_have_its_form_and_anthropic_s_keep_theirs(live_gateway: Gateway) -> None:
+async def test_errors_under_openrouter_s_prefix_have_its_form_and_anthropic_s_keep_theirs(
+    live_gateway: Gateway,
+) -> None:
     answer = await live_gateway.http.post("/api/v1/chat/completions", json={})
     assert answer.status_code == 401
     error = answer.json()["error"]
     assert (error["code"], error["metadata"]) == (401, {"error_type": "invalid_api_key"})
     assert (error["type"], error["param"]) == ("authentication_error", None) and error["message"]
-    for path, status in (("/api/v1/nowhere", 404), ("/api/v1/models?limit=0", 400), ("/api/v1/moderations", 404), ("/api/v1/key", 401)):
+    for path, status in (
+        ("/api/v1/nowhere", 404),
+        ("/api/v1/models?limit=0", 400),
+        ("/api/v1/moderations", 404),
+        ("/api/v1/key", 401),
+    ):
         refused = await live_gateway.http.get(path)
         assert (refused.status_code, refused.json()["error"]["code"]) == (status, status), path
     wrong_method = await live_gateway.http.delete("/api/v1/models")
     assert (wrong_method.status_code, wrong_method.json()["error"]["code"]) == (405, 405)
     for path in ("/v1/messages", "/api/v1/messages"):
         body = (await live_gateway.http.post(path, json={})).json()
-        assert (body["type"], body["error"]["type"], body["error"]["code"]) == ("error", "authentication_error", "invalid_api_key")
+        assert (body["type"], body["error"]["type"], body["error"]["code"]) == (
+            "error",
+            "authentication_error",
+            "invalid_api_key",
+        )
 
 
 async def test_what_is_not_there_is_said_in_the_same_envelope(live_gateway: Gateway) -> None:
     assert error_of(await live_gateway.http.get("/nowhere"), 404)["code"] == "not_found"
     answer = await live_gateway.http.get("/v1/chat/completions")
     assert error_of(answer, 405)["code"] == "method_not_allowed" and "POST" in answer.headers["allow"]
-    answer = await live_gateway.http.post("/auth/register", headers={**ADMIN, "content-type": "application/json"}, content=b"{")
+    answer = await live_gateway.http.post(
+        "/auth/register", headers={**ADMIN, "content-type": "application/json"}, content=b"{"
+    )
     assert error_of(answer, 400)["code"] == "invalid_json"
 
 
@@ -434,7 +559,10 @@ async def test_the_sweep_wants_the_admin_s_key_or_its_own_secret(live_gateway: G
         answer = await live_gateway.http.request(method, "/internal/sweep", headers=ADMIN)
         assert answer.json() == {"status": "success", "expired": 0, "resolved": 0}
     assert (
-        error_of(await live_gateway.http.get("/internal/sweep", headers={"authorization": "Bearer wrong"}), 503)["code"] == "misconfigured"
+        error_of(
+            await live_gateway.http.get("/internal/sweep", headers={"authorization": "Bearer wrong"}), 503
+        )["code"]
+        == "misconfigured"
     )
 
 
@@ -444,7 +572,9 @@ async def test_a_cron_secret_opens_the_sweep_and_nothing_else(start_gateway: Sta
     cron = {"authorization": "Bearer cron-secret-of-tests"}
     assert (await gateway.http.get("/internal/sweep", headers=cron)).status_code == 200
     error_of(await gateway.http.get("/internal/sweep", headers={"authorization": "Bearer wrong"}), 401)
-    error_of(await gateway.http.post("/admin/add_credits", headers=cron, json={"user_id": 1, "credits": 1}), 401)
+    error_of(
+        await gateway.http.post("/admin/add_credits", headers=cron, json={"user_id": 1, "credits": 1}), 401
+    )
 
 
 # Browsers.
@@ -465,7 +595,10 @@ async def test_any_origin_may_ask_but_none_with_credentials(live_gateway: Gatewa
         answer = await live_gateway.http.get(path, headers={"origin": "https://app.example"})
         assert answer.headers["access-control-allow-origin"] == "*"
         exposed = answer.headers["access-control-expose-headers"].lower()
-        assert all(name in exposed for name in ("x-request-id", "x-gateway-cost", "retry-after", "x-ratelimit-remaining-tokens"))
+        assert all(
+            name in exposed
+            for name in ("x-request-id", "x-gateway-cost", "retry-after", "x-ratelimit-remaining-tokens")
+        )
 
 
 @pytest.mark.asyncio(loop_scope="function")

@@ -1,6 +1,8 @@
-"""Does any field of any order take what it should not? Generated from the OpenAPI document: each field of each management body, with wrong
-types, null, emptiness, length, signs, sizes, NUL and half surrogates, and each parameter of a path or query. The answer is a 4xx that
-names the field and changes nothing, never a 5xx. `make fuzz` looks for what nobody thought of."""
+"""Does any field of any order take what it should not? Generated from the OpenAPI document: each field of
+each management body, with wrong types, null, emptiness, length, signs, sizes, NUL and half surrogates, and
+each parameter of a path or query. The answer is a 4xx that names the field and changes nothing, never a 5xx.
+`make fuzz` looks for what nobody thought of.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 HUGE = 10**30
 WITH_BODY = [endpoint for endpoint in TABLE if endpoint.body is not None]
-REGISTER = Endpoint("POST", "/auth/register", None, set(), lambda w: {"username": f"bad{w.user.id}", "email": "bad@example.com"})
+REGISTER = Endpoint(
+    "POST",
+    "/auth/register",
+    None,
+    set(),
+    lambda w: {"username": f"bad{w.user.id}", "email": "bad@example.com"},
+)
 FULL: dict[str, dict[str, Any]] = {
     # Fields that only mean something together with others.
     "budget": {"budget_window": "day"},
@@ -44,7 +52,9 @@ async def schema(stage: tuple[Gateway, Upstream]) -> dict[str, Any]:
 
 
 def resolved(schema: dict[str, Any], part: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """A field's schema without references and alternatives, and whether it may be null. Amounts are numbers, though texts would do."""
+    """A field's schema without references and alternatives, and whether it may be null. Amounts are numbers,
+    though texts would do.
+    """
     if "$ref" in part:
         return resolved(schema, schema["components"]["schemas"][part["$ref"].split("/")[-1]])
     if "anyOf" in part:
@@ -118,7 +128,9 @@ def body_schema(schema: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
 
 async def send(world: World, endpoint: Endpoint, content: bytes) -> httpx.Response:
     headers = ADMIN if endpoint.scope is None else world.user.headers
-    return await world.gateway.http.request(endpoint.method, world.fill(endpoint.path), headers=headers, content=content)
+    return await world.gateway.http.request(
+        endpoint.method, world.fill(endpoint.path), headers=headers, content=content
+    )
 
 
 STATE = """
@@ -131,7 +143,9 @@ select md5(string_agg(t, '|' order by t)) from (
 
 
 @pytest.mark.parametrize("endpoint", [*WITH_BODY, REGISTER], ids=str)
-async def test_no_field_takes_what_it_should_not(world: World, schema: dict[str, Any], endpoint: Endpoint) -> None:
+async def test_no_field_takes_what_it_should_not(
+    world: World, schema: dict[str, Any], endpoint: Endpoint
+) -> None:
     assert endpoint.body is not None
     base, before, found, count = endpoint.body(world), await world.gateway.database.value(STATE), [], 0
     for name, part in body_schema(schema, endpoint)["properties"].items():
@@ -170,15 +184,28 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
     """What `curl -d` sends is called a form unless somebody says otherwise."""
     found = []
     for endpoint in (*WITH_BODY, REGISTER):
-        headers = {**(ADMIN if endpoint.scope is None else world.user.headers), **({"content-type": kind} if kind else {})}
+        headers = {
+            **(ADMIN if endpoint.scope is None else world.user.headers),
+            **({"content-type": kind} if kind else {}),
+        }
         assert endpoint.body is not None
         wrong_field = {"username": 5} if endpoint is REGISTER else {"misspelt": 1}
         for content, param, said in (
-            (json.dumps({**endpoint.body(world), **wrong_field}).encode(), next(iter(wrong_field)), next(iter(wrong_field))),
-            (b"name=value", None, 'is not valid JSON (Expecting value: line 1 column 1 (char 0)). Send a JSON object, such as {"name"'),
+            (
+                json.dumps({**endpoint.body(world), **wrong_field}).encode(),
+                next(iter(wrong_field)),
+                next(iter(wrong_field)),
+            ),
+            (
+                b"name=value",
+                None,
+                'is not valid JSON (Expecting value: line 1 column 1 (char 0)). Send a JSON object, such as {"name"',
+            ),
             (b"[1]", None, 'The request body must be a JSON object, such as {"name": "value"}.'),
         ):
-            answer = await world.gateway.http.request(endpoint.method, world.fill(endpoint.path), headers=headers, content=content)
+            answer = await world.gateway.http.request(
+                endpoint.method, world.fill(endpoint.path), headers=headers, content=content
+            )
             error = answer.json()["error"]
             if (answer.status_code, error["param"]) != (400, param) or said not in error["message"]:
                 found.append((str(endpoint), content[:20], error))
@@ -193,7 +220,9 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
         (b"", 'The request body is missing: send a JSON object, such as {"name": "value"}.'),
     ],
 )
-async def test_a_field_may_have_the_name_of_a_part_of_the_request(world: World, order: bytes, message: str) -> None:
+async def test_a_field_may_have_the_name_of_a_part_of_the_request(
+    world: World, order: bytes, message: str
+) -> None:
     headers = {**world.user.headers, "content-type": "application/x-www-form-urlencoded"}
     answer = await world.gateway.http.post("/v1/quote", headers=headers, content=order)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
@@ -215,7 +244,9 @@ async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[
     for endpoint, parameter in parameters(schema):
         name, (part, _) = parameter["name"], resolved(schema, parameter["schema"])
         kind = part.get("type")
-        values = {"integer": ["x", "1.5", "-1", "0", str(HUGE), "%00", "", "1e9"]}.get(str(kind), ["%00", "a%00b"])
+        values = {"integer": ["x", "1.5", "-1", "0", str(HUGE), "%00", "", "1e9"]}.get(
+            str(kind), ["%00", "a%00b"]
+        )
         if "enum" in part or part.get("format") == "date-time":
             values += ["nonsense", "", "9" * 40]
         if "maxLength" in part:
@@ -269,8 +300,12 @@ async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[
     ],
     ids=str,
 )
-async def test_a_key_order_that_makes_no_sense_names_its_field(world: World, order: dict[str, Any], status: int, param: str) -> None:
-    answer = await world.gateway.http.post("/user/api-keys", headers=world.user.headers, json={"key_name": "another", **order})
+async def test_a_key_order_that_makes_no_sense_names_its_field(
+    world: World, order: dict[str, Any], status: int, param: str
+) -> None:
+    answer = await world.gateway.http.post(
+        "/user/api-keys", headers=world.user.headers, json={"key_name": "another", **order}
+    )
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param), answer.text
 
@@ -285,12 +320,17 @@ async def test_a_key_order_that_makes_no_sense_names_its_field(world: World, ord
         ("/user/usage/records?start=2026-02-01T00:00:00Z&end=2026-01-01T00:00:00Z", "end"),
         ("/user/usage/records?start=2026-01-01T00:00:00", "start"),
         ("/user/transactions?start=2026-02-01T00:00:00Z&end=2026-01-01T00:00:00Z", "end"),
-        ("/user/api-keys/audit-logs?start_date=2026-02-01T00:00:00Z&end_date=2026-01-01T00:00:00Z", "end_date"),
+        (
+            "/user/api-keys/audit-logs?start_date=2026-02-01T00:00:00Z&end_date=2026-01-01T00:00:00Z",
+            "end_date",
+        ),
         ("/user/usage/records?cursor=bm9uc2Vuc2U", "cursor"),
         ("/user/transactions?cursor=LTE", "cursor"),
     ],
 )
-async def test_times_in_the_wrong_order_and_foreign_cursors_name_their_field(world: World, path: str, param: str) -> None:
+async def test_times_in_the_wrong_order_and_foreign_cursors_name_their_field(
+    world: World, path: str, param: str
+) -> None:
     answer = await world.gateway.http.get(path, headers=world.user.headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
@@ -315,18 +355,29 @@ async def test_limits_of_zero_are_limits_and_not_mistakes(world: World) -> None:
         ({}, "`key_name` is missing."),
         ({"key_name": "a", "max_requests": "many"}, "`max_requests` must be a whole number."),
         ({"key_name": "a", "max_requests": 0}, "`max_requests` must be greater than 0."),
-        ({"key_name": "a", "environment_tag": "moon"}, "`environment_tag` must be 'live', 'test', 'staging' or 'development'."),
+        (
+            {"key_name": "a", "environment_tag": "moon"},
+            "`environment_tag` must be 'live', 'test', 'staging' or 'development'.",
+        ),
         ({"key_name": "a", "revealable": "perhaps"}, "`revealable` must be true or false."),
         ({"key_name": "a", "ip_allowlist": "x"}, "`ip_allowlist` must be a list."),
-        ({"key_name": "a", "ip_allowlist": ["x"]}, "`ip_allowlist.0` must be an address or a network such as 203.0.113.0/24."),
+        (
+            {"key_name": "a", "ip_allowlist": ["x"]},
+            "`ip_allowlist.0` must be an address or a network such as 203.0.113.0/24.",
+        ),
         ({"key_name": "a", "misspelt": 1}, "`misspelt` is not known here; check its spelling."),
-        ({"key_name": "a", "budget": 1}, "`budget_window` is missing: budget and budget_window belong together."),
+        (
+            {"key_name": "a", "budget": 1},
+            "`budget_window` is missing: budget and budget_window belong together.",
+        ),
         ({"key_name": "a" * 101}, "`key_name` may have at most 100 characters."),
         ({"key_name": "a\n"}, "`key_name` is fine without its line end"),
     ],
     ids=str,
 )
-async def test_what_is_wrong_is_said_in_a_sentence_that_names_the_field(world: World, order: dict[str, Any], message: str) -> None:
+async def test_what_is_wrong_is_said_in_a_sentence_that_names_the_field(
+    world: World, order: dict[str, Any], message: str
+) -> None:
     answer = await world.gateway.http.post("/user/api-keys", headers=world.user.headers, json=order)
     if order.get("key_name") == "a\n":
         assert answer.json()["key_name"] == "a"
@@ -358,9 +409,15 @@ async def test_no_sentence_speaks_the_library_s_language(world: World, schema: d
         assert endpoint.body is not None
         for name, part in body_schema(schema, endpoint)["properties"].items():
             for path, value in wrong(schema, part, (name,)):
-                answer = await send(world, endpoint, json.dumps(placed(endpoint.body(world), path, value)).encode())
+                answer = await send(
+                    world, endpoint, json.dumps(placed(endpoint.body(world), path, value)).encode()
+                )
                 spoken.add(answer.json()["error"]["message"])
-    assert [text for text in spoken if "nput should" in text or "tring should" in text or "alue error" in text or "valid " in text] == []
+    assert [
+        text
+        for text in spoken
+        if "nput should" in text or "tring should" in text or "alue error" in text or "valid " in text
+    ] == []
     assert all(text.startswith("`") and text.endswith(".") for text in spoken)
 
 

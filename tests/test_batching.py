@@ -1,4 +1,6 @@
-"""Calls that arrive while a batch is in flight travel together in the next, and every caller gets an answer, whatever fails."""
+"""Calls that arrive while a batch is in flight travel together in the next, and every caller gets an answer,
+whatever fails.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ class Server:
         self.gate = asyncio.Event()
         self.gate.set()
         self.arrived = asyncio.Event()
-        self.answer: Callable[[Item], Item] = lambda item: {"request_id": item["request_id"], "outcome": "admitted"}
+        self.answer: Callable[[Item], Item] = lambda item: {
+            "request_id": item["request_id"],
+            "outcome": "admitted",
+        }
         self.failures: list[BaseException] = []
 
     async def __call__(self, items: Sequence[Item]) -> list[Item]:
@@ -58,7 +63,9 @@ async def flying(queue: Queue, server: Server) -> asyncio.Task[Item]:
     return first
 
 
-async def submitted(queue: Queue, numbers: range | list[int], group: Callable[[int], Any] = lambda n: n) -> list[asyncio.Task[Item]]:
+async def submitted(
+    queue: Queue, numbers: range | list[int], group: Callable[[int], Any] = lambda n: n
+) -> list[asyncio.Task[Item]]:
     tasks = [asyncio.create_task(queue.submit(item(n), group=group(n))) for n in numbers]
     await asyncio.sleep(0)  # each runs as far as its wait
     return tasks
@@ -103,12 +110,19 @@ async def test_a_group_has_at_most_16_places_and_keeps_its_order() -> None:
     tasks = await submitted(queue, range(40), group=lambda n: "rare" if n == 39 else "hot")
     server.gate.set()
     await asyncio.gather(first, *tasks)
-    assert server.sent()[1:] == [[*map(str, range(16)), "39"], [*map(str, range(16, 32))], [*map(str, range(32, 39))]]
+    assert server.sent()[1:] == [
+        [*map(str, range(16)), "39"],
+        [*map(str, range(16, 32))],
+        [*map(str, range(32, 39))],
+    ]
 
 
 async def test_an_item_without_an_answer_fails_alone() -> None:
     server = Server()
-    server.answer = lambda item: {"request_id": item["request_id"] if item["request_id"] != "1" else "?", "outcome": "admitted"}
+    server.answer = lambda item: {
+        "request_id": item["request_id"] if item["request_id"] != "1" else "?",
+        "outcome": "admitted",
+    }
     queue = Queue(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
@@ -225,7 +239,10 @@ async def test_a_busy_item_goes_again_while_its_neighbours_are_served() -> None:
 
 async def test_a_busy_item_does_not_delay_those_that_arrived_meanwhile() -> None:
     server = Server()
-    server.answer = lambda item: {"request_id": item["request_id"], "outcome": "busy" if item["request_id"] == "first" else "admitted"}
+    server.answer = lambda item: {
+        "request_id": item["request_id"],
+        "outcome": "busy" if item["request_id"] == "first" else "admitted",
+    }
     queue = Queue(server)
     first = await flying(queue, server)
     (neighbour,) = await submitted(queue, [1])
@@ -322,13 +339,17 @@ async def test_drain_waits_until_all_is_answered() -> None:
     assert all(task.done() for task in [first, *tasks])
 
 
-async def test_a_batch_carries_only_so_many_bytes_and_what_is_too_heavy_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_carries_only_so_many_bytes_and_what_is_too_heavy_goes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(batching, "BATCH_WEIGHT", 10)
     server = Server()
     queue = Queue(server)
     first = await flying(queue, server)
     weights = [4, 5, 3, 0, 99, 1, 0]
-    tasks = [asyncio.create_task(queue.submit(item(n), group=n, weight=weight)) for n, weight in enumerate(weights)]
+    tasks = [
+        asyncio.create_task(queue.submit(item(n), group=n, weight=weight)) for n, weight in enumerate(weights)
+    ]
     await asyncio.sleep(0)
     server.gate.set()
     await asyncio.gather(first, *tasks)

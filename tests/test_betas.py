@@ -49,21 +49,36 @@ async def test_the_upstream_is_told(start_gateway: Callable[..., Awaitable[Gatew
         gateway = await start_gateway(**live(upstream.url))
         user = await gateway.register(credits=1)
         upstream.say(Reply([orjson.dumps(ANSWER)]))
-        headers = {**user.headers, "anthropic-beta": f"files-api-2025-04-14,{THINKING}", "x-anthropic-beta": TOOLS}
+        headers = {
+            **user.headers,
+            "anthropic-beta": f"files-api-2025-04-14,{THINKING}",
+            "x-anthropic-beta": TOOLS,
+        }
         assert (await gateway.http.post(path, headers=headers, json=QUESTION)).status_code == 200
         assert (await gateway.http.post(path, headers=user.headers, json=QUESTION)).status_code == 200
-        told = [{name: value for name, value in sent.headers.items() if "beta" in name} for sent in upstream.sent]
+        told = [
+            {name: value for name, value in sent.headers.items() if "beta" in name} for sent in upstream.sent
+        ]
         assert told == [{"anthropic-beta": THINKING, "x-anthropic-beta": TOOLS}, {}]
 
 
-async def test_an_answer_with_a_feature_is_no_answer_without_it(start_gateway: Callable[..., Awaitable[Gateway]]) -> None:
+async def test_an_answer_with_a_feature_is_no_answer_without_it(
+    start_gateway: Callable[..., Awaitable[Gateway]],
+) -> None:
     async with running_script() as upstream:
         gateway = await start_gateway(**live(upstream.url))
         user = await gateway.register(credits=1)
         upstream.say(Reply([orjson.dumps(ANSWER)]))
         cached = {**user.headers, "x-gateway-cache": "true"}
         found = [
-            (await gateway.http.post("/v1/messages", headers=headers, json=QUESTION)).headers["x-gateway-cache"]
-            for headers in (cached, {**cached, "anthropic-beta": THINKING}, {**cached, "anthropic-beta": THINKING}, cached)
+            (await gateway.http.post("/v1/messages", headers=headers, json=QUESTION)).headers[
+                "x-gateway-cache"
+            ]
+            for headers in (
+                cached,
+                {**cached, "anthropic-beta": THINKING},
+                {**cached, "anthropic-beta": THINKING},
+                cached,
+            )
         ]
         assert found == ["MISS", "MISS", "HIT", "HIT"]

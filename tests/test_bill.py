@@ -13,7 +13,9 @@ from sandbox import create_app as create_sandbox
 REQUESTS, SEED = 300, 7
 
 
-async def test_charges_of_random_requests_on_two_workers_equal_the_upstreams_bill(database: Database, tmp_path: Path) -> None:
+async def test_charges_of_random_requests_on_two_workers_equal_the_upstreams_bill(
+    database: Database, tmp_path: Path
+) -> None:
     upstream = RandomUpstream("", create_sandbox())
     upstream.rng = random.Random(SEED)
     async with served(upstream) as url, running_workers(database, f"{url}/api/v1", tmp_path) as (gateway, _):

@@ -131,7 +131,9 @@ def test_audio_of_an_earlier_answer_counts() -> None:
     assert bound(chat("ear/model", messages=[message])).fixed_nanos == 100_000 * 30_000
 
 
-@pytest.mark.parametrize("part", [audio("A" * 400_000), {"type": "file", "file": {"file_data": "A" * 400_000}}])
+@pytest.mark.parametrize(
+    "part", [audio("A" * 400_000), {"type": "file", "file": {"file_data": "A" * 400_000}}]
+)
 def test_the_bytes_of_audio_and_files_do_not_enter_the_estimate(part: dict[str, Any]) -> None:
     assert bound(with_parts(part, model="ear/model", plugins=[PDF_PARSER])).prompt_estimate < 1_100
 
@@ -161,7 +163,9 @@ def test_a_citation_does_not_count_as_a_file() -> None:
     assert bound(chat(messages=[message])).fixed_nanos < 1_000 * 1_000
 
 
-@pytest.mark.parametrize("plugins", [[], [{"id": "file-parser"}], [{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]])
+@pytest.mark.parametrize(
+    "plugins", [[], [{"id": "file-parser"}], [{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]]
+)
 def test_a_file_whose_parser_may_charge_by_the_page_is_refused(plugins: list[Any]) -> None:
     found = refusal(with_parts(PDF, plugins=plugins))
     assert isinstance(found, UnboundedCost) and found.param == "plugins"
@@ -297,7 +301,9 @@ def test_a_model_of_unpriced_media_is_refused_without_asking() -> None:
 
 
 def test_all_models_are_reported_as_asked() -> None:
-    found = bound(chat(models=["dear/model", "plain/model:floor", "plain/model"], fallbacks=[{"model": "cached/model"}]))
+    found = bound(
+        chat(models=["dear/model", "plain/model:floor", "plain/model"], fallbacks=[{"model": "cached/model"}])
+    )
     assert found.models == ("plain/model", "dear/model", "plain/model:floor", "cached/model")
 
 
@@ -329,7 +335,9 @@ def test_scenarios_are_priced_like_the_model_in_the_sandbox_only() -> None:
     assert isinstance(refusal(chat("plain/model:slow")), ModelNotFound)
 
 
-@pytest.mark.parametrize("name", ["no/model", "plain/model:thinking", "dear/model:free", "plain/model:", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["no/model", "plain/model:thinking", "dear/model:free", "plain/model:", "\ud800"]
+)
 def test_unknown_models_are_not_found(name: str) -> None:
     found = refusal(chat(name))
     assert isinstance(found, ModelNotFound) and found.param == "model"
@@ -346,7 +354,9 @@ def test_a_router_among_the_fallbacks_is_refused() -> None:
     assert isinstance(refusal(chat(models=["router/auto"])), UnboundedCost)
 
 
-@pytest.mark.parametrize("name", ["free/model", "plain/model:free", "plain/model:free:nitro", "free/model:online"])
+@pytest.mark.parametrize(
+    "name", ["free/model", "plain/model:free", "plain/model:free:nitro", "free/model:online"]
+)
 def test_free_models_are_refused_while_they_are_off(name: str) -> None:
     found = refusal(chat(name))
     assert isinstance(found, Forbidden) and found.param == "model"
@@ -437,7 +447,10 @@ def test_a_search_without_an_engine_gets_one_that_searches_once() -> None:
 
 
 def test_a_named_engine_with_a_known_price_stays() -> None:
-    assert bound(chat(plugins=[{"id": "web", "engine": "parallel"}])).apply(1)["plugins"][0]["engine"] == "parallel"
+    assert (
+        bound(chat(plugins=[{"id": "web", "engine": "parallel"}])).apply(1)["plugins"][0]["engine"]
+        == "parallel"
+    )
 
 
 def test_other_plugins_stay_beside_a_search() -> None:
@@ -476,11 +489,16 @@ def test_results_out_of_range_are_invalid(results: object) -> None:
 
 
 def test_the_held_prices_go_out_as_caps() -> None:
-    assert bound(chat()).apply(1)["provider"] == {"max_price": {"prompt": "1", "completion": "2", "request": "0"}}
+    assert bound(chat()).apply(1)["provider"] == {
+        "max_price": {"prompt": "1", "completion": "2", "request": "0"}
+    }
 
 
 def test_the_clients_routing_stays_and_its_lower_caps_too() -> None:
-    provider = {"order": ["openai"], "max_price": {"prompt": 0.25, "completion": "99", "audio": 1, "image": None}}
+    provider = {
+        "order": ["openai"],
+        "max_price": {"prompt": 0.25, "completion": "99", "audio": 1, "image": None},
+    }
     sent = bound(chat(provider=provider)).apply(1)["provider"]
     assert sent == {
         "order": ["openai"],
@@ -489,7 +507,9 @@ def test_the_clients_routing_stays_and_its_lower_caps_too() -> None:
 
 
 def test_image_prices_are_capped_when_there_are_images() -> None:
-    assert bound(with_parts(image(), model="vision/model")).apply(1)["provider"]["max_price"]["image"] == "0.001"
+    assert (
+        bound(with_parts(image(), model="vision/model")).apply(1)["provider"]["max_price"]["image"] == "0.001"
+    )
 
 
 def test_the_clients_body_is_left_as_it_was() -> None:
@@ -499,7 +519,9 @@ def test_the_clients_body_is_left_as_it_was() -> None:
     assert json.dumps(body) == before
 
 
-@pytest.mark.parametrize("value", [-1, "-1", float("nan"), float("inf"), True, "x", [], 1e300, "1e-999999", 10**400])
+@pytest.mark.parametrize(
+    "value", [-1, "-1", float("nan"), float("inf"), True, "x", [], 1e300, "1e-999999", 10**400]
+)
 def test_caps_that_are_no_prices_are_invalid(value: object) -> None:
     found = refusal(chat(provider={"max_price": {"prompt": value}}))
     assert isinstance(found, BadRequest) and found.param == "provider.max_price"
@@ -557,7 +579,9 @@ def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
     assert (found.status, found.code, found.param) == (400, "invalid_request", param)
 
 
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n", "stream", "provider", "tools", "plugins"])
+@pytest.mark.parametrize(
+    "field", ["max_tokens", "max_completion_tokens", "n", "stream", "provider", "tools", "plugins"]
+)
 def test_null_is_the_same_as_absent(field: str) -> None:
     assert bound(chat(**{field: None})).max_output == 4096
 
@@ -612,7 +636,10 @@ def test_embeddings_set_nothing_but_the_price_caps() -> None:
     assert set(bound(embedding(), "embeddings").apply(0)) == {"provider"}
 
 
-@pytest.mark.parametrize("value", [{"content": [image()]}, image(), {"type": "image_url", "content": None, "image_url": "https://x.y/z"}])
+@pytest.mark.parametrize(
+    "value",
+    [{"content": [image()]}, image(), {"type": "image_url", "content": None, "image_url": "https://x.y/z"}],
+)
 def test_images_among_the_inputs_count(value: object) -> None:
     found = bound(embedding([value], model="plain/model"), "embeddings")
     assert found.fixed_nanos > IMAGE_TOKENS * 1_000
@@ -622,7 +649,11 @@ def test_images_among_the_inputs_count(value: object) -> None:
 
 counts = st.integers(0, 30_000)
 texts = st.text(alphabet='aZ "\\\n\t\x00é漢😀', max_size=60)
-priced = [model["id"] for model in MODELS if model["pricing"]["prompt"] not in ("0", "-1") and ":" not in model["id"]]
+priced = [
+    model["id"]
+    for model in MODELS
+    if model["pricing"]["prompt"] not in ("0", "-1") and ":" not in model["id"]
+]
 odd = {"boundless/model", "artist/model", "canvas/model", "sketch/model", "voice/model", "singer/model"}
 usable = [*sorted(set(priced) - odd), "fixed/model"]
 LIMITS = ["max_tokens", "max_completion_tokens"]
@@ -661,7 +692,9 @@ def test_no_split_of_tokens_costs_more_than_the_bound(
 
 
 def reference_cost(served: str, text_bytes: int, output: int, split: tuple[int, int, int, int]) -> Decimal:
-    """What OpenRouter bills in nano-dollars if `split` percent of the tokens are cached, written and reasoned."""
+    """What OpenRouter bills in nano-dollars if `split` percent of the tokens are cached, written and
+    reasoned.
+    """
     model = next(model for model in MODELS if model["id"] == served)
     prompt = min(text_bytes + 10, model["context_length"] or text_bytes + 10)
     pricing = {name: Decimal(price) for name, price in model["pricing"].items() if isinstance(price, str)}
@@ -699,8 +732,14 @@ def test_what_goes_out_never_exceeds_the_grant(limit: int | None, granted: int, 
     assert all(sent[name] <= granted for name in ("max_tokens", "max_completion_tokens") if name in sent)
 
 
-@given(first=st.sampled_from(usable), second=st.sampled_from(usable), own=st.lists(st.sampled_from(LIMITS), unique=True))
-def test_every_model_that_takes_a_limit_gets_one_that_it_lists(first: str, second: str, own: list[str]) -> None:
+@given(
+    first=st.sampled_from(usable),
+    second=st.sampled_from(usable),
+    own=st.lists(st.sampled_from(LIMITS), unique=True),
+)
+def test_every_model_that_takes_a_limit_gets_one_that_it_lists(
+    first: str, second: str, own: list[str]
+) -> None:
     sent = bound(chat(first, models=[second], **dict.fromkeys(own, 100))).apply(100)
     for name in (first, second):
         model = INDEX.get(name)

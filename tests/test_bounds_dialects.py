@@ -27,7 +27,12 @@ def parts(*content: Any) -> list[dict[str, Any]]:
 
 def message(*blocks: Any, **fields: Any) -> dict[str, Any]:
     content = list(blocks) or "Hi"
-    return {"model": "plain/model", "max_tokens": 100, "messages": [{"role": "user", "content": content}], **fields}
+    return {
+        "model": "plain/model",
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": content}],
+        **fields,
+    }
 
 
 def picture(data: str = "AA") -> dict[str, Any]:
@@ -79,7 +84,11 @@ def test_images_of_an_input_count_instead_of_their_bytes() -> None:
 
 
 def test_images_in_the_results_of_functions_count() -> None:
-    item = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image", "image_url": "https://x.y/z"}]}
+    item = {
+        "type": "function_call_output",
+        "call_id": "c",
+        "output": [{"type": "input_image", "image_url": "https://x.y/z"}],
+    }
     assert fixed(response([item]), RESPONSES) > IMAGE_TOKENS * 1_000
 
 
@@ -89,7 +98,9 @@ def test_images_made_earlier_count() -> None:
 
 
 def test_an_audio_input_may_fill_the_context() -> None:
-    body = response(parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), model="ear/model")
+    body = response(
+        parts({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}), model="ear/model"
+    )
     assert fixed(body, RESPONSES) == 100_000 * 30_000
 
 
@@ -107,8 +118,17 @@ def test_what_a_tool_found_earlier_may_fill_the_context(kind: str) -> None:
 @pytest.mark.parametrize(
     "item",
     [
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": []}]},
-        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "x"}], "encrypted_content": "xyz"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "x", "annotations": []}],
+        },
+        {
+            "type": "reasoning",
+            "id": "r",
+            "summary": [{"type": "summary_text", "text": "x"}],
+            "encrypted_content": "xyz",
+        },
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": "done"},
         {"type": "custom_tool_call_output", "call_id": "c", "output": "done"},
@@ -199,8 +219,20 @@ def test_wrong_fields_of_a_response_are_named(fields: dict[str, Any], param: str
 @pytest.mark.parametrize(
     "fields",
     [
-        {"background": False, "store": False, "truncation": "auto", "reasoning": {"effort": "high"}, "include": []},
-        {"tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}, {"type": "local_shell"}]},
+        {
+            "background": False,
+            "store": False,
+            "truncation": "auto",
+            "reasoning": {"effort": "high"},
+            "include": [],
+        },
+        {
+            "tools": [
+                {"type": "function", "name": "f"},
+                {"type": "custom", "name": "g"},
+                {"type": "local_shell"},
+            ]
+        },
         {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}]},
         {"text": {"format": {"type": "json_object"}, "verbosity": "low"}},
         {"service_tier": "flex", "parallel_tool_calls": True, "user": "u"},
@@ -225,9 +257,13 @@ def test_a_hosted_search_with_its_uses_is_held_like_openrouters(kind: str) -> No
 def test_a_hosted_search_without_its_uses_may_be_used_once() -> None:
     found = bound(response(tools=[{"type": "web_search", "external_web_access": False}]), RESPONSES)
     assert found.fixed_nanos == 3 * CONTEXT + 20_000_000
-    assert found.apply(1)["tools"] == [{"type": "web_search", "external_web_access": False, "max_uses": 1, "engine": "exa"}]
+    assert found.apply(1)["tools"] == [
+        {"type": "web_search", "external_web_access": False, "max_uses": 1, "engine": "exa"}
+    ]
     native = {"type": "web_search_20250305", "name": "web_search"}
-    assert bound(message(tools=[native], model="anthropic/model"), MESSAGES).apply(1)["tools"] == [{**native, "max_uses": 1}]
+    assert bound(message(tools=[native], model="anthropic/model"), MESSAGES).apply(1)["tools"] == [
+        {**native, "max_uses": 1}
+    ]
 
 
 def test_fallbacks_and_plugins_of_a_response_count() -> None:
@@ -243,7 +279,10 @@ def test_a_message_is_bounded_exactly() -> None:
     found = bound(body, MESSAGES)
     assert found.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 1_000
     assert output_of(found) == (2_000, 100, 100)
-    assert found.apply(100) == {"provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}}, "max_tokens": 100}
+    assert found.apply(100) == {
+        "provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}},
+        "max_tokens": 100,
+    }
 
 
 def test_an_hours_cache_writes_count() -> None:
@@ -265,7 +304,11 @@ def test_a_message_without_a_limit_gets_one() -> None:
 
 
 def test_images_of_a_message_count_instead_of_their_bytes() -> None:
-    assert fixed(message(picture("A" * 20_000)), MESSAGES) == fixed(message(picture()), MESSAGES) > IMAGE_TOKENS * 1_000
+    assert (
+        fixed(message(picture("A" * 20_000)), MESSAGES)
+        == fixed(message(picture()), MESSAGES)
+        > IMAGE_TOKENS * 1_000
+    )
 
 
 def test_images_in_the_results_of_tools_count() -> None:
@@ -282,7 +325,9 @@ def test_data_that_is_no_image_counts_in_bytes() -> None:
     assert fixed(message(block), MESSAGES) > 50_000 * 1_000 + IMAGE_TOKENS * 1_000
 
 
-@pytest.mark.parametrize("source", [{"type": "base64", "data": "A" * 400_000}, {"type": "url", "url": "https://x.y/a.pdf"}])
+@pytest.mark.parametrize(
+    "source", [{"type": "base64", "data": "A" * 400_000}, {"type": "url", "url": "https://x.y/a.pdf"}]
+)
 def test_a_document_may_fill_the_context(source: dict[str, Any]) -> None:
     assert fixed(message(document(**source), plugins=[PDF_PARSER]), MESSAGES) == CONTEXT
 
@@ -351,7 +396,10 @@ def test_blocks_of_unknown_cost_are_refused(block: dict[str, Any]) -> None:
         ({"tools": [{"type": "openrouter:bash", "parameters": {"engine": "openrouter"}}]}, "tools"),
         ({"tools": [{"type": "bash_20250124x", "name": "bash"}]}, "tools"),
         ({"tools": [{"type": 5}]}, "tools"),
-        ({"tools": [{"type": "web_search_20250305", "max_uses": 1}, {"type": "openrouter:datetime"}]}, "tools"),
+        (
+            {"tools": [{"type": "web_search_20250305", "max_uses": 1}, {"type": "openrouter:datetime"}]},
+            "tools",
+        ),
     ],
 )
 def test_fields_of_a_message_without_a_bound_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
@@ -385,7 +433,10 @@ def test_wrong_fields_of_a_message_are_named(fields: dict[str, Any], param: str)
     assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
 
 
-@pytest.mark.parametrize("schema", [{"output_config": {"format": {"type": "json_schema"}}}, {"output_format": {"type": "json_schema"}}])
+@pytest.mark.parametrize(
+    "schema",
+    [{"output_config": {"format": {"type": "json_schema"}}}, {"output_format": {"type": "json_schema"}}],
+)
 def test_a_schema_of_a_message_gets_an_allowance(schema: dict[str, Any]) -> None:
     body = {**message(), **schema}
     assert fixed(body, MESSAGES) == (len(json.dumps(body)) + 256 + 1_024 + 16) * 1_000
@@ -394,11 +445,29 @@ def test_a_schema_of_a_message_gets_an_allowance(schema: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "fields",
     [
-        {"system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}], "thinking": {"type": "adaptive"}},
+        {
+            "system": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}],
+            "thinking": {"type": "adaptive"},
+        },
         {"thinking": {"type": "enabled", "budget_tokens": 99}, "service_tier": "standard_only"},
-        {"tools": [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g"}, {"type": "bash_20250124", "name": "bash"}]},
-        {"tools": [{"type": "text_editor_20250728"}, {"type": "computer_20250124"}, {"type": "memory_20250818"}]},
-        {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "metadata": {"user_id": "u"}},
+        {
+            "tools": [
+                {"name": "f", "input_schema": {}},
+                {"type": "custom", "name": "g"},
+                {"type": "bash_20250124", "name": "bash"},
+            ]
+        },
+        {
+            "tools": [
+                {"type": "text_editor_20250728"},
+                {"type": "computer_20250124"},
+                {"type": "memory_20250818"},
+            ]
+        },
+        {
+            "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
+            "metadata": {"user_id": "u"},
+        },
     ],
 )
 def test_what_a_message_may_ask_for_passes(fields: dict[str, Any]) -> None:
@@ -427,7 +496,9 @@ def test_anthropics_search_is_held_for_its_uses_and_every_round_of_its_loop() ->
 def test_no_condition_of_the_client_shortens_the_providers_own_loop() -> None:
     stop = [{"type": "step_count_is", "step_count": 1}, {"type": "max_cost", "max_cost_in_dollars": 0}]
     assert (
-        fixed(message(tools=[ANTHROPIC_SEARCH], stop_server_tools_when=stop, model="anthropic/model"), MESSAGES)
+        fixed(
+            message(tools=[ANTHROPIC_SEARCH], stop_server_tools_when=stop, model="anthropic/model"), MESSAGES
+        )
         == 11 * CONTEXT + 3 * 20_000_000
     )
 
@@ -441,4 +512,7 @@ def test_fallbacks_of_a_message_count() -> None:
 def test_the_same_text_costs_the_same_in_every_dialect(make: Any) -> None:
     endpoint = RESPONSES if make is response else MESSAGES
     found = bound_request(endpoint, make(), 5_000, INDEX, POLICY)
-    assert abs(found.fixed_nanos - bound_request("chat/completions", chat(), 5_000, INDEX, POLICY).fixed_nanos) <= 16_000
+    assert (
+        abs(found.fixed_nanos - bound_request("chat/completions", chat(), 5_000, INDEX, POLICY).fixed_nanos)
+        <= 16_000
+    )

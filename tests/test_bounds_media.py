@@ -19,7 +19,12 @@ UNIT = 2_000_000
 
 
 def ranking(documents: Any = ("a", "b"), model: str = "rank/units", **fields: Any) -> dict[str, Any]:
-    return {"model": model, "query": "q", "documents": list(documents) if isinstance(documents, tuple) else documents, **fields}
+    return {
+        "model": model,
+        "query": "q",
+        "documents": list(documents) if isinstance(documents, tuple) else documents,
+        **fields,
+    }
 
 
 def drawing(model: str = "canvas/model", **fields: Any) -> dict[str, Any]:
@@ -69,7 +74,9 @@ def test_where_tokens_have_a_price_the_query_counts_with_every_document() -> Non
 def test_ranking_has_no_output_and_sends_its_caps() -> None:
     found = bound(ranking([{"text": "a"}], top_n=1), RERANK)
     assert found.output_nanos == found.max_output == 0
-    assert found.apply(0) == {"provider": {"max_price": {"prompt": "0", "completion": "0", "request": "0.002"}}}
+    assert found.apply(0) == {
+        "provider": {"max_price": {"prompt": "0", "completion": "0", "request": "0.002"}}
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,11 @@ def test_rankings_without_a_bound_are_refused_by_name(body: dict[str, Any], para
 
 def test_a_model_that_names_no_price_is_never_taken_for_free() -> None:
     assert isinstance(refusal(ranking(model="free/model"), RERANK), UnboundedCost)
-    for endpoint, body in ((RERANK, ranking(model="free/model")), (IMAGES, drawing("megapixel/model")), (SPEECH, speech("free/model"))):
+    for endpoint, body in (
+        (RERANK, ranking(model="free/model")),
+        (IMAGES, drawing("megapixel/model")),
+        (SPEECH, speech("free/model")),
+    ):
         with pytest.raises(UnboundedCost):
             bound(body, endpoint, policy=FREE)
 
@@ -131,7 +142,9 @@ def test_an_image_is_bounded_exactly() -> None:
     found = bound(body, IMAGES)
     assert found.fixed_nanos == (size(body) + 256) * 1_000 + 10_000_000
     assert output_of(found) == (40_000, 20_480, 20_480)
-    assert found.apply(20_480) == {"provider": {"max_price": {"prompt": "1", "completion": "0", "request": "0.01"}}}
+    assert found.apply(20_480) == {
+        "provider": {"max_price": {"prompt": "1", "completion": "0", "request": "0.01"}}
+    }
 
 
 def test_every_image_costs_its_output_and_its_fees() -> None:
@@ -224,7 +237,13 @@ def test_speech_priced_by_its_audio_is_held_at_the_models_longest() -> None:
 
 
 def test_a_price_of_audio_counts_whatever_the_list_calls_its_output() -> None:
-    model = entry("new/voice", "0.000001", "0", pricing={"audio_output": "0.00002"}, architecture={"output_modalities": ["speech"]})
+    model = entry(
+        "new/voice",
+        "0.000001",
+        "0",
+        pricing={"audio_output": "0.00002"},
+        architecture={"output_modalities": ["speech"]},
+    )
     index = read_models(json.dumps({"data": [model]}).encode())
     assert bound(speech("new/voice"), SPEECH, index=index).output_nanos == 20_000
 
@@ -268,7 +287,13 @@ def test_a_transcription_priced_by_the_request_is_that() -> None:
 
 
 def test_a_form_is_bounded_like_a_json_body_and_sets_no_field() -> None:
-    form = {"model": "scribe/model", "language": "en", "response_format": "json", "temperature": "0", "prompt": "x" * 400}
+    form = {
+        "model": "scribe/model",
+        "language": "en",
+        "response_format": "json",
+        "temperature": "0",
+        "prompt": "x" * 400,
+    }
     found = bound_request(TRANSCRIPTIONS, form, 25_000_000, INDEX, FREE)
     assert found.fixed_nanos == bound(recording(), TRANSCRIPTIONS).fixed_nanos
     assert (found.apply(8_000), found.max_price) == ({}, {})

@@ -98,7 +98,10 @@ def test_a_cost_limit_above_what_the_steps_can_cost_changes_nothing() -> None:
 
 def test_conditions_that_only_stop_earlier_stay() -> None:
     stop = [{"type": "has_tool_call", "tool_name": "f"}]
-    assert bound(chat(tools=[CLOCK], stop_server_tools_when=stop)).apply(1)["stop_server_tools_when"][0] == stop[0]
+    assert (
+        bound(chat(tools=[CLOCK], stop_server_tools_when=stop)).apply(1)["stop_server_tools_when"][0]
+        == stop[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,11 @@ def test_wrong_settings_of_tools_are_named(fields: dict[str, Any], param: str) -
 
 @pytest.mark.parametrize("endpoint", ["completions", "embeddings"])
 def test_server_tools_do_not_belong_to_other_endpoints(endpoint: str) -> None:
-    body = {"model": "embed/model", "input": "Hi"} if endpoint == "embeddings" else {"model": "plain/model", "prompt": "Hi"}
+    body = (
+        {"model": "embed/model", "input": "Hi"}
+        if endpoint == "embeddings"
+        else {"model": "plain/model", "prompt": "Hi"}
+    )
     assert refusal({**body, "tools": [CLOCK]}, endpoint).param == "tools"
 
 
@@ -172,7 +179,8 @@ def routed(body_caps: dict[str, Any] | None = None, **fields: Any) -> dict[str, 
 def test_a_router_is_held_at_the_clients_caps_and_the_markups_of_the_list() -> None:
     body = routed(max_tokens=10)
     found = bound(body)
-    # tiered/model charges nine times its listed price for long prompts, thinking/model five times for reasoning.
+    # tiered/model charges nine times its listed price for long prompts, thinking/model five times for
+    # reasoning.
     assert found.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 9_000
     assert found.output_nanos == 5 * 2_000
 
@@ -272,7 +280,9 @@ def test_a_clients_lower_cap_of_audio_stays() -> None:
         ({"image": 0}, True),  # a cap that we would not have sent
     ],
 )
-def test_a_bound_knows_whether_the_clients_own_caps_exclude_a_model(caps: dict[str, Any], excludes: bool) -> None:
+def test_a_bound_knows_whether_the_clients_own_caps_exclude_a_model(
+    caps: dict[str, Any], excludes: bool
+) -> None:
     assert bound(chat(provider={"max_price": caps})).own_limit_excludes is excludes
 
 
@@ -313,7 +323,10 @@ def test_a_quote_never_exceeds_the_bound() -> None:
 
 
 def test_a_chat_that_may_bring_an_image_is_held_for_a_whole_one() -> None:
-    with_image, text = bound(chat("painter/model", max_tokens=16)), bound(chat("painter/model", max_tokens=16, modalities=["text"]))
+    with_image, text = (
+        bound(chat("painter/model", max_tokens=16)),
+        bound(chat("painter/model", max_tokens=16, modalities=["text"])),
+    )
     assert with_image.fixed_nanos - text.fixed_nanos > 20_480 * 30_000 - 100_000
 
 
@@ -323,12 +336,19 @@ def test_every_choice_may_bring_an_image() -> None:
 
 
 def test_a_larger_image_is_held_where_the_client_configures_it() -> None:
-    small, large = bound(chat("painter/model")), bound(chat("painter/model", image_config={"image_size": "4K"}))
+    small, large = (
+        bound(chat("painter/model")),
+        bound(chat("painter/model", image_config={"image_size": "4K"})),
+    )
     assert large.fixed_nanos > 3 * small.fixed_nanos
 
 
 def test_a_model_of_unknown_output_is_held_for_an_image_that_is_asked_for() -> None:
-    index = read_models(json.dumps({"data": [entry("new/model", pricing={"image_output": "0.00003"}, architecture={})]}).encode())
+    index = read_models(
+        json.dumps(
+            {"data": [entry("new/model", pricing={"image_output": "0.00003"}, architecture={})]}
+        ).encode()
+    )
     assert bound(chat("new/model", modalities=["image"]), index=index).fixed_nanos > 20_480 * 30_000
 
 
@@ -338,7 +358,12 @@ def test_a_model_that_only_makes_images_is_not_talked_into_text() -> None:
 
 def test_a_free_model_stays_off_whatever_its_tools_cost() -> None:
     assert refusal(chat("free/model", tools=[search(max_uses=1)]), CHAT).code == "free_models_disabled"
-    assert bound(chat("free/model", tools=[search(max_uses=1)]), policy=BoundPolicy(4096, free_models=True)).fixed_nanos == SEARCH
+    assert (
+        bound(
+            chat("free/model", tools=[search(max_uses=1)]), policy=BoundPolicy(4096, free_models=True)
+        ).fixed_nanos
+        == SEARCH
+    )
 
 
 NUMBERS = {
@@ -352,7 +377,9 @@ NUMBERS = {
 @pytest.mark.parametrize("written", NUMBERS)
 @pytest.mark.parametrize("endpoint", ["chat/completions", "responses", "messages"])
 def test_numbers_count_as_long_as_they_may_be_written_anew(endpoint: str, written: str) -> None:
-    """JSON is read and written on its way: 1e20 is 4 bytes here, and 21 digits, each a token, in a prompt of JavaScript's making."""
+    """JSON is read and written on its way: 1e20 is 4 bytes here, and 21 digits, each a token, in a prompt of
+    JavaScript's making.
+    """
     schema = f'{{"type":"object","enum":[{",".join([written] * 2_000)}]}}'
     tool = {
         "chat/completions": f'{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}',

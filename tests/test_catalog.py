@@ -118,7 +118,9 @@ async def test_the_background_refresh_replaces_the_list() -> None:
 
 
 async def test_a_list_that_is_being_replaced_or_cannot_be_asks_the_upstream_of_nobody_else() -> None:
-    """Who asks for it needs no key checked beforehand: a request makes no more round trips while the upstream's list is away."""
+    """Who asks for it needs no key checked beforehand: a request makes no more round trips while the
+    upstream's list is away.
+    """
     upstream = Upstream()
     catalog = upstream.catalog()
     await catalog.models()
@@ -209,7 +211,9 @@ async def test_a_success_clears_the_recorded_error() -> None:
     assert catalog.last_error is None
 
 
-@pytest.mark.parametrize("error", [UpstreamTimeout(), OSError("reset"), TimeoutError(), ValueError("no JSON")])
+@pytest.mark.parametrize(
+    "error", [UpstreamTimeout(), OSError("reset"), TimeoutError(), ValueError("no JSON")]
+)
 async def test_without_any_list_a_failure_is_upstream_unavailable(error: Exception) -> None:
     upstream = Upstream()
     upstream.error = error
@@ -229,7 +233,17 @@ async def test_without_any_list_a_failure_is_retried_by_the_next_caller() -> Non
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"<html>", b"[]", b"{}", b'{"data": {}}', b'{"data": []}', b'{"data": [1, {}]}', b"\xff", b"[" * 100_000],
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b"{}",
+        b'{"data": {}}',
+        b'{"data": []}',
+        b'{"data": [1, {}]}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
 )
 async def test_an_answer_that_is_no_model_list_counts_as_a_failure(payload: bytes) -> None:
     upstream = Upstream()
@@ -313,21 +327,31 @@ def test_entries_are_kept_as_the_upstream_wrote_them() -> None:
 def test_the_ready_made_answer_holds_the_same_entries() -> None:
     entries = [entry("z/z", odd=[None, 1.5, {"é": "\ud800", "big": 2**80}]), entry("a/a")]
     whole = json.loads(read_models(answer(*entries)).json)
-    assert whole == {"data": entries, "total_count": len(entries), "links": {"next": None}}  # OpenRouter's own SDK insists on all three
+    assert whole == {
+        "data": entries,
+        "total_count": len(entries),
+        "links": {"next": None},
+    }  # OpenRouter's own SDK insists on all three
 
 
 def test_numbers_that_are_no_json_become_null() -> None:
-    index = read_models(b'{"data": [{"id": "a/b", "x": NaN, "y": -Infinity, "z": 1e999, "w": 1e9999999999999999999}]}')
+    index = read_models(
+        b'{"data": [{"id": "a/b", "x": NaN, "y": -Infinity, "z": 1e999, "w": 1e9999999999999999999}]}'
+    )
     assert index.raw[0] == {"id": "a/b", "x": None, "y": None, "z": None, "w": None}
 
 
-@pytest.mark.parametrize("odd", [None, 1, "x", [], {}, {"id": 5}, {"id": ""}, {"id": None, "pricing": PRICING}])
+@pytest.mark.parametrize(
+    "odd", [None, 1, "x", [], {}, {"id": 5}, {"id": ""}, {"id": None, "pricing": PRICING}]
+)
 def test_an_odd_entry_does_not_hide_its_neighbours(odd: object) -> None:
     assert read_models(answer(odd, entry())).get("a/b") is not None
 
 
 def test_prices_are_read_from_numbers_without_passing_through_floats() -> None:
-    index = read_models(b'{"data": [{"id": "a/b", "pricing": {"prompt": 0.1000000000000000055, "completion": "0"}}]}')
+    index = read_models(
+        b'{"data": [{"id": "a/b", "pricing": {"prompt": 0.1000000000000000055, "completion": "0"}}]}'
+    )
     model = index.get("a/b")
     assert model is not None and model.price is not None
     assert model.price.base.prompt == Decimal("100000000.000000006")
@@ -365,7 +389,9 @@ def test_only_the_output_limits_of_the_parameters_are_kept() -> None:
 
 
 def test_a_model_that_takes_search_options_at_a_price_searches_by_itself() -> None:
-    model = parse_model(entry(pricing={**PRICING, "web_search": "0.01"}, supported_parameters=["web_search_options"]))
+    model = parse_model(
+        entry(pricing={**PRICING, "web_search": "0.01"}, supported_parameters=["web_search_options"])
+    )
     assert model is not None and model.searches
 
 
@@ -381,7 +407,11 @@ def test_the_auto_router_is_a_model_without_a_price(model_id: str, price: str, i
 def test_markups_count_models_of_text_only() -> None:
     dear = {**PRICING, "image_token": "0.1"}
     picture = entry("a/picture", pricing=dear, architecture={"output_modalities": ["image"]})
-    talker = entry("a/talker", pricing={**PRICING, "input_cache_write": "0.000002"}, architecture={"output_modalities": ["text"]})
+    talker = entry(
+        "a/talker",
+        pricing={**PRICING, "input_cache_write": "0.000002"},
+        architecture={"output_modalities": ["text"]},
+    )
     assert read_models(answer(picture, talker)).markups.input == 2
 
 
@@ -405,7 +435,9 @@ def test_names_resolve_to_the_entry_that_describes_them(name: str, model_id: str
     assert model is not None and model.id == model_id
 
 
-@pytest.mark.parametrize("name", ["x/y", "a/b:thinking", "a/b:slow", "a/b:", "c/d", "c/d:free", ":", "", ":nitro"])
+@pytest.mark.parametrize(
+    "name", ["x/y", "a/b:thinking", "a/b:slow", "a/b:", "c/d", "c/d:free", ":", "", ":nitro"]
+)
 def test_other_names_resolve_to_nothing(name: str) -> None:
     assert INDEX.resolve(name) is None
 
@@ -419,10 +451,15 @@ def test_more_suffixes_are_dropped_only_where_they_are_given() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(alphabet="aZ0.-é漢\ud800", max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-names = st.sampled_from(["id", "pricing", "context_length", "top_provider", "supported_parameters", "architecture"])
+names = st.sampled_from(
+    ["id", "pricing", "context_length", "top_provider", "supported_parameters", "architecture"]
+)
 
 
 @given(entries=st.lists(st.dictionaries(names, json_values, max_size=6), max_size=4))

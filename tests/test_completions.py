@@ -1,4 +1,6 @@
-"""A completion, end to end: the official SDK against a gateway on a socket, with the sandbox as its OpenRouter."""
+"""A completion, end to end: the official SDK against a gateway on a socket, with the sandbox as its
+OpenRouter.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ MINI = "openai/gpt-4o-mini"
 HI: Any = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {
     "type": "function",
-    "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
 }
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
@@ -48,7 +53,9 @@ def own_field(answer: ChatCompletion) -> dict[str, Any]:
     return dict(answer.model_extra["gateway_usage"])
 
 
-async def test_a_completion_is_charged_what_the_upstream_billed(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_completion_is_charged_what_the_upstream_billed(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     answer = await user.sdk().chat.completions.create(model=MINI, messages=HI)
     assert answer.choices[0].message.content and answer.usage is not None
@@ -73,7 +80,9 @@ async def test_the_sdk_without_async_gets_the_same(live_gateway: Gateway, upstre
     assert own_field(await asyncio.to_thread(complete))["cost"] == (await charged(user, upstream))["cost"]
 
 
-async def test_the_headers_tell_the_charge_the_balance_and_the_limits(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_the_headers_tell_the_charge_the_balance_and_the_limits(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     limits = {"requests_per_minute": 5, "tokens_per_minute": 1000}
     await live_gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": limits})
@@ -96,15 +105,24 @@ async def test_a_tool_is_called(live_gateway: Gateway, upstream: Upstream) -> No
     answer = await user.sdk().chat.completions.create(model=MINI, messages=HI, tools=[WEATHER])
     assert answer.choices[0].message.tool_calls is not None
     (call,) = answer.choices[0].message.tool_calls
-    assert call.type == "function" and call.function.name == "get_weather" and "city" in json.loads(call.function.arguments)
+    assert (
+        call.type == "function"
+        and call.function.name == "get_weather"
+        and "city" in json.loads(call.function.arguments)
+    )
     assert (await charged(user, upstream))["finish_reason"] == "tool_calls"
     assert upstream.sent()["tools"] == [WEATHER]
 
 
 async def test_an_image_is_seen_and_priced(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register(credits=1)
-    content: Any = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
-    answer = await user.sdk().chat.completions.create(model="openai/gpt-4o", messages=[{"role": "user", "content": content}])
+    content: Any = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": PIXEL}},
+    ]
+    answer = await user.sdk().chat.completions.create(
+        model="openai/gpt-4o", messages=[{"role": "user", "content": content}]
+    )
     assert answer.choices[0].message.content
     record = await charged(user, upstream)
     assert record["held"] > record["cost"]
@@ -113,7 +131,12 @@ async def test_an_image_is_seen_and_priced(live_gateway: Gateway, upstream: Upst
 
 async def test_an_answer_follows_a_schema(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register(credits=1)
-    schema: Any = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    schema: Any = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     form: Any = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
     answer = await user.sdk().chat.completions.create(model=MINI, messages=HI, response_format=form)
     assert isinstance(json.loads(answer.choices[0].message.content or "")["n"], int)
@@ -132,14 +155,20 @@ async def test_reasoning_is_passed_on_and_counted(live_gateway: Gateway, upstrea
     assert upstream.sent()["reasoning"] == {"effort": "low"}
 
 
-async def test_openrouter_s_paths_and_anthropic_s_key_header_work_too(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_openrouter_s_paths_and_anthropic_s_key_header_work_too(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
-    answer = await live_gateway.http.post("/api/v1/chat/completions", headers={"x-api-key": user.key}, json={"model": MINI, "messages": HI})
+    answer = await live_gateway.http.post(
+        "/api/v1/chat/completions", headers={"x-api-key": user.key}, json={"model": MINI, "messages": HI}
+    )
     assert answer.status_code == 200
     await charged(user, upstream)
 
 
-async def test_a_fallback_model_is_recorded_and_priced_as_what_it_was(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_fallback_model_is_recorded_and_priced_as_what_it_was(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "fallback"
     models = {"models": [MINI, "mistralai/mistral-nemo"]}
@@ -152,11 +181,15 @@ async def test_a_fallback_model_is_recorded_and_priced_as_what_it_was(live_gatew
 # What goes out.
 
 
-async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     kept = {
         "model": MINI,
-        "messages": [{"role": "user", "content": "żółć 🎈", "name": "ada", "unknown": [None, 1.5e-7, {"deep": True}]}],
+        "messages": [
+            {"role": "user", "content": "żółć 🎈", "name": "ada", "unknown": [None, 1.5e-7, {"deep": True}]}
+        ],
         "temperature": 0.1,
         "top_p": 0.95,
         "seed": 2**53,
@@ -175,11 +208,17 @@ async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(liv
         "trace": {"trace_id": "t"},
         "max_completion_tokens": 50,
     }
-    answer = await live_gateway.http.post("/v1/chat/completions", headers=user.headers, json={**kept, **changed})
+    answer = await live_gateway.http.post(
+        "/v1/chat/completions", headers=user.headers, json={**kept, **changed}
+    )
     assert answer.status_code == 200, answer.text
     sent = upstream.sent()
-    assert {name: sent[name] for name in kept if name != "provider"} == {name: kept[name] for name in kept if name != "provider"}
-    assert {name: value for name, value in sent["provider"].items() if name != "max_price"} == kept["provider"]
+    assert {name: sent[name] for name in kept if name != "provider"} == {
+        name: kept[name] for name in kept if name != "provider"
+    }
+    assert {name: value for name, value in sent["provider"].items() if name != "max_price"} == kept[
+        "provider"
+    ]
     assert set(sent["provider"]["max_price"]) >= {"prompt", "completion"}
     assert "debug" not in sent and "trace" not in sent
     for name in ("user", "session_id", "prompt_cache_key"):
@@ -188,7 +227,9 @@ async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(liv
     await charged(user, upstream)
 
 
-async def test_names_of_one_tenant_are_stable_and_not_those_of_another(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_names_of_one_tenant_are_stable_and_not_those_of_another(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     names = set()
     for _ in range(2):
         user = await live_gateway.register(credits=1)
@@ -198,7 +239,9 @@ async def test_names_of_one_tenant_are_stable_and_not_those_of_another(live_gate
     assert len(names) == 2
 
 
-async def test_no_header_of_the_client_reaches_the_upstream(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_no_header_of_the_client_reaches_the_upstream(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     theirs = {
         "cookie": "a=b",
@@ -215,7 +258,9 @@ async def test_no_header_of_the_client_reaches_the_upstream(live_gateway: Gatewa
         "accept-encoding": "gzip, br",
         "anthropic-version": "1",
     }
-    answer = await live_gateway.http.post("/v1/chat/completions", headers={**user.headers, **theirs}, json={"model": MINI, "messages": HI})
+    answer = await live_gateway.http.post(
+        "/v1/chat/completions", headers={**user.headers, **theirs}, json={"model": MINI, "messages": HI}
+    )
     assert answer.status_code == 200
     sent = upstream.sandbox.state.calls[-1].headers
     raw = upstream.sandbox.state.calls[-1].raw_headers
@@ -225,7 +270,9 @@ async def test_no_header_of_the_client_reaches_the_upstream(live_gateway: Gatewa
     assert sent["accept-encoding"] == "identity" and "http-referer" not in sent
 
 
-async def test_an_output_without_limit_is_capped_at_what_credits_cover(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_an_output_without_limit_is_capped_at_what_credits_cover(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits="0.001")
     raw = await user.sdk().chat.completions.with_raw_response.create(model=MINI, messages=HI)
     granted = int(raw.headers["x-gateway-max-tokens"])
@@ -238,9 +285,13 @@ async def test_an_output_without_limit_is_capped_at_what_credits_cover(live_gate
 # What is refused: each class of error that the SDK knows, and never more calls upstream than one.
 
 
-async def fails(user: User, kind: type[openai.APIStatusError], *, retries: int = 2, **changes: Any) -> openai.APIStatusError:
+async def fails(
+    user: User, kind: type[openai.APIStatusError], *, retries: int = 2, **changes: Any
+) -> openai.APIStatusError:
     with pytest.raises(openai.APIStatusError) as found:
-        await user.sdk(max_retries=retries).chat.completions.create(**{"model": MINI, "messages": HI, **changes})
+        await user.sdk(max_retries=retries).chat.completions.create(
+            **{"model": MINI, "messages": HI, **changes}
+        )
     assert type(found.value) is kind
     assert found.value.code and found.value.message
     return found.value
@@ -268,7 +319,9 @@ async def test_a_wrong_key_is_an_authentication_error(live_gateway: Gateway, ups
         ("allowed_models = '{anthropic/*}'", "model_not_allowed"),
     ],
 )
-async def test_a_restricted_key_is_a_permission_denied_error(live_gateway: Gateway, upstream: Upstream, change: str, code: str) -> None:
+async def test_a_restricted_key_is_a_permission_denied_error(
+    live_gateway: Gateway, upstream: Upstream, change: str, code: str
+) -> None:
     user = await live_gateway.register(credits=1)
     async with live_gateway.database.owner() as owner:
         await owner.execute(f"update public.api_keys_new set {change} where user_id = {user.id}")
@@ -282,7 +335,9 @@ async def test_an_unknown_model_is_a_not_found_error(live_gateway: Gateway, upst
     assert (error.code, error.param) == ("model_not_found", "model") and upstream.inferences == 0
 
 
-async def test_no_credits_are_402_which_the_sdk_does_not_repeat(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_no_credits_are_402_which_the_sdk_does_not_repeat(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register()
     error = await fails(user, openai.APIStatusError, max_tokens=100)
     assert (error.status_code, error.code, error.type) == (402, "insufficient_credits", "insufficient_quota")
@@ -313,15 +368,23 @@ async def test_what_is_affordable_is_told_by_the_name_of_the_clients_own_limit(
 ) -> None:
     user = await live_gateway.register(credits=0.001)
     question = {"input": "Hi"} if path == "responses" else {"messages": [{"role": "user", "content": "Hi"}]}
-    answer = await live_gateway.http.post(f"/v1/{path}", headers=user.headers, json={"model": MINI, **question, limit: 16_000})
+    answer = await live_gateway.http.post(
+        f"/v1/{path}", headers=user.headers, json={"model": MINI, **question, limit: 16_000}
+    )
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (402, limit) and f"With `{limit}` of at most" in error["message"]
+    assert (answer.status_code, error["param"]) == (402, limit) and f"With `{limit}` of at most" in error[
+        "message"
+    ]
     assert upstream.inferences == 0
 
 
-async def test_a_rate_limit_is_a_rate_limit_error_that_says_when(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_rate_limit_is_a_rate_limit_error_that_says_when(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
-    await live_gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 1}})
+    await live_gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 1}}
+    )
     assert (await user.chat()).status_code == 200
     error = await fails(user, openai.RateLimitError, retries=0)
     assert error.code == "rate_limit_exceeded" and 1 <= int(error.response.headers["retry-after"]) <= 70
@@ -367,16 +430,22 @@ async def test_a_retry_of_the_sdk_is_a_request_of_its_own(live_gateway: Gateway,
 # The sandbox for test keys.
 
 
-async def test_a_test_key_is_answered_by_the_sandbox_for_nothing(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_test_key_is_answered_by_the_sandbox_for_nothing(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(environment="test")
     for streamed in (False, True):
         answer = await user.chat(stream=streamed, scenario="cost-above-hold")
         assert answer.status_code == 200 and answer.headers["x-gateway-mode"] == "sandbox"
     assert (await user.chat(scenario="error-429")).status_code == 429
     odd = httpx.Headers([(b"x-sandbox-scenario", b"\xff"), (b"authorization", f"Bearer {user.key}".encode())])
-    answer = await live_gateway.http.post("/v1/chat/completions", headers=odd, json={"model": MINI, "messages": HI})
+    answer = await live_gateway.http.post(
+        "/v1/chat/completions", headers=odd, json={"model": MINI, "messages": HI}
+    )
     assert answer.status_code == 200
     assert upstream.inferences == 0
     records = await user.records()
-    assert len(records) == 4 and {(record["cost"], record["held"], record["environment"]) for record in records} == {(0, 0, "test")}
+    assert len(records) == 4 and {
+        (record["cost"], record["held"], record["environment"]) for record in records
+    } == {(0, 0, "test")}
     await live_gateway.database.assert_books_balance()

@@ -1,4 +1,6 @@
-"""Do the streams and errors of each API pass through as its clients expect them? Byte by byte, however they are cut."""
+"""Do the streams and errors of each API pass through as its clients expect them? Byte by byte, however they
+are cut.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import DatabaseUnavailable, GatewayError, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
+from common.errors import (
+    DatabaseUnavailable,
+    GatewayError,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from gateway.proxy.dialects.base import Said
 from gateway.proxy.dialects.chat import CHAT, Dialect
 from gateway.proxy.dialects.messages import MESSAGES, read_message_usage
@@ -31,12 +40,30 @@ def event(kind: str, **data: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + orjson.dumps({"type": kind, **data}) + b"\n\n"
 
 
-ALL = [CHAT, RESPONSES, MESSAGES, *(dialect for dialect in FOR_OPENROUTER.values() if dialect is not MESSAGES)]
+ALL = [
+    CHAT,
+    RESPONSES,
+    MESSAGES,
+    *(dialect for dialect in FOR_OPENROUTER.values() if dialect is not MESSAGES),
+]
 
 # A response as it streams.
 
-RESPONSE = {"id": "gen-1", "object": "response", "model": "a/b", "status": "in_progress", "error": None, "usage": None}
-COST = {"input_tokens": 7, "output_tokens": 3, "total_tokens": 10, "cost": 0.25, "input_tokens_details": {"cached_tokens": 2}}
+RESPONSE = {
+    "id": "gen-1",
+    "object": "response",
+    "model": "a/b",
+    "status": "in_progress",
+    "error": None,
+    "usage": None,
+}
+COST = {
+    "input_tokens": 7,
+    "output_tokens": 3,
+    "total_tokens": 10,
+    "cost": 0.25,
+    "input_tokens_details": {"cached_tokens": 2},
+}
 WHOLE = {**RESPONSE, "provider": "OpenAI", "status": "completed", "usage": {**COST, "is_byok": False}}
 OPENING = [
     event("response.created", response=RESPONSE),
@@ -60,22 +87,37 @@ START = event(
         "model": "a/b",
         "provider": "Anthropic",
         "stop_reason": None,
-        "usage": {"input_tokens": 7, "cache_creation_input_tokens": 5, "cache_read_input_tokens": 100, "output_tokens": 1},
+        "usage": {
+            "input_tokens": 7,
+            "cache_creation_input_tokens": 5,
+            "cache_read_input_tokens": 100,
+            "output_tokens": 1,
+        },
     },
 )
 PING = event("ping")
 TEXT = [
     event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
     PING,
-    event("content_block_delta", index=0, delta={"type": "text_delta", "text": 'message_stop "usage" \n\n data: [DONE]'}),
+    event(
+        "content_block_delta",
+        index=0,
+        delta={"type": "text_delta", "text": 'message_stop "usage" \n\n data: [DONE]'},
+    ),
     event("content_block_delta", index=0, delta={"type": "text_delta", "text": "żółć"}),
     event("content_block_stop", index=0),
 ]
-DELTA = event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 9, "cost": 0.25})
+DELTA = event(
+    "message_delta",
+    delta={"stop_reason": "end_turn", "stop_sequence": None},
+    usage={"output_tokens": 9, "cost": 0.25},
+)
 STOP = event("message_stop")
 
 
-def run(dialect: Dialect, pieces: list[bytes], failure: GatewayError | None = None) -> tuple[bytes, bytes, Stream]:
+def run(
+    dialect: Dialect, pieces: list[bytes], failure: GatewayError | None = None
+) -> tuple[bytes, bytes, Stream]:
     """What passed, the tail, and the stream."""
     stream = Stream(sanitised_error, dialect)
     passed = b"".join([stream.feed(piece) for piece in pieces]) + stream.end()
@@ -94,15 +136,30 @@ def datas(stream: bytes) -> list[dict[str, Any]]:
 
 STREAMS: dict[str, tuple[Dialect, list[bytes]]] = {
     "a response": (RESPONSES, [*OPENING, *DELTAS, COMPLETED]),
-    "a response and [DONE]": (RESPONSES, [*OPENING, b": OPENROUTER PROCESSING\n\n", *DELTAS, COMPLETED, b"data: [DONE]\n\n"]),
+    "a response and [DONE]": (
+        RESPONSES,
+        [*OPENING, b": OPENROUTER PROCESSING\n\n", *DELTAS, COMPLETED, b"data: [DONE]\n\n"],
+    ),
     "a response that failed": (
         RESPONSES,
-        [*OPENING, event("response.failed", response={**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "x"}})],
+        [
+            *OPENING,
+            event(
+                "response.failed",
+                response={**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "x"}},
+            ),
+        ],
     ),
     "a message": (MESSAGES, [START, *TEXT, DELTA, STOP]),
     "a message with a late ping": (MESSAGES, [START, *TEXT, DELTA, PING, STOP]),
-    "a message that failed": (MESSAGES, [START, TEXT[0], event("error", error={"type": "overloaded_error", "message": "Overloaded"})]),
-    "a message with a comment": (MESSAGES, [b": OPENROUTER PROCESSING\n\n", START, *TEXT, DELTA, b": x\n\n", STOP, b"data: [DONE]\n\n"]),
+    "a message that failed": (
+        MESSAGES,
+        [START, TEXT[0], event("error", error={"type": "overloaded_error", "message": "Overloaded"})],
+    ),
+    "a message with a comment": (
+        MESSAGES,
+        [b": OPENROUTER PROCESSING\n\n", START, *TEXT, DELTA, b": x\n\n", STOP, b"data: [DONE]\n\n"],
+    ),
 }
 
 
@@ -134,11 +191,22 @@ def test_a_response_s_last_event_waits_and_carries_the_charge() -> None:
     passed, tail, stream = run(RESPONSES, [*OPENING, *DELTAS, COMPLETED])
     assert passed == b"".join([*OPENING, *DELTAS])
     assert tail == with_charge(COMPLETED, CHARGE)
-    assert tail.startswith(b"event: response.completed\ndata: {") and tail.endswith(b',"gateway_usage":{"cost":0.5}}\n\n')
+    assert tail.startswith(b"event: response.completed\ndata: {") and tail.endswith(
+        b',"gateway_usage":{"cost":0.5}}\n\n'
+    )
     assert stream.usage is not None
-    assert (stream.usage.prompt_tokens, stream.usage.completion_tokens, stream.usage.cached_tokens) == (7, 3, 2)
+    assert (stream.usage.prompt_tokens, stream.usage.completion_tokens, stream.usage.cached_tokens) == (
+        7,
+        3,
+        2,
+    )
     assert stream.usage.cost == Decimal("0.25")
-    assert (stream.body_id, stream.model, stream.provider, stream.finish_reason) == ("gen-1", "a/b", "OpenAI", "completed")
+    assert (stream.body_id, stream.model, stream.provider, stream.finish_reason) == (
+        "gen-1",
+        "a/b",
+        "OpenAI",
+        "completed",
+    )
     assert stream.is_whole and not stream.has_failed
 
 
@@ -151,12 +219,20 @@ def test_done_is_passed_where_it_comes_and_not_invented() -> None:
 def test_a_response_without_event_lines_is_read_all_the_same() -> None:
     events = [event_[event_.index(b"\n") + 1 :] for event_ in (*OPENING, *DELTAS, COMPLETED)]
     passed, tail, stream = run(RESPONSES, events)
-    assert passed == b"".join(events[:-1]) and datas(tail)[0]["gateway_usage"] == {"cost": 0.5} and stream.is_whole
+    assert (
+        passed == b"".join(events[:-1])
+        and datas(tail)[0]["gateway_usage"] == {"cost": 0.5}
+        and stream.is_whole
+    )
 
 
-@pytest.mark.parametrize(("status", "failed"), [("completed", False), ("incomplete", False), ("failed", True)])
+@pytest.mark.parametrize(
+    ("status", "failed"), [("completed", False), ("incomplete", False), ("failed", True)]
+)
 def test_how_a_response_ended_is_its_status(status: str, failed: bool) -> None:
-    _, _, stream = run(RESPONSES, [*OPENING, event(f"response.{status}", response={**WHOLE, "status": status})])
+    _, _, stream = run(
+        RESPONSES, [*OPENING, event(f"response.{status}", response={**WHOLE, "status": status})]
+    )
     assert (stream.finish_reason, stream.is_whole, stream.has_failed) == (status, True, failed)
 
 
@@ -164,7 +240,12 @@ def test_how_a_response_ended_is_its_status(status: str, failed: bool) -> None:
     "last",
     [
         event(
-            "response.failed", response={**RESPONSE, "status": "failed", "error": {"code": "server_error", "message": "of user_abcdefgh"}}
+            "response.failed",
+            response={
+                **RESPONSE,
+                "status": "failed",
+                "error": {"code": "server_error", "message": "of user_abcdefgh"},
+            },
         ),
         event("response.error", error={"code": 500, "message": "of user_abcdefgh"}),
         event("error", code="server_error", message="of user_abcdefgh", param=None),
@@ -173,7 +254,9 @@ def test_how_a_response_ended_is_its_status(status: str, failed: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("before", [[], OPENING], ids=["first", "in the middle"])
-def test_an_error_of_a_response_waits_loses_its_secrets_and_carries_the_charge(before: list[bytes], last: bytes) -> None:
+def test_an_error_of_a_response_waits_loses_its_secrets_and_carries_the_charge(
+    before: list[bytes], last: bytes
+) -> None:
     passed, tail, stream = run(RESPONSES, [*before, last])
     assert passed == b"".join(before)
     assert b"user_abcdefgh" not in tail and tail.startswith(last[: last.index(b"\n")])
@@ -185,11 +268,17 @@ def test_a_response_that_breaks_off_ends_with_an_error_that_sdks_raise() -> None
     _, tail, stream = run(RESPONSES, OPENING, UpstreamTimeout())
     (data,) = datas(tail)
     assert tail.startswith(b"event: error\n") and not stream.is_whole
-    assert (data["type"], data["code"], data["error"]["code"]) == ("error", "upstream_timeout", "upstream_timeout")
+    assert (data["type"], data["code"], data["error"]["code"]) == (
+        "error",
+        "upstream_timeout",
+        "upstream_timeout",
+    )
     assert data["gateway_usage"] == {"cost": 0.5} and data["gateway"]["request_id"] == "request-1"
 
 
-@pytest.mark.parametrize("rest", [[], [b": OPENROUTER PROCESSING\n\n"], [b"event: response.output_text.delta\n", b"data: {"]])
+@pytest.mark.parametrize(
+    "rest", [[], [b": OPENROUTER PROCESSING\n\n"], [b"event: response.output_text.delta\n", b"data: {"]]
+)
 def test_an_error_of_ours_is_numbered_after_the_last_event_whatever_came_since(rest: list[bytes]) -> None:
     numbered = [event("response.output_text.delta", sequence_number=number, delta="a") for number in (6, 7)]
     _, tail, _ = run(RESPONSES, [*OPENING, *numbered, *rest], UpstreamTimeout())
@@ -211,9 +300,18 @@ def test_a_message_s_delta_waits_and_the_stop_follows_it() -> None:
     assert passed == b"".join([START, *TEXT])
     assert tail == with_charge(DELTA, CHARGE) + STOP
     assert stream.usage is not None
-    assert (stream.usage.prompt_tokens, stream.usage.completion_tokens, stream.usage.cached_tokens) == (112, 9, 100)
+    assert (stream.usage.prompt_tokens, stream.usage.completion_tokens, stream.usage.cached_tokens) == (
+        112,
+        9,
+        100,
+    )
     assert stream.usage.cost == Decimal("0.25")
-    assert (stream.body_id, stream.model, stream.provider, stream.finish_reason) == ("gen-1", "a/b", "Anthropic", "end_turn")
+    assert (stream.body_id, stream.model, stream.provider, stream.finish_reason) == (
+        "gen-1",
+        "a/b",
+        "Anthropic",
+        "end_turn",
+    )
     assert stream.is_whole and not stream.has_failed
 
 
@@ -235,7 +333,14 @@ def test_usage_in_several_deltas_is_merged_and_only_the_last_waits() -> None:
 
 
 def test_a_message_without_a_cost_knows_its_tokens_and_no_cost() -> None:
-    _, _, stream = run(MESSAGES, [START, event("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}), STOP])
+    _, _, stream = run(
+        MESSAGES,
+        [
+            START,
+            event("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 9}),
+            STOP,
+        ],
+    )
     assert stream.usage is not None and stream.usage.total_tokens == 121 and stream.usage.cost is None
 
 
@@ -263,13 +368,19 @@ def test_an_error_of_a_message_keeps_anthropic_s_form(before: list[bytes]) -> No
 
 @pytest.mark.parametrize("kind", ["authentication_error", "billing_error"])
 def test_the_operator_s_trouble_is_told_to_no_client(kind: str) -> None:
-    _, tail, _ = run(MESSAGES, [START, event("error", error={"type": kind, "message": "Add credits to your account"})])
+    _, tail, _ = run(
+        MESSAGES, [START, event("error", error={"type": kind, "message": "Add credits to your account"})]
+    )
     assert datas(tail)[0]["error"] == {
         "type": "api_error",
         "message": "The gateway cannot serve requests now.",
         "code": "upstream_unavailable",
     }
-    failed = {**RESPONSE, "status": "failed", "error": {"code": "x", "message": "Add credits", "error_type": "payment_required"}}
+    failed = {
+        **RESPONSE,
+        "status": "failed",
+        "error": {"code": "x", "message": "Add credits", "error_type": "payment_required"},
+    }
     _, tail, _ = run(RESPONSES, [*OPENING, event("response.failed", response=failed)])
     assert b"Add credits" not in tail
 
@@ -278,15 +389,15 @@ def test_a_message_that_breaks_off_ends_with_an_error_of_anthropic_s_form() -> N
     _, tail, stream = run(MESSAGES, [START, *TEXT], UpstreamError())
     (data,) = datas(tail)
     assert tail.startswith(b"event: error\n") and not stream.is_whole
-    assert data["type"] == "error" and data["error"]["type"] == "api_error" and data["request_id"] == "request-1"
+    assert (
+        data["type"] == "error" and data["error"]["type"] == "api_error" and data["request_id"] == "request-1"
+    )
     assert data["gateway_usage"] == {"cost": 0.5}
 
 
 # Errors in the streams of OpenRouter's clients.
 
-CHUNK = (
-    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"a/b","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
-)
+CHUNK = b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"a/b","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 FOR_CLIENTS = FOR_OPENROUTER[CHAT]
 
 
@@ -295,24 +406,46 @@ FOR_CLIENTS = FOR_OPENROUTER[CHAT]
     [
         ({"code": "server_error", "message": "x"}, 502, "server_error"),
         ({"code": "rate_limit_exceeded", "message": "x"}, 429, "rate_limit_exceeded"),
-        ({"code": "odd", "message": "x", "metadata": {"error_type": "provider_overloaded"}}, 503, "provider_overloaded"),
-        ({"code": 429, "message": "x", "metadata": {"error_type": "rate_limit_exceeded"}}, 429, "rate_limit_exceeded"),
+        (
+            {"code": "odd", "message": "x", "metadata": {"error_type": "provider_overloaded"}},
+            503,
+            "provider_overloaded",
+        ),
+        (
+            {"code": 429, "message": "x", "metadata": {"error_type": "rate_limit_exceeded"}},
+            429,
+            "rate_limit_exceeded",
+        ),
         ({"message": "x"}, 502, "upstream_error"),
         ({"code": None, "message": "x"}, 502, "upstream_error"),
         ({"code": 401, "message": "Add credits"}, 503, "upstream_unavailable"),
-        ({"code": "x", "message": "Add credits", "metadata": {"error_type": "payment_required"}}, 503, "upstream_unavailable"),
+        (
+            {"code": "x", "message": "Add credits", "metadata": {"error_type": "payment_required"}},
+            503,
+            "upstream_unavailable",
+        ),
     ],
 )
-def test_every_code_that_openrouter_s_clients_see_is_a_number(error: dict[str, Any], code: int, kind: str) -> None:
-    data = {**orjson.loads(CHUNK[6:]), "error": error, "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}]}
+def test_every_code_that_openrouter_s_clients_see_is_a_number(
+    error: dict[str, Any], code: int, kind: str
+) -> None:
+    data = {
+        **orjson.loads(CHUNK[6:]),
+        "error": error,
+        "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error"}],
+    }
     passed, tail, stream = run(FOR_CLIENTS, [CHUNK, b"data: " + orjson.dumps(data) + b"\n\n"])
     (shown,) = [event["error"] for event in datas(passed + tail) if "error" in event]
     assert (shown["code"], shown["metadata"]["error_type"]) == (code, kind)
     assert stream.has_failed and b"credits" not in passed + tail
     (plain,) = [
-        event["error"] for event in datas(b"".join(run(CHAT, [CHUNK, b"data: " + orjson.dumps(data) + b"\n\n"])[:2])) if "error" in event
+        event["error"]
+        for event in datas(b"".join(run(CHAT, [CHUNK, b"data: " + orjson.dumps(data) + b"\n\n"])[:2]))
+        if "error" in event
     ]
-    assert plain["code"] == (error["code"] if isinstance(error.get("code"), int | str) and code != 503 else plain["code"])
+    assert plain["code"] == (
+        error["code"] if isinstance(error.get("code"), int | str) and code != 503 else plain["code"]
+    )
 
 
 def test_our_own_error_in_a_stream_is_a_chunk_for_openrouter_s_clients() -> None:
@@ -342,7 +475,10 @@ def test_every_status_is_one_of_a_failure() -> None:
 @pytest.mark.parametrize("dialect", [RESPONSES, MESSAGES])
 def test_the_operator_is_named_nowhere(dialect: Dialect) -> None:
     events = (
-        [event("response.created", response={**RESPONSE, "user_id": "operator"}, user_id="operator"), COMPLETED]
+        [
+            event("response.created", response={**RESPONSE, "user_id": "operator"}, user_id="operator"),
+            COMPLETED,
+        ]
         if dialect is RESPONSES
         else [START.replace(b'"type":"message"', b'"type":"message","user_id":"operator"'), DELTA, STOP]
     )
@@ -360,17 +496,37 @@ def test_any_bytes_are_survived(data: bytes, dialect: Dialect, place: int) -> No
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=2), max_leaves=4
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=4,
 )
 FIELDS = st.dictionaries(
-    st.sampled_from(["type", "response", "message", "error", "usage", "delta", "status", "id", "choices", "code", "input_tokens"]),
+    st.sampled_from(
+        [
+            "type",
+            "response",
+            "message",
+            "error",
+            "usage",
+            "delta",
+            "status",
+            "id",
+            "choices",
+            "code",
+            "input_tokens",
+        ]
+    ),
     JSON
     | st.dictionaries(
-        st.sampled_from(["usage", "error", "type", "input_tokens", "stop_reason", "id", "message", "code"]), JSON, max_size=4
+        st.sampled_from(["usage", "error", "type", "input_tokens", "stop_reason", "id", "message", "code"]),
+        JSON,
+        max_size=4,
     ),
     max_size=5,
 )
-KINDS = st.sampled_from(["error", "response.error", "response.failed", "message_start", "message_delta", "message_stop"])
+KINDS = st.sampled_from(
+    ["error", "response.error", "response.failed", "message_start", "message_delta", "message_stop"]
+)
 
 
 @settings(deadline=None)
@@ -396,16 +552,31 @@ def answer(dialect: Dialect, **data: Any) -> tuple[bytes, Ending]:
 def test_whole_answers_say_what_they_cost() -> None:
     raw, ending = answer(RESPONSES, **WHOLE)
     assert orjson.loads(raw) == WHOLE and ending.completed and ending.usage is not None
-    assert (ending.finish_reason, ending.usage.cost, ending.generation_id) == ("completed", Decimal("0.25"), "gen-1")
+    assert (ending.finish_reason, ending.usage.cost, ending.generation_id) == (
+        "completed",
+        Decimal("0.25"),
+        "gen-1",
+    )
     usage = {"input_tokens": 7, "cache_read_input_tokens": 100, "output_tokens": 9}
-    _, ending = answer(MESSAGES, id="gen-2", type="message", model="a/b", content=[], stop_reason="end_turn", usage=usage)
+    _, ending = answer(
+        MESSAGES, id="gen-2", type="message", model="a/b", content=[], stop_reason="end_turn", usage=usage
+    )
     assert ending.completed and ending.usage is not None and ending.usage.cost is None
-    assert (ending.usage.prompt_tokens, ending.usage.cached_tokens, ending.finish_reason) == (107, 100, "end_turn")
-    _, ending = answer(CHAT, id="gen-3", model="a/b", results=[], usage={"search_units": 1, "total_tokens": 8, "cost": 0.002})
+    assert (ending.usage.prompt_tokens, ending.usage.cached_tokens, ending.finish_reason) == (
+        107,
+        100,
+        "end_turn",
+    )
+    _, ending = answer(
+        CHAT, id="gen-3", model="a/b", results=[], usage={"search_units": 1, "total_tokens": 8, "cost": 0.002}
+    )
     assert ending.completed and ending.usage is not None and ending.usage.cost == Decimal("0.002")
 
 
-@pytest.mark.parametrize(("status", "completed"), [("completed", True), ("incomplete", True), ("failed", False), ("cancelled", False)])
+@pytest.mark.parametrize(
+    ("status", "completed"),
+    [("completed", True), ("incomplete", True), ("failed", False), ("cancelled", False)],
+)
 def test_a_whole_response_s_status_says_how_it_ended(status: str, completed: bool) -> None:
     error = {"code": "server_error", "message": "of user_abcdefgh"} if status == "failed" else None
     raw, ending = answer(RESPONSES, **{**WHOLE, "status": status, "error": error})
@@ -425,7 +596,9 @@ def test_a_whole_response_s_status_says_how_it_ended(status: str, completed: boo
         (MESSAGES, {"type": "error"}, 502),
     ],
 )
-def test_an_error_in_a_successful_answer_is_an_error(dialect: Dialect, data: dict[str, Any], status: int) -> None:
+def test_an_error_in_a_successful_answer_is_an_error(
+    dialect: Dialect, data: dict[str, Any], status: int
+) -> None:
     with pytest.raises(GatewayError) as caught:
         answer(dialect, **data)
     assert caught.value.status == status
@@ -462,8 +635,16 @@ NAMES = {
 def test_every_error_has_a_name_in_anthropic_s_form(kind: type[GatewayError]) -> None:
     error = kind("What happened.", param="model")
     body = error.anthropic_body("request-1")
-    assert set(body) == {"type", "error", "request_id"} and (body["type"], body["request_id"]) == ("error", "request-1")
-    assert body["error"] == {"type": error.anthropic_type, "message": "What happened.", "param": "model", "code": kind.code}
+    assert set(body) == {"type", "error", "request_id"} and (body["type"], body["request_id"]) == (
+        "error",
+        "request-1",
+    )
+    assert body["error"] == {
+        "type": error.anthropic_type,
+        "message": "What happened.",
+        "param": "model",
+        "code": kind.code,
+    }
     assert error.anthropic_type == NAMES.get(kind.status, error.anthropic_type)
 
 
@@ -480,8 +661,17 @@ def test_busy_models_are_overloaded_and_a_broken_gateway_is_not() -> None:
 def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, str]) -> None:
     found = {"type": "char_location", "cited_text": "x"}
     tool = {"type": "tool_use", "id": "t", "name": "n", "input": {"type": "text", "citations": None}}
-    content = [{"type": "text", "text": '"citations":null', "citations": None}, {"type": "text", "text": "b", "citations": [found]}, tool]
-    message = {"id": "gen-1", "type": "message", "content": content, "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9}}
+    content = [
+        {"type": "text", "text": '"citations":null', "citations": None},
+        {"type": "text", "text": "b", "citations": [found]},
+        tool,
+    ]
+    message = {
+        "id": "gen-1",
+        "type": "message",
+        "content": content,
+        "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9},
+    }
     raw = json.dumps(message, separators=separators).encode()
     shown = json.loads(read_answer(raw, MESSAGES, Ending(), invented=False))
     assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
@@ -494,8 +684,14 @@ def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, s
 )
 def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str) -> None:
     usage = '"usage":{"input_tokens":1,"output_tokens":1,"cost":0.000000001}'
-    text, tool = '{"type":"text","text":"a"%s}', f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
-    raw, kept = (f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}' for name in (',"citations":null', ""))
+    text, tool = (
+        '{"type":"text","text":"a"%s}',
+        f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}',
+    )
+    raw, kept = (
+        f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}'
+        for name in (',"citations":null', "")
+    )
     shown = read_answer(raw.encode(), MESSAGES, Ending(), invented=False)
     written = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
     assert written.decode(shown.decode()) == written.decode(kept)

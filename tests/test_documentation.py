@@ -69,7 +69,9 @@ async def test_every_json_body_has_an_example_of_its_own_fields(gateway: Gateway
     assert seen > 25
 
 
-async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_every_status(gateway: Gateway) -> None:
+async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_every_status(
+    gateway: Gateway,
+) -> None:
     paths = (await gateway.http.get("/openapi.json")).json()["paths"]
     served = {path for endpoint in ENDPOINTS for path in endpoint.all_paths if path.startswith("/v1/")}
     identifiers = set()
@@ -77,7 +79,19 @@ async def test_every_endpoint_of_the_proxy_is_documented_with_an_example_and_eve
         operation = paths[path]["post"]
         content = operation["requestBody"]["content"]["application/json"]
         assert set(content["schema"]["required"]) <= content["example"].keys(), path
-        assert operation["responses"].keys() == {"200", "400", "401", "402", "403", "404", "413", "429", "502", "503", "504"}
+        assert operation["responses"].keys() == {
+            "200",
+            "400",
+            "401",
+            "402",
+            "403",
+            "404",
+            "413",
+            "429",
+            "502",
+            "503",
+            "504",
+        }
         answer = operation["responses"]["200"]["content"]
         assert "audio/*" in answer or answer["application/json"]["example"]["gateway_usage"]["request_id"]
         identifiers.add(operation["operationId"])
@@ -91,7 +105,10 @@ async def test_the_form_of_errors_under_openrouter_s_prefix_is_documented_as_it_
     form = (await gateway.http.get("/openapi.json")).json()["components"]["schemas"]["OpenRouterErrorBody"]
     for body in ((await gateway.http.get("/api/v1/nowhere")).json(), *form["examples"]):
         assert set(form["required"]) == body.keys()
-        assert set(form["properties"]["error"]["required"]) == body["error"].keys() and type(body["error"]["code"]) is int
+        assert (
+            set(form["properties"]["error"]["required"]) == body["error"].keys()
+            and type(body["error"]["code"]) is int
+        )
 
 
 DOCUMENTS = ("README.md", "docs/spending.md", "docs/management.md")
@@ -101,17 +118,25 @@ def documented_calls(text: str) -> list[list[str]]:
     """The lines of shell that ask a gateway at its default address, as words."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("curl ") and "http://127.0.0.1:8000" in line]
+    return [
+        shlex.split(line) for line in lines if line.startswith("curl ") and "http://127.0.0.1:8000" in line
+    ]
 
 
 async def send(gateway: Gateway, words: list[str], values: dict[str, str]) -> httpx.Response:
     """What curl would send; in double quotes or beside single ones, names of variables have their values."""
     known = [re.sub(r"\$(\w+)", lambda found: values[found[1]], word) for word in words]
-    given = [(option, known[place + 1]) for place, option in enumerate(known[:-1]) if option in ("-H", "-d", "-X")]
+    given = [
+        (option, known[place + 1]) for place, option in enumerate(known[:-1]) if option in ("-H", "-d", "-X")
+    ]
     headers = dict(text.split(": ", 1) for option, text in given if option == "-H")
     content = next((text for option, text in given if option == "-d"), None)
-    url = next(word for word in known if word.startswith("http://")).replace("http://127.0.0.1:8000", gateway.url)
-    return await gateway.http.request("GET" if content is None else "POST", url, headers=headers, content=content)
+    url = next(word for word in known if word.startswith("http://")).replace(
+        "http://127.0.0.1:8000", gateway.url
+    )
+    return await gateway.http.request(
+        "GET" if content is None else "POST", url, headers=headers, content=content
+    )
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -120,7 +145,12 @@ async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: 
     request_id = (await user.chat()).headers["x-request-id"]
     order = {"key_name": "for the documents", "environment_tag": "test"}
     made = (await gateway.http.post("/user/api-keys", headers=user.headers, json=order)).json()
-    values = {"API_KEY": user.key, "ADMIN_API_KEY": ADMIN_KEY, "TEST_KEY": made["api_key"], "REQUEST_ID": request_id}
+    values = {
+        "API_KEY": user.key,
+        "ADMIN_API_KEY": ADMIN_KEY,
+        "TEST_KEY": made["api_key"],
+        "REQUEST_ID": request_id,
+    }
     calls = documented_calls(await asyncio.to_thread((ROOT / name).read_text))
     assert len(calls) >= 3
     for words in calls:

@@ -1,4 +1,6 @@
-"""A tenant's customers spend what the tenant allows each, to the last and not one more, and the tenant is told before it is gone."""
+"""A tenant's customers spend what the tenant allows each, to the last and not one more, and the tenant is
+told before it is gone.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,31 @@ CHAT = {"model": "sandbox/fixed-price", "messages": [{"role": "user", "content":
 NAMED = [
     pytest.param("/v1/chat/completions", {**CHAT, "user": "ann"}, {}, id="chat"),
     pytest.param("/v1/chat/completions", {**CHAT, "user": "ann", "stream": True}, {}, id="chat-streamed"),
-    pytest.param("/v1/completions", {"model": "openai/gpt-4o-mini", "prompt": "Hi", "user": "ann"}, {}, id="completions"),
-    pytest.param("/v1/responses", {"model": "openai/gpt-4o-mini", "input": "Hi", "user": "ann"}, {}, id="responses"),
-    pytest.param("/v1/embeddings", {"model": "openai/text-embedding-3-small", "input": "Hi", "user": "ann"}, {}, id="embeddings"),
-    pytest.param("/v1/messages", {**CHAT, "max_tokens": 10, "metadata": {"user_id": "ann"}}, {}, id="messages"),
+    pytest.param(
+        "/v1/completions",
+        {"model": "openai/gpt-4o-mini", "prompt": "Hi", "user": "ann"},
+        {},
+        id="completions",
+    ),
+    pytest.param(
+        "/v1/responses", {"model": "openai/gpt-4o-mini", "input": "Hi", "user": "ann"}, {}, id="responses"
+    ),
+    pytest.param(
+        "/v1/embeddings",
+        {"model": "openai/text-embedding-3-small", "input": "Hi", "user": "ann"},
+        {},
+        id="embeddings",
+    ),
+    pytest.param(
+        "/v1/messages", {**CHAT, "max_tokens": 10, "metadata": {"user_id": "ann"}}, {}, id="messages"
+    ),
     pytest.param("/v1/chat/completions", {**CHAT, "user": "bob"}, {"x-end-user": "ann"}, id="header-first"),
-    pytest.param("/v1/messages", {**CHAT, "max_tokens": 10, "metadata": {"user_id": "bob"}}, {"x-end-user": "ann"}, id="header-messages"),
+    pytest.param(
+        "/v1/messages",
+        {**CHAT, "max_tokens": 10, "metadata": {"user_id": "bob"}},
+        {"x-end-user": "ann"},
+        id="header-messages",
+    ),
 ]
 
 
@@ -48,14 +69,18 @@ async def user(gateway: Gateway) -> User:
 
 
 async def budget(user: User, end_user: str, amount: float, window: str = "day") -> int:
-    made = await manage(user, "POST", "/user/end-users", {"end_user": end_user, "budget": amount, "budget_window": window})
+    made = await manage(
+        user, "POST", "/user/end-users", {"end_user": end_user, "budget": amount, "budget_window": window}
+    )
     assert made.status_code == 201, made.text
     return int(made.json()["id"])
 
 
 async def ask(tenant: User, end_user: str | None = None, **body: Any) -> httpx.Response:
     named = {} if end_user is None else {"user": end_user}
-    return await tenant.gateway.http.post("/v1/chat/completions", headers=tenant.headers, json={**CHAT, **named, **body})
+    return await tenant.gateway.http.post(
+        "/v1/chat/completions", headers=tenant.headers, json={**CHAT, **named, **body}
+    )
 
 
 async def standing(user: User, end_user: str) -> dict[str, Any]:
@@ -64,12 +89,16 @@ async def standing(user: User, end_user: str) -> dict[str, Any]:
 
 
 async def recorded(user: User) -> list[str | None]:
-    rows = await user.gateway.database.rows("select end_user from public.usage_records where user_id = $1 order by created_at", user.id)
+    rows = await user.gateway.database.rows(
+        "select end_user from public.usage_records where user_id = $1 order by created_at", user.id
+    )
     return [row["end_user"] for row in rows]
 
 
 @pytest.mark.parametrize(("path", "body", "headers"), NAMED)
-async def test_a_request_counts_for_whom_it_names(user: User, path: str, body: dict[str, Any], headers: dict[str, str]) -> None:
+async def test_a_request_counts_for_whom_it_names(
+    user: User, path: str, body: dict[str, Any], headers: dict[str, str]
+) -> None:
     await budget(user, "ann", 10)
     answer = await user.gateway.http.post(path, headers={**user.headers, **headers}, json=body)
     assert answer.status_code == 200, answer.text
@@ -87,7 +116,10 @@ async def test_a_budget_by_name_comes_before_the_one_for_everybody(user: User) -
     assert [(await ask(user, "ann")).status_code for _ in range(3)] == [200, 200, 402]
     assert [(await ask(user, "bob")).status_code for _ in range(2)] == [200, 402]
     assert [(await ask(user, "eve")).status_code for _ in range(2)] == [200, 402]
-    assert [(await ask(user)).status_code for _ in range(2)] == [200, 200]  # for nobody: no end user's budget applies
+    assert [(await ask(user)).status_code for _ in range(2)] == [
+        200,
+        200,
+    ]  # for nobody: no end user's budget applies
 
 
 async def test_what_is_used_up_is_a_402_that_says_whose(user: User) -> None:
@@ -105,7 +137,9 @@ async def test_what_is_used_up_is_a_402_that_says_whose(user: User) -> None:
 
 @pytest.mark.parametrize("end_user", ["ann", "bob"])
 async def test_fifty_at_once_spend_it_to_the_last(user: User, end_user: str) -> None:
-    await user.gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
+    await user.gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}}
+    )
     await budget(user, "ann", 3.5)
     await budget(user, "*", 3.5)
     before = (await user.balance())["credits"]
@@ -120,7 +154,9 @@ async def test_fifty_at_once_spend_it_to_the_last(user: User, end_user: str) -> 
 async def test_a_new_window_begins_at_nothing(user: User) -> None:
     await budget(user, "ann", 0.5)
     assert [(await ask(user, "ann")).status_code for _ in range(2)] == [200, 402]
-    await user.gateway.database.value("update public.end_user_usage set budget_since = budget_since - interval '1 day'")
+    await user.gateway.database.value(
+        "update public.end_user_usage set budget_since = budget_since - interval '1 day'"
+    )
     assert [(await ask(user, "ann")).status_code for _ in range(2)] == [200, 402]
     assert (await standing(user, "ann"))["spent"] == 0.5
 
@@ -175,7 +211,9 @@ async def test_under_an_own_upstream_key_nothing_is_spent_of_them(user: User) ->
         ({"x-end-user": b"a\tb"}, {}, "x-end-user"),
     ],
 )
-async def test_what_is_no_name_is_refused(user: User, headers: dict[str, bytes], body: dict[str, Any], param: str) -> None:
+async def test_what_is_no_name_is_refused(
+    user: User, headers: dict[str, bytes], body: dict[str, Any], param: str
+) -> None:
     for key, status in ((user.key, 400), (new_key("live"), 401)):  # strangers learn nothing of what is wrong
         sent: Any = {"authorization": f"Bearer {key}", **headers}
         answer = await user.gateway.http.post("/v1/chat/completions", headers=sent, json={**CHAT, **body})
@@ -264,7 +302,9 @@ async def test_a_report_says_what_each_has_used(gateway: Gateway) -> None:
         assert round(sum(row[name] for row in report["rows"]), 9) == round(whole[name], 9) > 0
     seen = await gateway.admin("GET", f"/admin/usage?group_by=end_user&bucket=none&user_id={tenant.id}")
     assert seen["rows"] == report["rows"]
-    everybody = await gateway.http.get("/admin/usage?group_by=end_user", headers={"authorization": f"Bearer {ADMIN_KEY}"})
+    everybody = await gateway.http.get(
+        "/admin/usage?group_by=end_user", headers={"authorization": f"Bearer {ADMIN_KEY}"}
+    )
     assert (everybody.status_code, everybody.json()["error"]["param"]) == (400, "user_id")
     records = (await manage(tenant, "GET", "/user/usage/records")).json()["records"]
     assert [record["end_user"] for record in records] == [None, "bob", "ann", "ann"]

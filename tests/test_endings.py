@@ -1,4 +1,6 @@
-"""How does a request end when it does not end well? Each ending leaves one record, no hold, and the right charge."""
+"""How does a request end when it does not end well? Each ending leaves one record, no hold, and the right
+charge.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ upstream, live_gateway, start_gateway = staged_upstream, staged_gateway, staged_
 
 
 def body(**changes: Any) -> dict[str, Any]:
-    return {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 400, **changes}
+    return {
+        "model": "openai/gpt-4o-mini",
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "max_tokens": 400,
+        **changes,
+    }
 
 
 Lines = AsyncIterator[str]
@@ -49,7 +56,9 @@ Lines = AsyncIterator[str]
 @asynccontextmanager
 async def streaming(user: User, **changes: Any) -> AsyncIterator[Lines]:
     """The lines of a stream whose client leaves at the end of the block."""
-    async with user.gateway.http.stream("POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True, **changes)) as answer:
+    async with user.gateway.http.stream(
+        "POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True, **changes)
+    ) as answer:
         assert answer.status_code == 200
         yield answer.aiter_lines()
 
@@ -94,7 +103,9 @@ async def let_the_server_notice(user: User) -> None:
 # The client leaves.
 
 
-async def test_a_client_that_leaves_in_mid_stream_stops_the_bill_where_the_provider_does(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_client_that_leaves_in_mid_stream_stops_the_bill_where_the_provider_does(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "abort;ms=20;tokens=300"
     async with streaming(user) as lines:
@@ -106,7 +117,9 @@ async def test_a_client_that_leaves_in_mid_stream_stops_the_bill_where_the_provi
     assert record["cost"] > 0
 
 
-async def test_a_client_that_leaves_a_silent_stream_is_noticed_at_once(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_client_that_leaves_a_silent_stream_is_noticed_at_once(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "stall;count=3"
     async with streaming(user) as lines:
@@ -115,17 +128,25 @@ async def test_a_client_that_leaves_a_silent_stream_is_noticed_at_once(live_gate
     assert completion(upstream).cancelled and record["status"] == "cancelled"
 
 
-async def test_a_provider_that_bills_the_whole_answer_anyway_is_heard_to_its_end(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_provider_that_bills_the_whole_answer_anyway_is_heard_to_its_end(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "slow;ms=10;tokens=30"
     async with streaming(user, model="google/gemini-2.5-flash") as lines:
         await read_events(lines, 3)
     record = await settled(user, upstream)
     assert not completion(upstream).cancelled
-    assert (record["status"], record["settlement_source"], record["completion_tokens"]) == ("cancelled", "usage", 30)
+    assert (record["status"], record["settlement_source"], record["completion_tokens"]) == (
+        "cancelled",
+        "usage",
+        30,
+    )
 
 
-async def test_a_client_that_leaves_before_the_first_token_is_charged_what_was_written(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_client_that_leaves_before_the_first_token_is_charged_what_was_written(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "slow-first-token;seconds=0.3,slow;ms=20;tokens=100"
     async with streaming(user):
@@ -172,14 +193,18 @@ async def test_a_client_that_leaves_during_admission_has_nothing_sent_and_nothin
         await asyncio.wait([waiting])
         await let_the_server_notice(user)
         await owner.execute("commit")
-    records = await eventually(user.records, lambda found: len(found) == 2 and found[0]["status"] != "pending")
+    records = await eventually(
+        user.records, lambda found: len(found) == 2 and found[0]["status"] != "pending"
+    )
     assert (records[0]["status"], records[0]["cost"]) == ("cancelled", 0)
     assert upstream.inferences == 0
     assert (await user.balance())["held"] == 0
     await database.assert_books_balance()
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     host, port = live_gateway.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
@@ -196,7 +221,9 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(li
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
-async def test_a_deadline_ends_an_upstream_that_says_nothing(start_gateway: Start, upstream: Upstream, streamed: bool) -> None:
+async def test_a_deadline_ends_an_upstream_that_says_nothing(
+    start_gateway: Start, upstream: Upstream, streamed: bool
+) -> None:
     """Neither usage nor an id is known: the charge is zero, and the record is listed as such."""
     gateway = await start_gateway(request_deadline_seconds=0.5, **live(upstream.url))
     user = await gateway.register(credits=1)
@@ -228,7 +255,9 @@ async def test_a_deadline_in_mid_stream_is_said_in_the_stream_and_charged_exactl
     assert Decimal(str(orjson.loads(usage[6:])["gateway_usage"]["cost"])) == Decimal(str(record["cost"])) > 0
 
 
-async def test_a_deadline_also_ends_a_request_whose_client_has_left(start_gateway: Start, upstream: Upstream) -> None:
+async def test_a_deadline_also_ends_a_request_whose_client_has_left(
+    start_gateway: Start, upstream: Upstream
+) -> None:
     gateway = await start_gateway(request_deadline_seconds=0.5, **live(upstream.url))
     user = await gateway.register(credits=1)
     upstream.scenario = "stall;count=3"
@@ -241,7 +270,9 @@ async def test_a_deadline_also_ends_a_request_whose_client_has_left(start_gatewa
 # The server stops.
 
 
-async def test_a_shutdown_in_mid_stream_settles_what_was_written(database: Database, upstream: Upstream, tmp_path: Path) -> None:
+async def test_a_shutdown_in_mid_stream_settles_what_was_written(
+    database: Database, upstream: Upstream, tmp_path: Path
+) -> None:
     settings = settings_for(database, gateway_data_dir=tmp_path, **live(upstream.url))
     async with AsyncExitStack() as stack, httpx.AsyncClient(timeout=30) as http:
         app = application.create_app(Configuration(settings, ()))
@@ -249,7 +280,9 @@ async def test_a_shutdown_in_mid_stream_settles_what_was_written(database: Datab
             http.base_url = httpx.URL(url)
             user = await Gateway(url, app, database, http, stack).register(credits=1)
             upstream.scenario = "slow;ms=50;tokens=390"
-            request = http.build_request("POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True))
+            request = http.build_request(
+                "POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True)
+            )
             answer = await http.send(request, stream=True)
             await read_events(lines := answer.aiter_lines(), 2)
         await answer.aclose()
@@ -278,7 +311,9 @@ async def test_a_cancelled_request_is_settled_all_the_same(live_gateway: Gateway
     assert record["status"] == "failed" and record["cost"] > 0
 
 
-async def test_a_request_cancelled_while_it_is_being_settled_is_settled_all_the_same(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_request_cancelled_while_it_is_being_settled_is_settled_all_the_same(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "usage-missing,generation-late;times=3"
     waiting = asyncio.create_task(user.chat())
@@ -293,7 +328,9 @@ async def test_a_request_cancelled_while_it_is_being_settled_is_settled_all_the_
     assert record["settlement_source"] == "generation" and record["cost"] > 0
 
 
-async def test_a_stream_of_two_seconds_can_be_finished_by_any_instance(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_stream_of_two_seconds_can_be_finished_by_any_instance(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "slow;ms=100;tokens=390"
     async with streaming(user) as lines:
@@ -304,9 +341,13 @@ async def test_a_stream_of_two_seconds_can_be_finished_by_any_instance(live_gate
     assert (await settled(user, upstream))["status"] == "cancelled"
 
 
-async def test_many_that_leave_at_any_time_are_charged_together_what_the_upstream_billed(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_many_that_leave_at_any_time_are_charged_together_what_the_upstream_billed(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
-    await live_gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
+    await live_gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}}
+    )
     upstream.scenario = "slow;ms=5;tokens=40"
     models = ("openai/gpt-4o-mini", "google/gemini-2.5-flash", "meta-llama/llama-3.3-70b-instruct")
 

@@ -8,7 +8,13 @@ from collections import Counter
 import pytest
 
 from common.errors import UpstreamUnavailable
-from gateway.upstream.provider_endpoints import FETCHES_AT_ONCE, MAX_BYTES, MOST_LISTS, RETRY_SECONDS, EndpointLists
+from gateway.upstream.provider_endpoints import (
+    FETCHES_AT_ONCE,
+    MAX_BYTES,
+    MOST_LISTS,
+    RETRY_SECONDS,
+    EndpointLists,
+)
 
 LIST = b'{"data": {"endpoints": []}}'
 
@@ -68,7 +74,9 @@ async def test_a_model_that_the_upstream_does_not_know_is_remembered_too() -> No
     assert source.asked["a/b"] == 1
 
 
-@pytest.mark.parametrize("answer", [UpstreamUnavailable(), b"nonsense", b"[]", b'{"data": []}', b" " * (MAX_BYTES + 1)])
+@pytest.mark.parametrize(
+    "answer", [UpstreamUnavailable(), b"nonsense", b"[]", b'{"data": []}', b" " * (MAX_BYTES + 1)]
+)
 async def test_a_failure_is_not_repeated_at_once(answer: bytes | Exception) -> None:
     source = Source(answer)
     lists = source.lists()

@@ -1,4 +1,6 @@
-"""Does every endpoint go through the same gate? Key, scope, hold, upstream, answer, charge; and its errors, in its own form."""
+"""Does every endpoint go through the same gate? Key, scope, hold, upstream, answer, charge; and its errors,
+in its own form.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,19 @@ import orjson
 import pytest
 import pytest_asyncio
 from rig import Gateway, User, eventually, fresh_database, live, running_gateway
-from scripted import EMBEDDER, GENERATION, MODELS, PAINTER, RANKER, SPEAKER, TEXT, WRITER, Reply, Scripted, running_script
+from scripted import (
+    EMBEDDER,
+    GENERATION,
+    MODELS,
+    PAINTER,
+    RANKER,
+    SPEAKER,
+    TEXT,
+    WRITER,
+    Reply,
+    Scripted,
+    running_script,
+)
 
 from embedded.postgres import EmbeddedPostgres
 from gateway.proxy.endpoints import ENDPOINTS
@@ -31,7 +45,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "id": GENERATION,
             "model": TEXT,
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hello."}}],
+            "choices": [
+                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hello."}}
+            ],
             "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13, "cost": float(COST)},
         },
     ),
@@ -62,7 +78,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "error": None,
             "model": TEXT,
             "output": [{"type": "message", "content": [{"type": "output_text", "text": "Hello."}]}],
-            "usage": {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13, "cost": float(COST), "is_byok": False},
+            "usage": {
+                "input_tokens": 9,
+                "output_tokens": 4,
+                "total_tokens": 13,
+                "cost": float(COST),
+                "is_byok": False,
+            },
         },
     ),
     "messages": (
@@ -74,7 +96,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "model": TEXT,
             "content": [{"type": "text", "text": "Hello."}],
             "stop_reason": "end_turn",
-            "usage": {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 4, "cost": float(COST)},
+            "usage": {
+                "input_tokens": 4,
+                "cache_read_input_tokens": 5,
+                "output_tokens": 4,
+                "cost": float(COST),
+            },
         },
     ),
     "rerank": (
@@ -83,7 +110,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "id": GENERATION,
             "model": RANKER,
             "results": [{"index": 1, "relevance_score": 0.9}],
-            "usage": {"search_units": 1, "prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13, "cost": float(COST)},
+            "usage": {
+                "search_units": 1,
+                "prompt_tokens": 9,
+                "completion_tokens": 4,
+                "total_tokens": 13,
+                "cost": float(COST),
+            },
         },
     ),
     "images": (
@@ -96,14 +129,32 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "audio/transcriptions": (
         {"model": WRITER, "input_audio": {"data": "UklGRg==", "format": "wav"}},
-        {"text": "Hello.", "usage": {"seconds": 2, "input_tokens": 9, "output_tokens": 4, "total_tokens": 13, "cost": float(COST)}},
+        {
+            "text": "Hello.",
+            "usage": {
+                "seconds": 2,
+                "input_tokens": 9,
+                "output_tokens": 4,
+                "total_tokens": 13,
+                "cost": float(COST),
+            },
+        },
     ),
 }
 LONG = bytes(range(256)) * 1_000  # more than arrives in one piece
 SPEECH = {"model": SPEAKER, "input": "Hello.", "voice": "alloy"}
-REQUESTS: dict[str, dict[str, Any]] = {**{name: request for name, (request, _) in CASES.items()}, "audio/speech": SPEECH}
+REQUESTS: dict[str, dict[str, Any]] = {
+    **{name: request for name, (request, _) in CASES.items()},
+    "audio/speech": SPEECH,
+}
 RESOURCES = {endpoint.name: endpoint.resource for endpoint in ENDPOINTS}
-ERROR_BODY = {"error": {"code": 429, "message": "Slow down, user_abcdefgh", "metadata": {"error_type": "rate_limit_exceeded"}}}
+ERROR_BODY = {
+    "error": {
+        "code": 429,
+        "message": "Slow down, user_abcdefgh",
+        "metadata": {"error_type": "rate_limit_exceeded"},
+    }
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -111,7 +162,9 @@ async def scene(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFac
     async with fresh_database(postgres) as database, running_script() as upstream:
         folder = tmp_path_factory.mktemp("scene")
         limits = {"max_body_bytes": 2_000_000, "request_deadline_seconds": 20}
-        async with running_gateway(database, gateway_data_dir=folder, **limits, **live(upstream.url)) as gateway:
+        async with running_gateway(
+            database, gateway_data_dir=folder, **limits, **live(upstream.url)
+        ) as gateway:
             yield gateway, upstream
 
 
@@ -119,7 +172,9 @@ def plain(answer: dict[str, Any], **rest: Any) -> Reply:
     return Reply([orjson.dumps(answer)], **rest)
 
 
-async def post(user: User, name: str, body: Any = None, *, prefix: str = "/v1", **rest: Any) -> httpx.Response:
+async def post(
+    user: User, name: str, body: Any = None, *, prefix: str = "/v1", **rest: Any
+) -> httpx.Response:
     if not {"content", "files"} & rest.keys():
         rest["json"] = REQUESTS[name] if body is None else body
     headers = {**user.headers, **rest.pop("headers", {})}
@@ -144,7 +199,10 @@ def assert_error(name: str, answer: httpx.Response, status: int) -> dict[str, An
         assert {"type", "message", "param", "code"} <= set(body["error"])
     else:
         openrouter = {"metadata"} if answer.request.url.path.startswith("/api/v1/") else set()
-        assert set(body) == {"error", "gateway"} and set(body["error"]) == {"type", "message", "param", "code"} | openrouter
+        assert (
+            set(body) == {"error", "gateway"}
+            and set(body["error"]) == {"type", "message", "param", "code"} | openrouter
+        )
         assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
         assert not openrouter or body["error"]["code"] == status
     return dict(body["error"])
@@ -164,7 +222,10 @@ async def test_an_answer_passes_and_is_charged(scene: Stage, name: str) -> None:
     charge = answer.json().pop("gateway_usage")
     assert {key: value for key, value in answer.json().items() if key != "gateway_usage"} == said
     assert (charge["tokens_charged"], Decimal(str(charge["cost"]))) == (13, Decimal(COST))
-    assert Decimal(answer.headers["x-gateway-cost"]) == Decimal(COST) and answer.headers["x-generation-id"] == GENERATION
+    assert (
+        Decimal(answer.headers["x-gateway-cost"]) == Decimal(COST)
+        and answer.headers["x-generation-id"] == GENERATION
+    )
     record = await settled(user)
     assert (record["endpoint"], record["status"], record["streamed"]) == (name, "completed", False)
     assert record["prompt_tokens"] + (record["completion_tokens"] or 0) == 13
@@ -187,7 +248,11 @@ async def test_a_refusal_of_the_upstream_costs_nothing_and_names_no_operator(sce
     upstream.say(plain(ERROR_BODY, status=429))
     answer = await post(user, name)
     error = assert_error(name, answer, 429)
-    assert (error["type"], error["code"], error["message"]) == ("rate_limit_error", "rate_limit_exceeded", "Slow down, ***")
+    assert (error["type"], error["code"], error["message"]) == (
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "Slow down, ***",
+    )
     assert answer.headers["retry-after"] and answer.headers["x-gateway-cost"] == "0"
     assert (await settled(user, "0"))["status"] == "failed" and len(upstream.sent) == 1
 
@@ -250,11 +315,16 @@ async def test_an_account_without_credits_sends_nothing(scene: Stage, name: str)
     user = await gateway.register()
     upstream.say(Reply([]))
     error = assert_error(name, await post(user, name), 402)
-    assert error["type"] == ("billing_error" if name == "messages" else "insufficient_quota") and upstream.sent == []
+    assert (
+        error["type"] == ("billing_error" if name == "messages" else "insufficient_quota")
+        and upstream.sent == []
+    )
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_a_body_too_large_is_refused_by_its_length_and_while_it_arrives(scene: Stage, name: str) -> None:
+async def test_a_body_too_large_is_refused_by_its_length_and_while_it_arrives(
+    scene: Stage, name: str
+) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(Reply([]))
@@ -291,7 +361,10 @@ async def test_a_browser_is_served_too(scene: Stage, name: str) -> None:
 
 
 def sse(*events: tuple[str, dict[str, Any]], named: bool = True) -> bytes:
-    lines = [(f"event: {kind}\n" if named else "").encode() + b"data: " + orjson.dumps(data) + b"\n\n" for kind, data in events]
+    lines = [
+        (f"event: {kind}\n" if named else "").encode() + b"data: " + orjson.dumps(data) + b"\n\n"
+        for kind, data in events
+    ]
     return b"".join(lines)
 
 
@@ -300,25 +373,47 @@ def responses_stream() -> bytes:
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
     return sse(
         ("response.created", {"type": "response.created", "sequence_number": 0, "response": begun}),
-        ("response.output_text.delta", {"type": "response.output_text.delta", "sequence_number": 1, "delta": "Hello."}),
+        (
+            "response.output_text.delta",
+            {"type": "response.output_text.delta", "sequence_number": 1, "delta": "Hello."},
+        ),
         ("response.completed", {"type": "response.completed", "sequence_number": 2, "response": whole}),
     )
 
 
 def messages_stream(**usage: Any) -> bytes:
     whole = CASES["messages"][1]
-    begun = {**whole, "content": [], "stop_reason": None, "usage": {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1}}
+    begun = {
+        **whole,
+        "content": [],
+        "stop_reason": None,
+        "usage": {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1},
+    }
     return sse(
         ("message_start", {"type": "message_start", "message": begun}),
-        ("content_block_delta", {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello."}}),
-        ("message_delta", {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 4, **usage}}),
+        (
+            "content_block_delta",
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello."}},
+        ),
+        (
+            "message_delta",
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": "end_turn"},
+                "usage": {"output_tokens": 4, **usage},
+            },
+        ),
         ("message_stop", {"type": "message_stop"}),
     )
 
 
 def completions_stream() -> bytes:
     whole = CASES["completions"][1]
-    begun = {"id": GENERATION, "model": TEXT, "choices": [{"index": 0, "text": " upon", "finish_reason": None}]}
+    begun = {
+        "id": GENERATION,
+        "model": TEXT,
+        "choices": [{"index": 0, "text": " upon", "finish_reason": None}],
+    }
     return sse(("", begun), ("", whole), named=False) + b"data: [DONE]\n\n"
 
 
@@ -343,14 +438,24 @@ async def test_a_stream_passes_and_its_last_event_tells_the_charge(scene: Stage,
     answer = await post(user, name, {**REQUESTS[name], "stream": True})
     assert answer.status_code == 200 and answer.headers["content-type"] == "text/event-stream"
     (charged,) = [event for event in events_of(answer) if "gateway_usage" in event]
-    assert Decimal(str(charged["gateway_usage"]["cost"])) == Decimal(COST) and charged["gateway_usage"]["tokens_charged"] == 13
+    assert (
+        Decimal(str(charged["gateway_usage"]["cost"])) == Decimal(COST)
+        and charged["gateway_usage"]["tokens_charged"] == 13
+    )
     assert [{**event, "gateway_usage": 0} for event in events_of(answer)] == [
-        {**orjson.loads(line[6:]), "gateway_usage": 0} for line in raw.decode().splitlines() if line.startswith("data: {")
+        {**orjson.loads(line[6:]), "gateway_usage": 0}
+        for line in raw.decode().splitlines()
+        if line.startswith("data: {")
     ]
     assert LAST[name] in answer.text.strip().splitlines()[-1]
     assert answer.text.count("event: ") == raw.count(b"event: ")
     record = await settled(user)
-    assert (record["endpoint"], record["status"], record["streamed"], record["settlement_source"]) == (name, "completed", True, "usage")
+    assert (record["endpoint"], record["status"], record["streamed"], record["settlement_source"]) == (
+        name,
+        "completed",
+        True,
+        "usage",
+    )
 
 
 async def test_a_message_without_a_cost_is_charged_by_its_generation(scene: Stage) -> None:
@@ -424,7 +529,11 @@ async def test_a_response_is_recorded_by_its_status(scene: Stage, status: str, o
         user = await gateway.register(credits=1)
         upstream.say(reply)
         assert (
-            await post(user, "responses", {**REQUESTS["responses"], "stream": reply.content_type != "application/json"})
+            await post(
+                user,
+                "responses",
+                {**REQUESTS["responses"], "stream": reply.content_type != "application/json"},
+            )
         ).status_code == 200
         record = await settled(user)
         assert (record["status"], record["finish_reason"]) == (outcome, status)
@@ -437,7 +546,11 @@ async def test_anthropic_s_headers_are_taken_and_not_needed(scene: Stage) -> Non
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(plain(CASES["messages"][1]))
-    headers = {"x-api-key": user.key, "anthropic-version": "2023-06-01", "anthropic-beta": "context-1m-2025-08-07"}
+    headers = {
+        "x-api-key": user.key,
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "context-1m-2025-08-07",
+    }
     answer = await gateway.http.post("/v1/messages", headers=headers, json=REQUESTS["messages"])
     assert answer.status_code == 200
     (sent,) = upstream.sent
@@ -465,10 +578,16 @@ async def test_anthropic_s_headers_are_taken_and_not_needed(scene: Stage) -> Non
         (529, "overloaded_error", 503),
     ],
 )
-async def test_what_the_upstream_refuses_has_anthropic_s_name(scene: Stage, status: int, kind: str, told: int) -> None:
+async def test_what_the_upstream_refuses_has_anthropic_s_name(
+    scene: Stage, status: int, kind: str, told: int
+) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    error = {"type": "error", "error": {"type": "x", "message": "Said by user_abcdefgh", "error_type": "some_reason"}, "request_id": None}
+    error = {
+        "type": "error",
+        "error": {"type": "x", "message": "Said by user_abcdefgh", "error_type": "some_reason"},
+        "request_id": None,
+    }
     upstream.say(plain(error, status=status, headers={}))
     found = assert_error("messages", await post(user, "messages"), told)
     assert found["type"] == kind and "user_abcdefgh" not in found["message"]
@@ -477,7 +596,11 @@ async def test_what_the_upstream_refuses_has_anthropic_s_name(scene: Stage, stat
 
 async def test_below_messages_everything_speaks_as_anthropic(scene: Stage) -> None:
     error = assert_error("messages", await scene[0].http.post("/v1/messages/count_tokens", json={}), 404)
-    assert error["type"] == "not_found_error" and error["code"] == "not_offered" and "`messages`" in error["message"]
+    assert (
+        error["type"] == "not_found_error"
+        and error["code"] == "not_offered"
+        and "`messages`" in error["message"]
+    )
 
 
 # Speech.
@@ -516,7 +639,13 @@ async def test_speech_in_one_piece_tells_its_charge_in_the_headers(scene: Stage)
 async def test_speech_that_breaks_off_breaks_off_for_the_client_too(scene: Stage) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    upstream.say(Reply([LONG], content_type="audio/mpeg", headers={"x-generation-id": GENERATION, "content-length": "999999"}))
+    upstream.say(
+        Reply(
+            [LONG],
+            content_type="audio/mpeg",
+            headers={"x-generation-id": GENERATION, "content-length": "999999"},
+        )
+    )
     upstream.known_cost = COST
     with pytest.raises(httpx.RemoteProtocolError):
         await post(user, "audio/speech")
@@ -555,12 +684,19 @@ async def test_a_file_goes_out_as_it_came_in_and_its_transcript_is_charged(scene
     user = await gateway.register(credits=1)
     upstream.say(plain(CASES["audio/transcriptions"][1]))
     made = await user.sdk().audio.transcriptions.create(
-        model=WRITER, file=("a.wav", AUDIO, "audio/wav"), timestamp_granularities=["word"], response_format="verbose_json"
+        model=WRITER,
+        file=("a.wav", AUDIO, "audio/wav"),
+        timestamp_granularities=["word"],
+        response_format="verbose_json",
     )
     assert made.text == "Hello."
     (sent,) = upstream.sent
     assert sent.headers["content-type"].startswith("multipart/form-data; boundary=gateway-")
-    assert sent.body.count(b"\r\n\r\n" + AUDIO + b"\r\n") == 1 and b'filename="a.wav"' in sent.body and b'name="user"' in sent.body
+    assert (
+        sent.body.count(b"\r\n\r\n" + AUDIO + b"\r\n") == 1
+        and b'filename="a.wav"' in sent.body
+        and b'name="user"' in sent.body
+    )
     assert (await settled(user))["endpoint"] == "audio/transcriptions"
 
 
@@ -568,7 +704,10 @@ async def test_a_form_without_its_model_or_file_names_the_field(scene: Stage) ->
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(Reply([]))
-    for files, data, param in (({"file": ("a.wav", AUDIO)}, {}, "model"), ({"other": ("a.wav", AUDIO)}, {"model": WRITER}, "other")):
+    for files, data, param in (
+        ({"file": ("a.wav", AUDIO)}, {}, "model"),
+        ({"other": ("a.wav", AUDIO)}, {"model": WRITER}, "other"),
+    ):
         answer = await post(user, "audio/transcriptions", files=files, data=data)
         assert assert_error("audio/transcriptions", answer, 400)["param"] == param
     answer = await post(user, "chat/completions", files={"file": ("a.wav", AUDIO)})
@@ -601,7 +740,9 @@ async def test_what_is_not_offered_says_so_by_name(scene: Stage, method: str, pa
         error = assert_error(path, await gateway.http.request(method, f"{prefix}/{path}"), 404)
         code = error["code"] if prefix == "/v1" else error["metadata"]["error_type"]
         assert code == "not_offered" and error["message"].startswith("`")
-    assert assert_error("x", await gateway.http.request(method, "/v1/nothing-here"), 404)["code"] == "not_found"
+    assert (
+        assert_error("x", await gateway.http.request(method, "/v1/nothing-here"), 404)["code"] == "not_found"
+    )
     assert upstream.sent == []
 
 
@@ -640,9 +781,15 @@ async def test_the_sdk_streams_responses_and_finds_the_charge_in_the_last_event(
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(Reply([STREAMS["responses"]], content_type="text/event-stream"))
-    stream = await user.sdk().responses.create(model=TEXT, input="Say hello.", max_output_tokens=50, stream=True)
+    stream = await user.sdk().responses.create(
+        model=TEXT, input="Say hello.", max_output_tokens=50, stream=True
+    )
     events = [event async for event in stream]
-    assert [event.type for event in events] == ["response.created", "response.output_text.delta", "response.completed"]
+    assert [event.type for event in events] == [
+        "response.created",
+        "response.output_text.delta",
+        "response.completed",
+    ]
     assert Decimal(str((events[-1].model_extra or {})["gateway_usage"]["cost"])) == Decimal(COST)
     assert events[-1].type == "response.completed" and events[-1].response.status == "completed"
     await settled(user)
@@ -651,11 +798,21 @@ async def test_the_sdk_streams_responses_and_finds_the_charge_in_the_last_event(
 async def test_the_sdk_raises_what_breaks_off_in_a_response(scene: Stage) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    upstream.say(Reply([STREAMS["responses"].partition(b"event: response.completed")[0]], content_type="text/event-stream"))
+    upstream.say(
+        Reply(
+            [STREAMS["responses"].partition(b"event: response.completed")[0]],
+            content_type="text/event-stream",
+        )
+    )
     upstream.known_cost = COST
-    stream = await user.sdk().responses.create(model=TEXT, input="Say hello.", max_output_tokens=50, stream=True)
+    stream = await user.sdk().responses.create(
+        model=TEXT, input="Say hello.", max_output_tokens=50, stream=True
+    )
     events = aiter(stream)
-    assert [(await anext(events)).type for _ in range(2)] == ["response.created", "response.output_text.delta"]
+    assert [(await anext(events)).type for _ in range(2)] == [
+        "response.created",
+        "response.output_text.delta",
+    ]
     with pytest.raises(openai.APIError, match="ended too early"):
         await anext(events)
     await settled(user)
@@ -667,7 +824,9 @@ async def test_the_sdk_hears_speech_draws_images_and_embeds(scene: Stage) -> Non
     sdk = user.sdk()
     upstream.say(Reply([LONG], content_type="audio/mpeg"))
     upstream.known_cost = COST
-    async with sdk.audio.speech.with_streaming_response.create(model=SPEAKER, input="Hello.", voice="alloy") as speech:
+    async with sdk.audio.speech.with_streaming_response.create(
+        model=SPEAKER, input="Hello.", voice="alloy"
+    ) as speech:
         assert b"".join([piece async for piece in speech.iter_bytes()]) == LONG
     upstream.say(plain(CASES["images"][1]))
     drawn = await sdk.images.generate(model=PAINTER, prompt="A lighthouse")

@@ -1,6 +1,8 @@
-"""Every management endpoint, one by one: nobody, a key that may not, somebody else's, and the valid call with its documented fields.
+"""Every management endpoint, one by one: nobody, a key that may not, somebody else's, and the valid call with
+its documented fields.
 
-The table is complete: a test compares it with the OpenAPI document. Proxied endpoints (/v1) have tests of their own.
+The table is complete: a test compares it with the OpenAPI document. Proxied endpoints (/v1) have tests of
+their own.
 """
 
 from __future__ import annotations
@@ -43,7 +45,12 @@ class World:
     strangers_webhook_id: int
 
     def fill(self, text: str, **changes: Any) -> str:
-        ids = {"user_id": self.user.id, "key_id": self.key_id, "plan_id": self.plan_id, "request_id": self.unknown_id}
+        ids = {
+            "user_id": self.user.id,
+            "key_id": self.key_id,
+            "plan_id": self.plan_id,
+            "request_id": self.unknown_id,
+        }
         return text.format(**{**ids, "budget_id": self.budget_id, "webhook_id": self.webhook_id, **changes})
 
 
@@ -53,7 +60,9 @@ Missing = Callable[[World], tuple[dict[str, Any], Any]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One row of the table. `scope`: what a user's key needs, None for administrators. `missing`: path and body that find nothing."""
+    """One row of the table. `scope`: what a user's key needs, None for administrators. `missing`: path and
+    body that find nothing.
+    """
 
     method: str
     path: str
@@ -118,9 +127,20 @@ OWN_KEY = {"key": "sk-or-v1-" + "0" * 64}
 REPORT = {"status", "start", "end", "timezone", "bucket", "group_by", "total", "rows"}
 
 TABLE = [
-    Endpoint("GET", "/user/balance", ("read", "balance"), {"api_key", "credits", "status", "user_id", "held", "available"}),
+    Endpoint(
+        "GET",
+        "/user/balance",
+        ("read", "balance"),
+        {"api_key", "credits", "status", "user_id", "held", "available"},
+    ),
     Endpoint("GET", "/user/profile", ("read", "profile"), PROFILE),
-    Endpoint("PUT", "/user/profile", ("write", "profile"), PROFILE, lambda w: {"name": f"new{w.user.id}", "settings": {"a": 1}}),
+    Endpoint(
+        "PUT",
+        "/user/profile",
+        ("write", "profile"),
+        PROFILE,
+        lambda w: {"name": f"new{w.user.id}", "settings": {"a": 1}},
+    ),
     Endpoint(
         "DELETE",
         "/user/account",
@@ -134,28 +154,89 @@ TABLE = [
         ("read", "usage"),
         {"status", "timestamp", "user_id", "api_key", "current_credits", "usage_metrics", "rate_limits"},
     ),
-    Endpoint("GET", "/user/limit", ("read", "usage"), {"status", "api_key", "current_limits", "current_usage", "reset_times"}),
+    Endpoint(
+        "GET",
+        "/user/limit",
+        ("read", "usage"),
+        {"status", "api_key", "current_limits", "current_usage", "reset_times"},
+    ),
     Endpoint("GET", "/user/environment-usage", ("read", "usage"), {"environment_usage"}),
     Endpoint("GET", "/user/usage", ("read", "usage"), REPORT),
     Endpoint("GET", "/user/usage/records", ("read", "usage"), {"status", "records", "next_cursor"}),
-    Endpoint("GET", "/user/transactions", ("read", "transactions"), {"status", "transactions", "next_cursor"}),
+    Endpoint(
+        "GET", "/user/transactions", ("read", "transactions"), {"status", "transactions", "next_cursor"}
+    ),
     Endpoint("GET", "/user/provider-key", ("read", "account"), {"status", "provider_key"}),
-    Endpoint("PUT", "/user/provider-key", ("write", "account"), {"status", "provider_key", "checked"}, lambda w: OWN_KEY),
+    Endpoint(
+        "PUT",
+        "/user/provider-key",
+        ("write", "account"),
+        {"status", "provider_key", "checked"},
+        lambda w: OWN_KEY,
+    ),
     Endpoint("DELETE", "/user/provider-key", ("write", "account"), {"status", "message"}),
     Endpoint("GET", "/user/end-users", ("read", "budgets"), {"status", "end_users", "next_cursor"}),
-    Endpoint("POST", "/user/end-users", ("write", "budgets"), END_USER, lambda w: {"end_user": "new", **BUDGET}, status=201),
-    Endpoint("PUT", "/user/end-users/{budget_id}", ("write", "budgets"), END_USER, lambda w: {"budget": 6}, NO_BUDGET),
-    Endpoint("DELETE", "/user/end-users/{budget_id}", ("write", "budgets"), {"status", "message", "deleted_id"}, missing=NO_BUDGET),
+    Endpoint(
+        "POST",
+        "/user/end-users",
+        ("write", "budgets"),
+        END_USER,
+        lambda w: {"end_user": "new", **BUDGET},
+        status=201,
+    ),
+    Endpoint(
+        "PUT",
+        "/user/end-users/{budget_id}",
+        ("write", "budgets"),
+        END_USER,
+        lambda w: {"budget": 6},
+        NO_BUDGET,
+    ),
+    Endpoint(
+        "DELETE",
+        "/user/end-users/{budget_id}",
+        ("write", "budgets"),
+        {"status", "message", "deleted_id"},
+        missing=NO_BUDGET,
+    ),
     Endpoint("GET", "/user/budget-events", ("read", "budgets"), {"status", "events", "next_cursor"}),
     Endpoint("GET", "/user/webhooks", ("read", "webhooks"), {"status", "webhooks"}),
     Endpoint("POST", "/user/webhooks", ("write", "webhooks"), WEBHOOK, lambda w: HOOK, status=201),
-    Endpoint("GET", "/user/webhooks/deliveries", ("read", "webhooks"), {"status", "deliveries", "next_cursor"}),
-    Endpoint("PUT", "/user/webhooks/{webhook_id}", ("write", "webhooks"), WEBHOOK, lambda w: {"rotate_secret": True}, NO_WEBHOOK),
-    Endpoint("DELETE", "/user/webhooks/{webhook_id}", ("write", "webhooks"), {"status", "message", "deleted_id"}, missing=NO_WEBHOOK),
-    Endpoint("POST", "/user/webhooks/{webhook_id}/test", ("write", "webhooks"), {"status", "message", "delivery"}, missing=NO_WEBHOOK),
-    Endpoint("GET", "/user/plan", ("read", "plan"), {"status", "plan", "limits", "start_date", "end_date", "is_active"}),
+    Endpoint(
+        "GET", "/user/webhooks/deliveries", ("read", "webhooks"), {"status", "deliveries", "next_cursor"}
+    ),
+    Endpoint(
+        "PUT",
+        "/user/webhooks/{webhook_id}",
+        ("write", "webhooks"),
+        WEBHOOK,
+        lambda w: {"rotate_secret": True},
+        NO_WEBHOOK,
+    ),
+    Endpoint(
+        "DELETE",
+        "/user/webhooks/{webhook_id}",
+        ("write", "webhooks"),
+        {"status", "message", "deleted_id"},
+        missing=NO_WEBHOOK,
+    ),
+    Endpoint(
+        "POST",
+        "/user/webhooks/{webhook_id}/test",
+        ("write", "webhooks"),
+        {"status", "message", "delivery"},
+        missing=NO_WEBHOOK,
+    ),
+    Endpoint(
+        "GET",
+        "/user/plan",
+        ("read", "plan"),
+        {"status", "plan", "limits", "start_date", "end_date", "is_active"},
+    ),
     Endpoint("DELETE", "/user/plan", ("write", "plan"), {"status", "message", "plan_id"}),
-    Endpoint("GET", "/user/plan/usage", ("read", "plan"), {"plan_name", "usage", "limits", "remaining", "at_limit"}),
+    Endpoint(
+        "GET", "/user/plan/usage", ("read", "plan"), {"plan_name", "usage", "limits", "remaining", "at_limit"}
+    ),
     Endpoint(
         "GET",
         "/user/plan/entitlements",
@@ -171,7 +252,9 @@ TABLE = [
         lambda w: {"key_name": "third"},
     ),
     Endpoint("GET", "/user/api-keys/usage", READ_KEYS, {"user_id", "total_keys", "keys", "audit_logging"}),
-    Endpoint("GET", "/user/api-keys/audit-logs", ("read", "audit"), {"status", "total_logs", "logs", "next_cursor"}),
+    Endpoint(
+        "GET", "/user/api-keys/audit-logs", ("read", "audit"), {"status", "total_logs", "logs", "next_cursor"}
+    ),
     Endpoint("GET", "/user/api-keys/{key_id}", READ_KEYS, KEY, missing=NO_KEY),
     Endpoint(
         "PUT",
@@ -197,7 +280,9 @@ TABLE = [
         lambda w: {"grace_period": 60},
         NO_KEY,
     ),
-    Endpoint("GET", "/user/api-keys/{key_id}/reveal", WRITE_KEYS, {"status", "api_key", "key"}, missing=NO_KEY),
+    Endpoint(
+        "GET", "/user/api-keys/{key_id}/reveal", WRITE_KEYS, {"status", "api_key", "key"}, missing=NO_KEY
+    ),
     Endpoint(
         "POST",
         "/admin/add_credits",
@@ -268,7 +353,11 @@ TABLE = [
         (of_body(user_id=UNKNOWN, key_name="x"),),
     ),
     Endpoint(
-        "DELETE", "/admin/keys/{key_id}", None, {"status", "message", "user_id", "deleted_key_id"}, missing=(of_path(key_id=UNKNOWN),)
+        "DELETE",
+        "/admin/keys/{key_id}",
+        None,
+        {"status", "message", "user_id", "deleted_key_id"},
+        missing=(of_path(key_id=UNKNOWN),),
     ),
     Endpoint(
         "POST",
@@ -279,15 +368,43 @@ TABLE = [
         (of_body(keys=[{"user_id": UNKNOWN, "api_key": "x" * 20}]),),
     ),
     Endpoint("GET", "/admin/users", None, {"status", "users", "next_cursor"}),
-    Endpoint("GET", "/admin/users/{user_id}", None, {"status", "user", "keys", "usage_metrics"}, missing=NO_USER),
-    Endpoint("PUT", "/admin/users/{user_id}", None, {"status", "user"}, lambda w: {"is_active": True}, NO_USER),
+    Endpoint(
+        "GET", "/admin/users/{user_id}", None, {"status", "user", "keys", "usage_metrics"}, missing=NO_USER
+    ),
+    Endpoint(
+        "PUT", "/admin/users/{user_id}", None, {"status", "user"}, lambda w: {"is_active": True}, NO_USER
+    ),
     Endpoint("POST", "/admin/plans", None, PLAN, lambda w: {"slug": f"made-{w.user.id}", "name": "Made"}),
-    Endpoint("PUT", "/admin/plans/{plan_id}", None, PLAN, lambda w: {"daily_request_limit": 5}, (of_path(plan_id=UNKNOWN),)),
-    Endpoint("DELETE", "/admin/plans/{plan_id}", None, {"status", "message", "plan_id"}, missing=(of_path(plan_id=UNKNOWN),)),
+    Endpoint(
+        "PUT",
+        "/admin/plans/{plan_id}",
+        None,
+        PLAN,
+        lambda w: {"daily_request_limit": 5},
+        (of_path(plan_id=UNKNOWN),),
+    ),
+    Endpoint(
+        "DELETE",
+        "/admin/plans/{plan_id}",
+        None,
+        {"status", "message", "plan_id"},
+        missing=(of_path(plan_id=UNKNOWN),),
+    ),
     Endpoint("POST", "/admin/refresh-models", None, {"total_models"}),
     Endpoint("GET", "/admin/cache-status", None, {"cache_info"}),
-    Endpoint("GET", "/admin/reconciliation", None, {"status", "mode", "upstream", "windows", "open", "journal_waiting", "timestamp"}),
-    Endpoint("GET", "/admin/reconciliation/items", None, {"status", "kind", "items", "next_cursor"}, query="?kind=unknown"),
+    Endpoint(
+        "GET",
+        "/admin/reconciliation",
+        None,
+        {"status", "mode", "upstream", "windows", "open", "journal_waiting", "timestamp"},
+    ),
+    Endpoint(
+        "GET",
+        "/admin/reconciliation/items",
+        None,
+        {"status", "kind", "items", "next_cursor"},
+        query="?kind=unknown",
+    ),
     Endpoint(
         "POST",
         "/admin/reconciliation/{request_id}/resolve",
@@ -346,18 +463,30 @@ def gateway(stage: tuple[Gateway, Upstream]) -> Gateway:
 
 async def make_world(gateway: Gateway) -> World:
     user, stranger = await gateway.register(credits=5), await gateway.register()
-    made = await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True})
+    made = await gateway.http.post(
+        "/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True}
+    )
     (strangers,) = (await gateway.http.get("/user/api-keys", headers=stranger.headers)).json()["keys"]
     plan = await gateway.admin("POST", "/admin/plans", json={"slug": f"plan-{user.id}", "name": "Plan"})
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
-    known, unknown = [(await user.chat(model="sandbox/fixed-price")).headers["x-request-id"] for _ in range(2)]
+    known, unknown = [
+        (await user.chat(model="sandbox/fixed-price")).headers["x-request-id"] for _ in range(2)
+    ]
     await make_unknown(gateway, user, unknown)
     budgets, webhooks = [], []
     for each in (user, stranger):
         order = {"end_user": "ada", **BUDGET}
-        budgets.append((await gateway.http.post("/user/end-users", headers=each.headers, json=order)).json()["id"])
-        webhooks.append((await gateway.http.post("/user/webhooks", headers=each.headers, json=HOOK)).json()["webhook"]["id"])
-    assert (await gateway.http.put("/user/provider-key", headers=user.headers, json=OWN_KEY)).status_code == 200
+        budgets.append(
+            (await gateway.http.post("/user/end-users", headers=each.headers, json=order)).json()["id"]
+        )
+        webhooks.append(
+            (await gateway.http.post("/user/webhooks", headers=each.headers, json=HOOK)).json()["webhook"][
+                "id"
+            ]
+        )
+    assert (
+        await gateway.http.put("/user/provider-key", headers=user.headers, json=OWN_KEY)
+    ).status_code == 200
     keys = (made.json()["key"]["id"], strangers["id"])
     return World(gateway, user, stranger, *keys, plan["id"], known, unknown, *budgets, *webhooks)
 
@@ -374,8 +503,12 @@ async def shared(stage: tuple[Gateway, Upstream]) -> World:
     return await make_world(stage[0])
 
 
-async def call(world: World, endpoint: Endpoint, headers: dict[str, str], ids: dict[str, Any], body: Any) -> httpx.Response:
-    return await world.gateway.http.request(endpoint.method, world.fill(endpoint.path, **ids) + endpoint.query, headers=headers, json=body)
+async def call(
+    world: World, endpoint: Endpoint, headers: dict[str, str], ids: dict[str, Any], body: Any
+) -> httpx.Response:
+    return await world.gateway.http.request(
+        endpoint.method, world.fill(endpoint.path, **ids) + endpoint.query, headers=headers, json=body
+    )
 
 
 def body_of(endpoint: Endpoint, world: World) -> Any:
@@ -408,7 +541,10 @@ async def test_scopes_name_what_there_is() -> None:
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)
 async def test_nobody_is_told_to_send_a_key(gateway: Gateway, endpoint: Endpoint) -> None:
-    path = endpoint.path.format(user_id=1, key_id=1, plan_id=1, budget_id=1, webhook_id=1, request_id=NO_REQUEST) + endpoint.query
+    path = (
+        endpoint.path.format(user_id=1, key_id=1, plan_id=1, budget_id=1, webhook_id=1, request_id=NO_REQUEST)
+        + endpoint.query
+    )
     answer = await gateway.http.request(endpoint.method, path, json={})
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -418,9 +554,13 @@ async def test_nobody_is_told_to_send_a_key(gateway: Gateway, endpoint: Endpoint
 async def test_a_key_with_every_scope_but_this_one_is_refused(shared: World, endpoint: Endpoint) -> None:
     assert endpoint.scope is not None
     verb, resource = endpoint.scope
-    scopes = {each: [name for name in RESOURCES if (each, name) != (verb, resource)] for each in ("read", "write")}
+    scopes = {
+        each: [name for name in RESOURCES if (each, name) != (verb, resource)] for each in ("read", "write")
+    }
     made = await shared.gateway.http.post(
-        "/user/api-keys", headers=shared.user.headers, json={"key_name": str(endpoint), "scope_permissions": scopes}
+        "/user/api-keys",
+        headers=shared.user.headers,
+        json={"key_name": str(endpoint), "scope_permissions": scopes},
     )
     headers = {"authorization": f"Bearer {made.json()['api_key']}"}
     answer = await call(shared, endpoint, headers, {}, body_of(endpoint, shared))
@@ -435,14 +575,26 @@ async def test_a_user_s_key_opens_no_administrator_s_endpoint(shared: World, end
 
 
 @pytest.mark.parametrize(("endpoint", "number"), WITH_MISSING, ids=str)
-async def test_what_is_not_there_or_somebody_else_s_is_a_404_that_names_it(shared: World, endpoint: Endpoint, number: int) -> None:
+async def test_what_is_not_there_or_somebody_else_s_is_a_404_that_names_it(
+    shared: World, endpoint: Endpoint, number: int
+) -> None:
     ids, body = endpoint.missing[number](shared)
-    answer = await call(shared, endpoint, headers_for(endpoint, shared), ids, body if body is not None else body_of(endpoint, shared))
+    answer = await call(
+        shared,
+        endpoint,
+        headers_for(endpoint, shared),
+        ids,
+        body if body is not None else body_of(endpoint, shared),
+    )
     assert answer.status_code == 404, answer.text
     assert answer.json()["error"]["param"]
 
 
-@pytest.mark.parametrize("endpoint", [e for e in TABLE if e.path.startswith("/user/plan") and e.method in ("GET", "DELETE")], ids=str)
+@pytest.mark.parametrize(
+    "endpoint",
+    [e for e in TABLE if e.path.startswith("/user/plan") and e.method in ("GET", "DELETE")],
+    ids=str,
+)
 async def test_without_a_plan_there_is_none_to_see_or_cancel(shared: World, endpoint: Endpoint) -> None:
     answer = await call(shared, endpoint, shared.stranger.headers, {}, None)
     assert answer.status_code == (404 if endpoint.path == "/user/plan" else 200)
@@ -464,9 +616,15 @@ async def test_a_valid_call_answers_with_its_documented_fields(world: World, end
 
 
 @pytest.mark.parametrize("endpoint", PUBLIC, ids=lambda e: f"{e.method} {e.path}")
-async def test_a_public_endpoint_answers_anybody_and_refuses_nonsense(gateway: Gateway, endpoint: Public) -> None:
-    headers = ADMIN if endpoint.method == "POST" else {}  # registration is closed in live mode, but for administrators
-    answer = await gateway.http.request(endpoint.method, endpoint.call or endpoint.path, headers=headers, json=endpoint.body)
+async def test_a_public_endpoint_answers_anybody_and_refuses_nonsense(
+    gateway: Gateway, endpoint: Public
+) -> None:
+    headers = (
+        ADMIN if endpoint.method == "POST" else {}
+    )  # registration is closed in live mode, but for administrators
+    answer = await gateway.http.request(
+        endpoint.method, endpoint.call or endpoint.path, headers=headers, json=endpoint.body
+    )
     assert answer.status_code == 200, answer.text
     assert not endpoint.fields or endpoint.fields <= answer.json().keys()
     for path, body, status, param in endpoint.wrong:

@@ -1,4 +1,6 @@
-"""Lists that leave whole: streamed page by page, stopped by who leaves, and never passing for complete when they are not."""
+"""Lists that leave whole: streamed page by page, stopped by who leaves, and never passing for complete when
+they are not.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ Start = Callable[..., Awaitable[Gateway]]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 MANY = 12 * PAGE + 7
 
-# Settled records, two to a moment so that a page may end between two of the same time; ids and times grow together.
+# Settled records, two to a moment so that a page may end between two of the same time; ids and times grow
+# together.
 RECORDS = """
 insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, status,
                                   settlement_source, created_at, expires_at, settled_at)
@@ -51,7 +54,9 @@ async def test_every_record_is_exported_once_in_every_form(gateway: Gateway) -> 
     user, other = await gateway.register(), await gateway.register()
     await fill(user)
     await fill(other, 3)
-    lines = [json.loads(line) for line in (await text(user, "/user/usage/records?format=jsonl")).text.splitlines()]
+    lines = [
+        json.loads(line) for line in (await text(user, "/user/usage/records?format=jsonl")).text.splitlines()
+    ]
     table = rows_of(await text(user, "/user/usage/records?format=csv"))
     ids = [row["request_id"] for row in await gateway.database.rows(
         "select request_id::text from public.usage_records where user_id = $1 order by created_at desc, request_id desc", user.id
@@ -67,12 +72,16 @@ async def test_every_record_is_exported_once_in_every_form(gateway: Gateway) -> 
 async def test_a_range_bounds_an_export_and_a_page_alike(gateway: Gateway) -> None:
     user = await gateway.register()
     await fill(user, 600)
-    first, last = await gateway.database.value("select array[min(created_at), max(created_at)] from public.usage_records")
+    first, last = await gateway.database.value(
+        "select array[min(created_at), max(created_at)] from public.usage_records"
+    )
     start, end = first.isoformat().replace("+00:00", "Z"), last.isoformat().replace("+00:00", "Z")
     for path, headers in (("/user/usage/records", user.headers), ("/admin/usage/records", ADMIN)):
         for times in (f"start={start}&end={end}", f"start={end}", f"end={start}"):
             expected = {f"start={start}&end={end}": 599, f"start={end}": 1, f"end={start}": 0}[times]
-            lines = (await gateway.http.get(f"{path}?format=jsonl&{times}", headers=headers)).text.splitlines()
+            lines = (
+                await gateway.http.get(f"{path}?format=jsonl&{times}", headers=headers)
+            ).text.splitlines()
             page = (await gateway.http.get(f"{path}?limit=1000&{times}", headers=headers)).json()["records"]
             assert (len(lines), len(page)) == (expected, expected), (path, times)
 
@@ -83,7 +92,14 @@ async def test_an_export_of_everybody_s_says_whose_each_row_is(gateway: Gateway)
     await fill(two, 300)
     everybody = rows_of(await gateway.http.get("/admin/usage/records?format=csv", headers=ADMIN))
     assert len(everybody) == 700 and {row["user_id"] for row in everybody} == {str(one.id), str(two.id)}
-    assert len(rows_of(await gateway.http.get(f"/admin/usage/records?format=csv&user_id={two.id}", headers=ADMIN))) == 300
+    assert (
+        len(
+            rows_of(
+                await gateway.http.get(f"/admin/usage/records?format=csv&user_id={two.id}", headers=ADMIN)
+            )
+        )
+        == 300
+    )
     seen, cursor = [], ""
     while cursor is not None:
         page = await gateway.admin("GET", f"/admin/usage/records?limit=300{cursor and '&cursor=' + cursor}")
@@ -100,14 +116,25 @@ async def test_an_export_of_everybody_s_says_whose_each_row_is(gateway: Gateway)
 
 async def test_the_audit_log_is_exported_with_its_details(gateway: Gateway) -> None:
     user = await gateway.register(credits=2)
-    rows = rows_of(await gateway.http.get(f"/admin/audit-logs?format=csv&user_id={user.id}&action=add_credits", headers=ADMIN))
+    rows = rows_of(
+        await gateway.http.get(
+            f"/admin/audit-logs?format=csv&user_id={user.id}&action=add_credits", headers=ADMIN
+        )
+    )
     assert [json.loads(row["details"])["amount_nanos"] for row in rows] == [2_000_000_000]
-    own = [json.loads(line) for line in (await text(user, "/user/api-keys/audit-logs?format=jsonl")).text.splitlines()]
+    own = [
+        json.loads(line)
+        for line in (await text(user, "/user/api-keys/audit-logs?format=jsonl")).text.splitlines()
+    ]
     assert [entry["action"] for entry in own] == ["set_limits", "add_credits", "create"]
 
 
-@pytest.mark.parametrize(("form", "kind"), [("csv", "text/csv; charset=utf-8"), ("jsonl", "application/x-ndjson")])
-async def test_an_export_is_a_file_with_a_name_and_nobody_keeps_it(gateway: Gateway, form: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "kind"), [("csv", "text/csv; charset=utf-8"), ("jsonl", "application/x-ndjson")]
+)
+async def test_an_export_is_a_file_with_a_name_and_nobody_keeps_it(
+    gateway: Gateway, form: str, kind: str
+) -> None:
     user = await gateway.register()
     answer = await text(user, f"/user/usage/records?format={form}")
     assert answer.headers["content-type"] == kind
@@ -121,19 +148,39 @@ async def test_a_limit_bounds_an_export_and_a_cursor_begins_it(gateway: Gateway)
     user = await gateway.register()
     await fill(user, 700)
     page = (await text(user, "/user/usage/records?limit=100")).json()
-    rest = (await text(user, f"/user/usage/records?format=jsonl&limit=550&cursor={page['next_cursor']}")).text.splitlines()
+    rest = (
+        await text(user, f"/user/usage/records?format=jsonl&limit=550&cursor={page['next_cursor']}")
+    ).text.splitlines()
     assert len(rest) == 550
-    assert not {json.loads(line)["request_id"] for line in rest} & {record["request_id"] for record in page["records"]}
+    assert not {json.loads(line)["request_id"] for line in rest} & {
+        record["request_id"] for record in page["records"]
+    }
 
 
 async def test_formulas_in_an_export_are_defused(gateway: Gateway) -> None:
     user = await gateway.register()
     await fill(user, 3)
-    assert {row["model"] for row in rows_of(await text(user, "/user/usage/records?format=csv"))} == {"'=1+1", "openai/gpt-4o-mini"}
+    assert {row["model"] for row in rows_of(await text(user, "/user/usage/records?format=csv"))} == {
+        "'=1+1",
+        "openai/gpt-4o-mini",
+    }
 
 
 @pytest.mark.parametrize(
-    "value", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1+1", "\uff1d1+1", "-", "=cmd|' /C calc'!A0"]
+    "value",
+    [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "  =1+1",
+        "\uff1d1+1",
+        "-",
+        "=cmd|' /C calc'!A0",
+    ],
 )
 def test_a_text_that_a_spreadsheet_would_run_is_quoted(value: str) -> None:
     assert cell(value) == f"'{value}"
@@ -150,7 +197,8 @@ def test_quotes_commas_and_line_ends_survive_the_way_into_csv_and_back() -> None
     assert next(csv.reader(io.StringIO(csv_lines([row]).decode(), newline=""))) == row
 
 
-# Backpressure, leaving, and errors in mid-stream: the application itself, with a client whose every step is ours.
+# Backpressure, leaving, and errors in mid-stream: the application itself, with a client whose every step is
+# ours.
 
 
 @pytest.fixture
@@ -214,7 +262,9 @@ async def reader_of(start_gateway: Start, link: DatabaseLink, form: str) -> tupl
     return reader, running
 
 
-async def test_no_page_is_fetched_before_the_one_before_it_is_taken(start_gateway: Start, link: DatabaseLink) -> None:
+async def test_no_page_is_fetched_before_the_one_before_it_is_taken(
+    start_gateway: Start, link: DatabaseLink
+) -> None:
     reader, running = await reader_of(start_gateway, link, "csv")
     before = link.round_trips
     await link.database.value("select pg_sleep(0.05)")  # time enough for a page that nobody waits for
@@ -269,7 +319,9 @@ async def test_a_client_notices_json_lines_that_break_off(start_gateway: Start, 
     link.mend()
 
 
-async def test_an_export_without_a_database_is_an_ordinary_error(start_gateway: Start, link: DatabaseLink) -> None:
+async def test_an_export_without_a_database_is_an_ordinary_error(
+    start_gateway: Start, link: DatabaseLink
+) -> None:
     gateway = await start_gateway(database_url=link.url)
     user = await gateway.register()
     link.cut()

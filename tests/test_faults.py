@@ -1,4 +1,6 @@
-"""What if something is missing: the database, the upstream, the configuration, a right request? Each gets its own plain answer."""
+"""What if something is missing: the database, the upstream, the configuration, a right request? Each gets its
+own plain answer.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ async def test_without_a_database_nothing_is_sent_and_the_answer_says_why(
     for streamed in (False, True):
         answer = await user.chat(stream=streamed)
         assert answer.status_code == 503
-        assert error_of(answer)["code"] == "database_unavailable" and "database" in error_of(answer)["message"]
+        assert (
+            error_of(answer)["code"] == "database_unavailable" and "database" in error_of(answer)["message"]
+        )
     assert upstream.inferences == 0
     health = await gateway.http.get("/health")
     assert health.status_code == 503 and health.json()["database"] == "unavailable"
@@ -150,7 +154,9 @@ async def test_the_next_start_takes_up_what_the_journal_holds(
     await assert_settled_exactly(user, upstream)
 
 
-async def test_a_settlement_whose_answer_was_lost_is_made_once(start_gateway: Start, link: DatabaseLink, upstream: Upstream) -> None:
+async def test_a_settlement_whose_answer_was_lost_is_made_once(
+    start_gateway: Start, link: DatabaseLink, upstream: Upstream
+) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
     user = await gateway.register(credits=1)
     upstream.scenario = "slow-first-token;seconds=0.3"
@@ -164,7 +170,9 @@ async def test_a_settlement_whose_answer_was_lost_is_made_once(start_gateway: St
     assert await gateway.database.value(status) == "completed"
 
 
-async def test_an_admission_whose_answer_was_lost_ends_with_its_hold(start_gateway: Start, link: DatabaseLink, upstream: Upstream) -> None:
+async def test_an_admission_whose_answer_was_lost_ends_with_its_hold(
+    start_gateway: Start, link: DatabaseLink, upstream: Upstream
+) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
     user = await gateway.register(credits=1)
     link.lose_replies()
@@ -172,14 +180,18 @@ async def test_an_admission_whose_answer_was_lost_ends_with_its_hold(start_gatew
     link.mend()
     assert upstream.inferences == 0
     async with gateway.database.owner() as owner:
-        await owner.execute("update public.usage_records set expires_at = clock_timestamp() - interval '1 second'")
+        await owner.execute(
+            "update public.usage_records set expires_at = clock_timestamp() - interval '1 second'"
+        )
     await gateway.admin("POST", "/internal/sweep")
     assert [(r["status"], r["cost"]) for r in await user.records()] in ([("expired", 0)], [])
     assert (await user.balance())["held"] == 0
     await gateway.database.assert_books_balance()
 
 
-async def test_a_settlement_that_the_database_refuses_is_kept_for_later(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_settlement_that_the_database_refuses_is_kept_for_later(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     async with live_gateway.database.owner() as owner:
         await owner.execute("revoke execute on function public.settle_requests(jsonb) from service_role")
@@ -189,7 +201,9 @@ async def test_a_settlement_that_the_database_refuses_is_kept_for_later(live_gat
     await assert_settled_exactly(user, upstream)
 
 
-async def test_a_gateway_that_starts_before_its_database_serves_once_it_is_there(start_gateway: Start, link: DatabaseLink) -> None:
+async def test_a_gateway_that_starts_before_its_database_serves_once_it_is_there(
+    start_gateway: Start, link: DatabaseLink
+) -> None:
     link.cut()
     gateway = await start_gateway(database_url=link.url)
     health = await gateway.http.get("/health")
@@ -203,11 +217,15 @@ async def test_a_gateway_that_starts_before_its_database_serves_once_it_is_there
     await eventually(ready, lambda status: status == 200)
 
 
-async def test_a_request_takes_two_round_trips_to_the_database(start_gateway: Start, link: DatabaseLink, upstream: Upstream) -> None:
+async def test_a_request_takes_two_round_trips_to_the_database(
+    start_gateway: Start, link: DatabaseLink, upstream: Upstream
+) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
     user = await gateway.register(credits=1)
     for _ in range(3):
-        assert (await user.chat()).status_code == 200  # connections, statements and models are there from now on
+        assert (
+            await user.chat()
+        ).status_code == 200  # connections, statements and models are there from now on
     for streamed in (False, True):
         before = link.round_trips
         assert (await user.chat(stream=streamed)).status_code == 200
@@ -215,7 +233,9 @@ async def test_a_request_takes_two_round_trips_to_the_database(start_gateway: St
     upstream.scenario = "slow;ms=120;tokens=20"
     before = link.round_trips
     assert (await user.chat(stream=True)).status_code == 200
-    assert link.round_trips - before == 3  # this one ran for more than two seconds: its generation id was stored
+    assert (
+        link.round_trips - before == 3
+    )  # this one ran for more than two seconds: its generation id was stored
 
 
 # The upstream is gone.
@@ -226,7 +246,9 @@ async def test_an_upstream_that_cannot_be_reached_costs_nothing(start_gateway: S
         gateway = await start_gateway(**live(upstream.url))
         user = await gateway.register(credits=1)
         assert (await user.chat()).status_code == 200
-    answer = await eventually(user.chat, lambda found: found.status_code == 503)  # first a connection that was still open may break
+    answer = await eventually(
+        user.chat, lambda found: found.status_code == 503
+    )  # first a connection that was still open may break
     assert error_of(answer)["code"] == "upstream_unreachable"
     record = (await user.records())[0]
     assert (record["status"], record["cost"], record["settlement_source"]) == ("failed", 0, "usage")
@@ -261,12 +283,17 @@ WRONG = [
     ({"ADMIN_API_KEY": "short-one"}, "ADMIN_API_KEY is too short"),
     ({"OPENROUTER_BASE_URL": "openrouter.ai"}, "OPENROUTER_BASE_URL: must start with https://"),
     ({"PRICE_MARKUP": "0"}, "PRICE_MARKUP: must be greater than 0."),
-    ({"TRUSTED_PROXIES": "10.0.0.1/33"}, "TRUSTED_PROXIES: must be addresses or networks such as 203.0.113.0/24, comma-separated."),
+    (
+        {"TRUSTED_PROXIES": "10.0.0.1/33"},
+        "TRUSTED_PROXIES: must be addresses or networks such as 203.0.113.0/24, comma-separated.",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"), WRONG, ids=[" ".join(changes) + f" {number}" for number, (changes, _) in enumerate(WRONG)]
+    ("changes", "sentence"),
+    WRONG,
+    ids=[" ".join(changes) + f" {number}" for number, (changes, _) in enumerate(WRONG)],
 )
 async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, str], sentence: str
@@ -285,10 +312,17 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
             ("POST", "/admin/add_credits"),
         ):
             answer = await http.request(
-                method, path, headers={"authorization": f"Bearer {new_key('live')}"}, json={"user_id": 1, "credits": 1}
+                method,
+                path,
+                headers={"authorization": f"Bearer {new_key('live')}"},
+                json={"user_id": 1, "credits": 1},
             )
             error = error_of(answer)
-            assert answer.status_code == 503 and error["code"] == "misconfigured" and sentence in error["message"]
+            assert (
+                answer.status_code == 503
+                and error["code"] == "misconfigured"
+                and sentence in error["message"]
+            )
             assert answer.headers["x-should-retry"] == "false"
         assert (await http.get("/health/live")).status_code == 200
         assert "secret-of-supabase" not in health.text and "short-one" not in health.text
@@ -302,9 +336,13 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
         ({"ADMIN_API_KEY": "short-one"}, "ADMIN_API_KEY is too short: use at least 16 characters."),
     ],
 )
-async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(tmp_path: Path, changes: dict[str, str], sentence: str) -> None:
+async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
+    tmp_path: Path, changes: dict[str, str], sentence: str
+) -> None:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PORT": "0", **RIGHT, **changes}
-    process = await asyncio.create_subprocess_exec(sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE
+    )
     said = await process.communicate()
     assert (process.returncode, *said) == (1, b"", f"{sentence}\n".encode())
 
@@ -317,25 +355,37 @@ async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_pa
         "GATEWAY_DATA_DIR": str(tmp_path),
         "LOG_LEVEL": "error",
     }
-    process = await asyncio.create_subprocess_exec(sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE
+    )
     assert process.stdout is not None and process.stderr is not None
     url = ""
     while not url:
-        url = next(iter(re.findall(r"http://127\.0\.0\.1:\d+", (await process.stdout.readline()).decode())), "")
+        url = next(
+            iter(re.findall(r"http://127\.0\.0\.1:\d+", (await process.stdout.readline()).decode())), ""
+        )
     async with httpx.AsyncClient(base_url=url) as http:
-        key = (await http.post("/auth/register", json={"username": "ada", "email": "ada@example.com"})).json()["api_key"]
+        key = (
+            await http.post("/auth/register", json={"username": "ada", "email": "ada@example.com"})
+        ).json()["api_key"]
         body = {**GOOD, "model": "openai/gpt-4o-mini:slow;ms=100;tokens=400", "stream": True}
-        async with http.stream("POST", "/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json=body) as answer:
+        async with http.stream(
+            "POST", "/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json=body
+        ) as answer:
             await anext(answer.aiter_raw())
             process.send_signal(signal.SIGINT)
-            assert await process.stderr.readline() == b"Waiting for 1 that is running. Ctrl-C stops at once.\n"
+            assert (
+                await process.stderr.readline() == b"Waiting for 1 that is running. Ctrl-C stops at once.\n"
+            )
             process.send_signal(signal.SIGINT)
             rest = await asyncio.wait_for(process.stderr.read(), 20)
     assert rest == b"Stopped. What was running is charged when it is known what it cost, by the sweep.\n"
     await process.wait()
 
 
-async def test_an_instance_whose_database_went_live_is_not_healthy(start_gateway: Start, upstream: Upstream) -> None:
+async def test_an_instance_whose_database_went_live_is_not_healthy(
+    start_gateway: Start, upstream: Upstream
+) -> None:
     playing = await start_gateway()
     assert (await playing.http.get("/health/ready")).status_code == 200
     await start_gateway(**live(upstream.url))
@@ -344,7 +394,9 @@ async def test_an_instance_whose_database_went_live_is_not_healthy(start_gateway
         assert answer.status_code == 503 and "disagree on live or sandbox mode" in answer.text
 
 
-async def test_a_database_does_not_go_live_for_a_key_that_the_upstream_refuses(start_gateway: Start, upstream: Upstream) -> None:
+async def test_a_database_does_not_go_live_for_a_key_that_the_upstream_refuses(
+    start_gateway: Start, upstream: Upstream
+) -> None:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             await PlainTextResponse("no such key", status_code=401)(scope, receive, send)
@@ -354,7 +406,9 @@ async def test_a_database_does_not_go_live_for_a_key_that_the_upstream_refuses(s
     async with served(refuse) as url:
         gateway = await start_gateway(**live(url))
         health = await gateway.http.get("/health")
-        assert health.status_code == 503 and "OpenRouter refuses OPENROUTER_API_KEY" in health.json()["problem"]
+        assert (
+            health.status_code == 503 and "OpenRouter refuses OPENROUTER_API_KEY" in health.json()["problem"]
+        )
     assert (await user.balance())["credits"] == 10
     gateway = await start_gateway(**live(upstream.url))
     assert (await gateway.http.get("/health")).status_code == 200
@@ -372,7 +426,12 @@ MALFORMED: list[tuple[bytes, int, str, str | None]] = [
     (b"\xff\xfe", 400, "invalid_json", None),
     (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "invalid_json", None),
     (orjson.dumps(GOOD)[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}", 400, "invalid_json", None),
-    (b'{"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "invalid_json", None),
+    (
+        b'{"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        400,
+        "invalid_json",
+        None,
+    ),
     (b"{}", 400, "invalid_request", "model"),
     (orjson.dumps({**GOOD, "model": None}), 400, "invalid_request", "model"),
     (orjson.dumps({**GOOD, "model": 5}), 400, "invalid_request", "model"),
@@ -397,7 +456,10 @@ async def test_malformed_requests_are_refused_by_name_and_leave_no_trace(live_ga
     for raw, status, code, param in MALFORMED:
         answer = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=raw)
         error = error_of(answer)
-        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), (raw[:200], answer.text)
+        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), (
+            raw[:200],
+            answer.text,
+        )
         assert error["type"] == "invalid_request_error"
         answer = await gateway.http.post("/v1/chat/completions", headers=stranger, content=raw)
         assert answer.status_code == 401  # who is not known here learns nothing of what is wrong
@@ -414,7 +476,9 @@ async def test_scenarios_are_no_models_in_live_mode(live_gateway: Gateway, upstr
 async def test_a_scope_is_asked_for_before_the_body_is_looked_at(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     async with live_gateway.database.owner() as owner:
-        await owner.execute("update public.api_keys_new set scope_permissions = '{}' where user_id = $1", user.id)
+        await owner.execute(
+            "update public.api_keys_new set scope_permissions = '{}' where user_id = $1", user.id
+        )
     answer = await live_gateway.http.post("/v1/chat/completions", headers=user.headers, content=b"{")
     assert answer.status_code == 403 and error_of(answer)["code"] == "missing_scope"
 
@@ -445,7 +509,9 @@ async def test_strangers_get_nothing_and_cause_nothing(start_gateway: Start, ups
     assert await gateway.database.value("select count(*) from public.usage_records") == 0
 
 
-async def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(start_gateway: Start, upstream: Upstream) -> None:
+async def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(
+    start_gateway: Start, upstream: Upstream
+) -> None:
     gateway = await start_gateway(max_body_bytes=2048, **live(upstream.url))
     user = await gateway.register(credits=1)
     large = orjson.dumps({**GOOD, "x": "y" * 3000})
@@ -456,7 +522,9 @@ async def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(star
 
     for path in ("/v1/chat/completions", "/admin/add_credits"):
         for content in (large, pieces()):
-            answer = await gateway.http.post(path, headers={**user.headers, "content-type": "application/json"}, content=content)
+            answer = await gateway.http.post(
+                path, headers={**user.headers, "content-type": "application/json"}, content=content
+            )
             assert answer.status_code == 413, answer.text
             assert error_of(answer)["code"] == "body_too_large" and "2048" in error_of(answer)["message"]
     assert upstream.inferences == 0 and await user.records() == []
@@ -471,10 +539,18 @@ async def test_no_credits_is_402_which_nobody_retries(live_gateway: Gateway, ups
     assert upstream.inferences == 0 and await user.records() == []
 
 
-async def test_every_answer_has_an_id_of_ours_and_the_client_s_own_is_only_kept(live_gateway: Gateway) -> None:
+async def test_every_answer_has_an_id_of_ours_and_the_client_s_own_is_only_kept(
+    live_gateway: Gateway,
+) -> None:
     user = await live_gateway.register(credits=1)
     ids = set()
-    for method, path in (("GET", "/"), ("GET", "/nowhere"), ("PUT", "/health"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/")):
+    for method, path in (
+        ("GET", "/"),
+        ("GET", "/nowhere"),
+        ("PUT", "/health"),
+        ("POST", "/v1/chat/completions"),
+        ("OPTIONS", "/"),
+    ):
         answer = await live_gateway.http.request(method, path, headers={"x-request-id": "mine"})
         ids.add(answer.headers["x-request-id"])
     assert len(ids) == 5 and "mine" not in ids
@@ -487,7 +563,9 @@ async def test_every_answer_has_an_id_of_ours_and_the_client_s_own_is_only_kept(
 
 
 async def test_a_fault_of_ours_is_a_plain_500_with_the_id(database: Database, tmp_path: Path) -> None:
-    app = application.create_app(Configuration(settings_for(database, gateway_data_dir=tmp_path, log_level="error"), ()))
+    app = application.create_app(
+        Configuration(settings_for(database, gateway_data_dir=tmp_path, log_level="error"), ())
+    )
 
     async def break_down() -> None:
         raise RuntimeError("s3cret")

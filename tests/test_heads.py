@@ -43,12 +43,18 @@ async def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
 
 
 async def test_a_head_without_end_is_refused_before_it_fills_the_memory(address: tuple[str, int]) -> None:
-    answer = await exchange(address, BEGINNING + b"x-long: ", *[b"a" * 16_384] * (MAX_HEAD_BYTES // 16_384 + 1))
+    answer = await exchange(
+        address, BEGINNING + b"x-long: ", *[b"a" * 16_384] * (MAX_HEAD_BYTES // 16_384 + 1)
+    )
     assert answer.startswith(b"HTTP/1.1 400") and b"longer than 65536 bytes" in answer
 
 
-async def test_long_bodies_and_many_requests_on_a_connection_are_none_of_its_business(address: tuple[str, int]) -> None:
+async def test_long_bodies_and_many_requests_on_a_connection_are_none_of_its_business(
+    address: tuple[str, int],
+) -> None:
     body = b"b" * 4 * MAX_HEAD_BYTES
     request = BEGINNING + b"content-length: %d\r\n\r\n" % len(body) + body
     assert (await exchange(address, request, request)).endswith(b"hello")
-    assert (await exchange(address, BEGINNING + b"x-long: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n")).endswith(b"hello")
+    assert (
+        await exchange(address, BEGINNING + b"x-long: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n")
+    ).endswith(b"hello")

@@ -1,4 +1,6 @@
-"""A request gets its hold, or the answer that was given before, from one real round trip; refusals say what to do."""
+"""A request gets its hold, or the answer that was given before, from one real round trip; refusals say what
+to do.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,26 @@ import pytest
 from rig import SECRET, Gateway, Upstream, User, live, served
 
 import db
-from common.errors import AnswerNotKept, EndUserBudgetExceeded, GatewayError, IdempotencyConflict, IdempotencyRunning, InsufficientCredits
+from common.errors import (
+    AnswerNotKept,
+    EndUserBudgetExceeded,
+    GatewayError,
+    IdempotencyConflict,
+    IdempotencyRunning,
+    InsufficientCredits,
+)
 from common.request_ids import new_request_id
 from gateway.billing.admission import Order
 from gateway.billing.hold import Hold, StoredReply
 from gateway.billing.settlement import settlement
-from gateway.billing.stored_answers import CHARGE_MARK, Place, Recording, StoredAnswer, cache_place, idempotency_place
+from gateway.billing.stored_answers import (
+    CHARGE_MARK,
+    Place,
+    Recording,
+    StoredAnswer,
+    cache_place,
+    idempotency_place,
+)
 from gateway.pricing.prices import Rates
 from gateway.pricing.upper_bound import Bound
 from gateway.runtime.instance import Runtime
@@ -36,7 +52,9 @@ class Caller:
     @property
     def credential(self) -> Credential:
         keyring = self.runtime.keyring
-        return Credential(tuple(keyring.hashes(self.user.key)), keyring.ids[0], None, "live", "192.0.2.1", None, None)
+        return Credential(
+            tuple(keyring.hashes(self.user.key)), keyring.ids[0], None, "live", "192.0.2.1", None, None
+        )
 
     async def ask(
         self, *, fixed: str = "1000", output: str = "10", most: int = 100, least: int = 100, **changes: Any
@@ -56,7 +74,13 @@ class Caller:
         assert isinstance(found, StoredReply)
         return found
 
-    async def settle(self, hold: Hold, *, cost: str = "0.0000005", body: bytes | None = b'{"gateway_usage":' + CHARGE_MARK + b"}") -> Any:
+    async def settle(
+        self,
+        hold: Hold,
+        *,
+        cost: str = "0.0000005",
+        body: bytes | None = b'{"gateway_usage":' + CHARGE_MARK + b"}",
+    ) -> Any:
         usage = Usage(prompt_tokens=3, completion_tokens=4, cost=Decimal(cost))
         rest: dict[str, Any] = {}
         if body is not None:
@@ -64,13 +88,17 @@ class Caller:
             recording.add(body)
             answer = StoredAnswer(200, {"content-type": "application/json"}, recording.pieces() or ())
             rest = {"stored_answer": await answer.seal(self.runtime.vault), "cache": hold.cache}
-        return await self.runtime.settlements.settle(settlement(hold.request_id, "completed", "usage", usage, **rest))
+        return await self.runtime.settlements.settle(
+            settlement(hold.request_id, "completed", "usage", usage, **rest)
+        )
 
     def key(self, name: str = "a", raw: bytes = b"{}") -> Place:
         return idempotency_place("sandbox", "live", "chat/completions", name, raw)
 
     def cache(self, **changes: Any) -> Place:
-        return cache_place("sandbox", "live", "chat/completions", BODY, self.runtime.vault, **{"ttl_seconds": 60, **changes})
+        return cache_place(
+            "sandbox", "live", "chat/completions", BODY, self.runtime.vault, **{"ttl_seconds": 60, **changes}
+        )
 
 
 def bound_of(fixed: str, output: str, least: int = 100, most: int = 100) -> Bound:
@@ -93,7 +121,12 @@ async def test_a_replay_is_the_first_answer_with_its_charge(caller: Caller) -> N
     first = await caller.hold(idempotency=caller.key())
     settled = await caller.settle(first)
     again = await caller.reply(idempotency=caller.key())
-    assert (again.source, again.request_id, again.tokens, again.environment) == ("idempotency", first.request_id, 7, "live")
+    assert (again.source, again.request_id, again.tokens, again.environment) == (
+        "idempotency",
+        first.request_id,
+        7,
+        "live",
+    )
     assert again.charge == {"cost_nanos": 500, "balance_nanos": settled["balance_nanos"]}
     assert again.answer.body(b'{"cost":1}') == b'{"gateway_usage":{"cost":1}}'
     assert again.answer.headers == {"content-type": "application/json"}
@@ -104,7 +137,11 @@ async def test_a_running_first_request_is_a_409_that_may_be_tried_again(caller: 
     with pytest.raises(IdempotencyRunning) as refusal:
         await caller.ask(idempotency=caller.key())
     error = refusal.value
-    assert (error.status, error.code, error.details["original_request_id"]) == (409, "idempotency_request_running", first.request_id)
+    assert (error.status, error.code, error.details["original_request_id"]) == (
+        409,
+        "idempotency_request_running",
+        first.request_id,
+    )
     assert int(error.headers()["retry-after"]) >= 1 and error.headers()["x-should-retry"] == "true"
 
 
@@ -112,7 +149,10 @@ async def test_another_body_is_a_409_that_may_not(caller: Caller) -> None:
     await caller.hold(idempotency=caller.key())
     with pytest.raises(IdempotencyConflict) as refusal:
         await caller.ask(idempotency=caller.key(raw=b'{"a":1}'))
-    assert (refusal.value.code, refusal.value.headers()["x-should-retry"]) == ("idempotency_key_reused", "false")
+    assert (refusal.value.code, refusal.value.headers()["x-should-retry"]) == (
+        "idempotency_key_reused",
+        "false",
+    )
 
 
 async def test_an_answer_that_was_charged_and_not_kept_is_a_409_that_names_the_charge(caller: Caller) -> None:
@@ -129,7 +169,12 @@ async def test_a_lost_first_request_is_resolved_on_the_way(caller: Caller) -> No
     await database.value("update public.usage_records set expires_at = now() - interval '1 second'")
     second = await caller.hold(idempotency=caller.key())
     assert second.request_id != first.request_id
-    assert await database.value("select status from public.usage_records where request_id = $1::text::uuid", first.request_id) == "expired"
+    assert (
+        await database.value(
+            "select status from public.usage_records where request_id = $1::text::uuid", first.request_id
+        )
+        == "expired"
+    )
     await database.assert_books_balance()
 
 
@@ -138,16 +183,27 @@ async def test_a_cached_answer_costs_nothing_and_has_a_record_of_its_own(caller:
     assert first.cache == caller.cache().item()
     settled = await caller.settle(first)
     hit = await caller.reply(cache=caller.cache())
-    assert (hit.source, hit.original_request_id, hit.tokens, hit.age_seconds) == ("cache", first.request_id, 0, 0)
+    assert (hit.source, hit.original_request_id, hit.tokens, hit.age_seconds) == (
+        "cache",
+        first.request_id,
+        0,
+        0,
+    )
     assert hit.charge == {"cost_nanos": 0, "balance_nanos": settled["balance_nanos"]}
     receipt = await db.read_receipt(caller.runtime.client, caller.user.id, hit.request_id)
-    assert receipt is not None and (receipt["cache_hit"], receipt["status"], receipt["cost_nanos"]) == (True, "completed", 0)
+    assert receipt is not None and (receipt["cache_hit"], receipt["status"], receipt["cost_nanos"]) == (
+        True,
+        "completed",
+        0,
+    )
     cleared = await caller.hold(cache=caller.cache(clear=True))
     assert cleared.cache == first.cache
     assert (await caller.hold(cache=caller.cache(ttl_seconds=None))).cache is None
 
 
-async def test_a_key_that_caches_by_default_does_from_its_second_request_on_an_instance(caller: Caller) -> None:
+async def test_a_key_that_caches_by_default_does_from_its_second_request_on_an_instance(
+    caller: Caller,
+) -> None:
     database = caller.user.gateway.database
     worked_out: list[Place] = []
 
@@ -157,13 +213,17 @@ async def test_a_key_that_caches_by_default_does_from_its_second_request_on_an_i
 
     assert (await caller.hold(default_cache=place)).cache is None
     assert worked_out == []
-    await database.value("update public.api_keys_new set cache_ttl_seconds = 77 where user_id = $1", caller.user.id)
+    await database.value(
+        "update public.api_keys_new set cache_ttl_seconds = 77 where user_id = $1", caller.user.id
+    )
     first = await caller.hold(default_cache=place)
     assert first.cache == caller.cache(ttl_seconds=77).item()
     await caller.settle(first)
     assert (await caller.reply(default_cache=place)).original_request_id == first.request_id
     assert (await caller.hold()).cache is None
-    await database.value("update public.api_keys_new set cache_ttl_seconds = null where user_id = $1", caller.user.id)
+    await database.value(
+        "update public.api_keys_new set cache_ttl_seconds = null where user_id = $1", caller.user.id
+    )
     assert (await caller.hold(default_cache=place)).cache is None
     worked_out.clear()
     assert (await caller.hold(default_cache=place)).cache is None
@@ -235,7 +295,9 @@ async def test_a_hold_is_raised_and_refused_as_an_admission_is(gateway: Gateway)
     caller = await caller_of(gateway, credits="0.00001")
     available = (await db.get_user(caller.runtime.client, caller.user.id) or {})["credits_nanos"]
     hold = await caller.hold(fixed=str(available - 2_000), least=1)
-    raised = await caller.runtime.admission.raise_hold(hold, bound_of(str(available - 1_500), "10", 1, 100), price_basis={"a": 1})
+    raised = await caller.runtime.admission.raise_hold(
+        hold, bound_of(str(available - 1_500), "10", 1, 100), price_basis={"a": 1}
+    )
     assert (raised.request_id, raised.granted_output) == (hold.request_id, 100)
     with pytest.raises(InsufficientCredits) as refusal:
         await caller.runtime.admission.raise_hold(raised, bound_of(str(available - 500), "10"))
@@ -258,7 +320,9 @@ async def test_the_sweep_deletes_answers_whose_time_is_over(caller: Caller) -> N
 
 
 async def own_lookup(gateway: Gateway, upstream: Upstream, provider_key: str | None) -> list[bytes]:
-    """The Authorization headers of the lookups that a lost request under this stored key leads to; it is settled then."""
+    """The Authorization headers of the lookups that a lost request under this stored key leads to; it is
+    settled then.
+    """
     caller = await caller_of(gateway)
     insert = "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, $2, 'own')"
     await gateway.database.value(insert, caller.user.id, provider_key or "gone")
@@ -269,20 +333,24 @@ async def own_lookup(gateway: Gateway, upstream: Upstream, provider_key: str | N
     await gateway.database.value("update public.usage_records set expires_at = now() - interval '1 second'")
     upstream.forget()
     await caller.runtime.sweep()
-    assert await gateway.database.rows("select status, settlement_source, cost_nanos from public.usage_records") == [
-        {"status": "expired", "settlement_source": "none", "cost_nanos": 0}
-    ]
+    assert await gateway.database.rows(
+        "select status, settlement_source, cost_nanos from public.usage_records"
+    ) == [{"status": "expired", "settlement_source": "none", "cost_nanos": 0}]
     calls = [call for call in upstream.sandbox.state.calls if call.path == "/generation"]
     return [value for call in calls for name, value in call.raw_headers if name == b"authorization"]
 
 
-async def test_a_lost_request_under_the_users_key_is_looked_up_under_it(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_lost_request_under_the_users_key_is_looked_up_under_it(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     sealed = (await live_gateway.app.state.runtime.ready()).vault.encrypt("sk-or-v1-own")
     assert await own_lookup(live_gateway, upstream, sealed) == [b"Bearer sk-or-v1-own"]
 
 
 @pytest.mark.parametrize("provider_key", [None, "sealed by nobody"])
-async def test_without_that_key_nobody_is_asked(live_gateway: Gateway, upstream: Upstream, provider_key: str | None) -> None:
+async def test_without_that_key_nobody_is_asked(
+    live_gateway: Gateway, upstream: Upstream, provider_key: str | None
+) -> None:
     assert await own_lookup(live_gateway, upstream, provider_key) == []
 
 

@@ -1,7 +1,8 @@
-"""What if the upstream misbehaves? Each scenario of the sandbox, and a server of our own that breaks HTTP itself.
+"""What if the upstream misbehaves? Each scenario of the sandbox, and a server of our own that breaks HTTP
+itself.
 
-Whatever comes back: the upstream was asked once, one record tells its true cost, nothing stays held, and the client learns nothing
-that is the operator's.
+Whatever comes back: the upstream was asked once, one record tells its true cost, nothing stays held, and the
+client learns nothing that is the operator's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ import httpx
 import orjson
 import pytest
 import pytest_asyncio
-from rig import OPERATOR_KEY, Gateway, Upstream, User, eventually, fresh_database, live, running_gateway, staged_start
+from rig import (
+    OPERATOR_KEY,
+    Gateway,
+    Upstream,
+    User,
+    eventually,
+    fresh_database,
+    live,
+    running_gateway,
+    staged_start,
+)
 
 from embedded.postgres import EmbeddedPostgres
 from sandbox import SCENARIOS
@@ -35,7 +46,16 @@ from sandbox.wire import dumps
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 start_gateway = staged_start
 
-SECRETS = (OPERATOR_KEY, "operator-secret", USER_ID, KEY_HASH, KEY_HASH[:16], "Traceback", "openrouter.ai", "elsewhere.invalid")
+SECRETS = (
+    OPERATOR_KEY,
+    "operator-secret",
+    USER_ID,
+    KEY_HASH,
+    KEY_HASH[:16],
+    "Traceback",
+    "openrouter.ai",
+    "elsewhere.invalid",
+)
 
 
 def assert_no_secrets(answer: httpx.Response) -> None:
@@ -155,10 +175,14 @@ async def test_each_scenario_is_charged_what_the_upstream_bills_for_one_call(
     status = REFUSED.get(scenario, (200, 200))[streamed]
     assert found.answer.status_code == status, found.answer.text
     if scenario == "byok":
-        assert found.billed == 0 and found.cost == Decimal("0.00002055")  # what the provider billed to the operator's own key
+        assert found.billed == 0 and found.cost == Decimal(
+            "0.00002055"
+        )  # what the provider billed to the operator's own key
     else:
         assert found.cost == found.billed
-    assert found.record["status"] == ("failed" if status != 200 or _fails(scenario, streamed) else "completed")
+    assert found.record["status"] == (
+        "failed" if status != 200 or _fails(scenario, streamed) else "completed"
+    )
     if status != 200:
         assert_envelope(found.answer)
     elif found.answer.headers["content-type"] == "text/event-stream":
@@ -174,7 +198,9 @@ async def test_each_scenario_is_charged_what_the_upstream_bills_for_one_call(
 
 
 def _fails(scenario: str, streamed: bool) -> bool:
-    return scenario.startswith(("stream-error", "error-first", "provider-died", "error-in-200")) or (streamed and scenario == "cut")
+    return scenario.startswith(("stream-error", "error-first", "provider-died", "error-in-200")) or (
+        streamed and scenario == "cut"
+    )
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -184,7 +210,9 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
-async def test_a_bill_above_the_hold_takes_what_is_there_and_records_the_rest(hub: tuple[Gateway, Upstream], streamed: bool) -> None:
+async def test_a_bill_above_the_hold_takes_what_is_there_and_records_the_rest(
+    hub: tuple[Gateway, Upstream], streamed: bool
+) -> None:
     found = await ask(hub, "cost-above-hold;factor=10000", credits="0.001", stream=streamed)
     assert found.billed > Decimal("0.001")
     assert found.cost == Decimal("0.001") and found.balance == 0
@@ -214,7 +242,9 @@ async def test_a_busy_upstream_says_when_to_try_again(hub: tuple[Gateway, Upstre
     assert 1 <= int(found.answer.headers["retry-after"]) <= 3600
 
 
-async def test_every_answer_of_a_provider_that_failed_names_the_limits_and_the_charge(hub: tuple[Gateway, Upstream]) -> None:
+async def test_every_answer_of_a_provider_that_failed_names_the_limits_and_the_charge(
+    hub: tuple[Gateway, Upstream],
+) -> None:
     found = await ask(hub, "error-502")
     assert found.answer.headers["x-gateway-cost"] == "0"
 
@@ -226,7 +256,9 @@ async def test_not_a_number_reaches_no_client(hub: tuple[Gateway, Upstream]) -> 
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
-async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(hub: tuple[Gateway, Upstream], streamed: bool) -> None:
+async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(
+    hub: tuple[Gateway, Upstream], streamed: bool
+) -> None:
     gateway, upstream = hub
     user = await gateway.register(credits=1)
     upstream.scenario = "usage-missing,generation-late;times=4"
@@ -244,7 +276,9 @@ async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(hub: tu
     assert Decimal(str(record["cost"])) == upstream.sandbox.state.billed > 0
 
 
-async def test_a_running_count_of_a_broken_stream_is_not_taken_for_the_bill(hub: tuple[Gateway, Upstream]) -> None:
+async def test_a_running_count_of_a_broken_stream_is_not_taken_for_the_bill(
+    hub: tuple[Gateway, Upstream],
+) -> None:
     found = await ask(hub, "usage-every-event,cut;count=3", stream=True)
     assert found.record["settlement_source"] == "generation"
     assert found.cost == found.billed > 0
@@ -272,7 +306,11 @@ ANSWER: dict[str, Any] = {
     "choices": [{"index": 0, "finish_reason": "stop", "message": SAID}],
     "usage": USAGE,
 }
-CHUNK: dict[str, Any] = {**ANSWER, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": SAID, "finish_reason": None}]}
+CHUNK: dict[str, Any] = {
+    **ANSWER,
+    "object": "chat.completion.chunk",
+    "choices": [{"index": 0, "delta": SAID, "finish_reason": None}],
+}
 del CHUNK["usage"]
 LAST = {**CHUNK, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": USAGE}
 
@@ -292,7 +330,14 @@ class Hostile:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                length = next((int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length")), 0)
+                length = next(
+                    (
+                        int(line.split(b":")[1])
+                        for line in head.splitlines()
+                        if line.lower().startswith(b"content-length")
+                    ),
+                    0,
+                )
                 await reader.readexactly(length)
                 if head.startswith(b"POST"):
                     self.calls += 1
@@ -311,13 +356,29 @@ class Hostile:
         if path.startswith(b"/models"):
             return http(self.models)
         if path.endswith(GENERATION.encode()):
-            about = {"id": GENERATION, "total_cost": Decimal(KNOWN_COST), "native_tokens_prompt": 9, "native_tokens_completion": 1}
+            about = {
+                "id": GENERATION,
+                "total_cost": Decimal(KNOWN_COST),
+                "native_tokens_prompt": 9,
+                "native_tokens_completion": 1,
+            }
             return http(dumps({"data": about}))
         return http(b'{"error":{"code":404,"message":"Generation not found"}}', status="404 Not Found")
 
 
-def http(body: bytes, *headers: str, status: str = "200 OK", kind: str = "application/json", length: int | None = None) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body) if length is None else length}", *headers]
+def http(
+    body: bytes,
+    *headers: str,
+    status: str = "200 OK",
+    kind: str = "application/json",
+    length: int | None = None,
+) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body) if length is None else length}",
+        *headers,
+    ]
     return "\r\n".join((*lines, "", "")).encode("latin-1") + body
 
 
@@ -400,19 +461,27 @@ async def hostile_server() -> AsyncIterator[Hostile]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def den(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Gateway, Hostile]]:
+async def den(
+    postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Gateway, Hostile]]:
     async with fresh_database(postgres) as database, hostile_server() as hostile:
         limits = {"upstream_timeout_seconds": 0.5, "request_deadline_seconds": 3}
         folder = tmp_path_factory.mktemp("den")
-        async with running_gateway(database, gateway_data_dir=folder, log_level="error", **limits, **live(hostile.url)) as gateway:
+        async with running_gateway(
+            database, gateway_data_dir=folder, log_level="error", **limits, **live(hostile.url)
+        ) as gateway:
             yield gateway, hostile
 
 
 ODD = b'[{"id":"odd/\\ud800","name":"\\udfff: x","created":1e999,"pricing":{"prompt":"0"},"big":1267650600228229401496703205376}]'
 
 
-@pytest.mark.parametrize("path", ["/models", "/models/providers", "/v1/models", "/v1/models?limit=1", "/api/v1/models", "/health"])
-async def test_a_model_list_that_no_strict_encoder_takes_is_shown(path: str, start_gateway: Callable[..., Awaitable[Gateway]]) -> None:
+@pytest.mark.parametrize(
+    "path", ["/models", "/models/providers", "/v1/models", "/v1/models?limit=1", "/api/v1/models", "/health"]
+)
+async def test_a_model_list_that_no_strict_encoder_takes_is_shown(
+    path: str, start_gateway: Callable[..., Awaitable[Gateway]]
+) -> None:
     async with hostile_server() as hostile:
         hostile.models = b'{"data":' + ODD + b"}"
         gateway = await start_gateway(**live(hostile.url))
@@ -446,78 +515,214 @@ CASES: dict[str, tuple[Script, bool, int, str]] = {
     "a reset within a stream": (resets_after(event_stream(sse(*CHUNKS))[:-150]), True, 200, FOUND),
     "a content-length beyond all bounds": (writes(named(plain(), length=10**30)), False, 502, "0"),
     "a content-length never reached": (writes(named(plain(), length=10**12)), False, 502, FOUND),
-    "headers byte by byte": (drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n", 0.3), False, 504, "0"),
+    "headers byte by byte": (
+        drips(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n", 0.3),
+        False,
+        504,
+        "0",
+    ),
     "silence after the headers": (drips(named(plain())[:1], 2), False, 504, "0"),
     "a stream without end": (repeats(ENDLESS_STREAM, sse(CHUNKS[0])), True, 200, FOUND),
     "comments without end": (repeats(ENDLESS_STREAM, b": x\n\n"), True, 200, FOUND),
     "a gzip bomb": (writes(named(bomb(10_000), "Content-Encoding: gzip")), False, 502, FOUND),
     "a gzip bomb as a stream": (
-        writes(event_stream(b"", "Content-Encoding: gzip").replace(b"Content-Length: 0", b"Content-Length: 99999999") + bomb(1000)),
+        writes(
+            event_stream(b"", "Content-Encoding: gzip").replace(
+                b"Content-Length: 0", b"Content-Length: 99999999"
+            )
+            + bomb(1000)
+        ),
         True,
         200,
         FOUND,
     ),
-    "a gzip bomb as an error": (writes(named(bomb(10_000), "Content-Encoding: gzip", status="500 Oh")), False, 502, "0"),
-    "an error without end": (repeats(named(b"", status="500 Oh", length=10**12), b"x" * 65536), False, 502, "0"),
+    "a gzip bomb as an error": (
+        writes(named(bomb(10_000), "Content-Encoding: gzip", status="500 Oh")),
+        False,
+        502,
+        "0",
+    ),
+    "an error without end": (
+        repeats(named(b"", status="500 Oh", length=10**12), b"x" * 65536),
+        False,
+        502,
+        "0",
+    ),
     "broken gzip": (writes(named(b"\x1f\x8b no gzip at all", "Content-Encoding: gzip")), False, 502, FOUND),
     "half of gzip": (writes(named(gzip.compress(plain())[:60], "Content-Encoding: gzip")), False, 502, FOUND),
-    "gzip in gzip": (writes(named(gzip.compress(gzip.compress(plain())), "Content-Encoding: gzip, gzip")), False, 200, TRUE),
-    "an encoding that nobody knows": (writes(named(plain(), "Content-Encoding: rot13")), False, 200, TRUE),
-    "nesting without end": (writes(named(b'{"a":' + DEEP + b"}")), False, 502, FOUND),
-    "nesting without end in a stream": (streams(DEEP, *CHUNKS, b"[DONE]"), True, 200, TRUE),
-    "the usage twice": (writes(named(plain().replace(b'"usage":', b'"usage":{"cost":5},"usage":'))), False, 200, TRUE),
-    "a cost beyond all bounds": (writes(named(plain(usage={**USAGE, "cost": "1e400"}))), False, 200, FOUND),
-    "a cost below all bounds": (writes(named(plain(usage={**USAGE, "cost": "1e-999999999"}))), False, 200, "0.000000001"),
-    "costs that overflow when added": (
-        writes(named(plain(usage={"cost": "9e999999", "is_byok": True, "cost_details": {"upstream_inference_cost": "9e999999"}}))),
-        False,
-        200,
-        FOUND,
-    ),
-    "a cost of 400 digits": (writes(named(plain().replace(b"0.0000123", str(OVER).encode()))), False, 200, FOUND),
-    "a cost of 5000 digits": (writes(named(plain().replace(b"0.0000123", b"9" * 5000))), False, 200, FOUND),
-    "tokens beyond all bounds": (writes(named(plain().replace(b'"prompt_tokens":9', b'"prompt_tokens":1e999999999'))), False, 200, TRUE),
-    "a negative number of tokens": (writes(named(plain(usage={**USAGE, "prompt_tokens": -5, "completion_tokens": "x"}))), False, 200, TRUE),
-    "a list as usage": (writes(named(plain(usage=[USAGE]))), False, 200, FOUND),
-    "an object as cost": (writes(named(plain(usage={**USAGE, "cost": {"usd": 1}}))), False, 200, FOUND),
-    "true as cost": (writes(named(plain(usage={**USAGE, "cost": True}))), False, 200, FOUND),
-    "a text as details": (writes(named(plain(usage={**USAGE, "cost_details": "none", "prompt_tokens_details": 5}))), False, 200, TRUE),
-    "control characters in names": (
-        writes(named(plain(model="a\x00b", provider="\x00", choices=[{"finish_reason": "st\x00op", "message": SAID}]))),
+    "gzip in gzip": (
+        writes(named(gzip.compress(gzip.compress(plain())), "Content-Encoding: gzip, gzip")),
         False,
         200,
         TRUE,
     ),
-    "half a surrogate in names": (writes(named(plain().replace(b'"OpenAI"', b'"\\ud800"'))), False, 200, TRUE),
-    "half a surrogate in a stream": (streams(CHUNKS[0].replace(b'"OpenAI"', b'"\\ud800\\u0000"'), CHUNKS[1], b"[DONE]"), True, 200, TRUE),
-    "a number as choices beside an error": (writes(named(plain(choices=5, error={"code": 500, "message": USER_ID}))), False, 200, TRUE),
-    "an error code of 5000 digits": (streams(CHUNKS[0], b'{"error":{"code":' + b"9" * 5000 + b'},"choices":[]}'), True, 200, FOUND),
-    "an error code of a megabyte": (streams(CHUNKS[0], orjson.dumps({"error": {"code": "x" * 1_000_000}})), True, 200, FOUND),
+    "an encoding that nobody knows": (writes(named(plain(), "Content-Encoding: rot13")), False, 200, TRUE),
+    "nesting without end": (writes(named(b'{"a":' + DEEP + b"}")), False, 502, FOUND),
+    "nesting without end in a stream": (streams(DEEP, *CHUNKS, b"[DONE]"), True, 200, TRUE),
+    "the usage twice": (
+        writes(named(plain().replace(b'"usage":', b'"usage":{"cost":5},"usage":'))),
+        False,
+        200,
+        TRUE,
+    ),
+    "a cost beyond all bounds": (writes(named(plain(usage={**USAGE, "cost": "1e400"}))), False, 200, FOUND),
+    "a cost below all bounds": (
+        writes(named(plain(usage={**USAGE, "cost": "1e-999999999"}))),
+        False,
+        200,
+        "0.000000001",
+    ),
+    "costs that overflow when added": (
+        writes(
+            named(
+                plain(
+                    usage={
+                        "cost": "9e999999",
+                        "is_byok": True,
+                        "cost_details": {"upstream_inference_cost": "9e999999"},
+                    }
+                )
+            )
+        ),
+        False,
+        200,
+        FOUND,
+    ),
+    "a cost of 400 digits": (
+        writes(named(plain().replace(b"0.0000123", str(OVER).encode()))),
+        False,
+        200,
+        FOUND,
+    ),
+    "a cost of 5000 digits": (writes(named(plain().replace(b"0.0000123", b"9" * 5000))), False, 200, FOUND),
+    "tokens beyond all bounds": (
+        writes(named(plain().replace(b'"prompt_tokens":9', b'"prompt_tokens":1e999999999'))),
+        False,
+        200,
+        TRUE,
+    ),
+    "a negative number of tokens": (
+        writes(named(plain(usage={**USAGE, "prompt_tokens": -5, "completion_tokens": "x"}))),
+        False,
+        200,
+        TRUE,
+    ),
+    "a list as usage": (writes(named(plain(usage=[USAGE]))), False, 200, FOUND),
+    "an object as cost": (writes(named(plain(usage={**USAGE, "cost": {"usd": 1}}))), False, 200, FOUND),
+    "true as cost": (writes(named(plain(usage={**USAGE, "cost": True}))), False, 200, FOUND),
+    "a text as details": (
+        writes(named(plain(usage={**USAGE, "cost_details": "none", "prompt_tokens_details": 5}))),
+        False,
+        200,
+        TRUE,
+    ),
+    "control characters in names": (
+        writes(
+            named(
+                plain(
+                    model="a\x00b", provider="\x00", choices=[{"finish_reason": "st\x00op", "message": SAID}]
+                )
+            )
+        ),
+        False,
+        200,
+        TRUE,
+    ),
+    "half a surrogate in names": (
+        writes(named(plain().replace(b'"OpenAI"', b'"\\ud800"'))),
+        False,
+        200,
+        TRUE,
+    ),
+    "half a surrogate in a stream": (
+        streams(CHUNKS[0].replace(b'"OpenAI"', b'"\\ud800\\u0000"'), CHUNKS[1], b"[DONE]"),
+        True,
+        200,
+        TRUE,
+    ),
+    "a number as choices beside an error": (
+        writes(named(plain(choices=5, error={"code": 500, "message": USER_ID}))),
+        False,
+        200,
+        TRUE,
+    ),
+    "an error code of 5000 digits": (
+        streams(CHUNKS[0], b'{"error":{"code":' + b"9" * 5000 + b'},"choices":[]}'),
+        True,
+        200,
+        FOUND,
+    ),
+    "an error code of a megabyte": (
+        streams(CHUNKS[0], orjson.dumps({"error": {"code": "x" * 1_000_000}})),
+        True,
+        200,
+        FOUND,
+    ),
     "a secret as the error code": (
         streams(CHUNKS[0], orjson.dumps({"error": {"code": OPERATOR_KEY, "message": OPERATOR_KEY}})),
         True,
         200,
         FOUND,
     ),
-    "a text as the error of a chunk": (streams(CHUNKS[0], chunk(error=f"of {USER_ID} {OPERATOR_KEY}")), True, 200, FOUND),
-    "an error within a choice": (
-        streams(CHUNKS[0], chunk(choices=[{"error": {"message": OPERATOR_KEY, "metadata": {"raw": USER_ID}}}])),
+    "a text as the error of a chunk": (
+        streams(CHUNKS[0], chunk(error=f"of {USER_ID} {OPERATOR_KEY}")),
         True,
         200,
         FOUND,
     ),
-    "the operator beside the answer": (writes(named(plain(user_id=USER_ID, openrouter_metadata={"account": KEY_HASH}))), False, 200, TRUE),
-    "the operator within a stream": (streams(CHUNKS[0], chunk(user_id=USER_ID), CHUNKS[1], b"[DONE]"), True, 200, TRUE),
-    "NaN in an error": (streams(CHUNKS[0], b'{"error":{"code":NaN,"message":"x"},"choices":[]}'), True, 200, FOUND),
+    "an error within a choice": (
+        streams(
+            CHUNKS[0], chunk(choices=[{"error": {"message": OPERATOR_KEY, "metadata": {"raw": USER_ID}}}])
+        ),
+        True,
+        200,
+        FOUND,
+    ),
+    "the operator beside the answer": (
+        writes(named(plain(user_id=USER_ID, openrouter_metadata={"account": KEY_HASH}))),
+        False,
+        200,
+        TRUE,
+    ),
+    "the operator within a stream": (
+        streams(CHUNKS[0], chunk(user_id=USER_ID), CHUNKS[1], b"[DONE]"),
+        True,
+        200,
+        TRUE,
+    ),
+    "NaN in an error": (
+        streams(CHUNKS[0], b'{"error":{"code":NaN,"message":"x"},"choices":[]}'),
+        True,
+        200,
+        FOUND,
+    ),
     "headers of their own": (
-        writes(named(plain(), "Set-Cookie: a=b", "X-Evil: 1", "Server: operator-secret", "Access-Control-Allow-Origin: evil")),
+        writes(
+            named(
+                plain(),
+                "Set-Cookie: a=b",
+                "X-Evil: 1",
+                "Server: operator-secret",
+                "Access-Control-Allow-Origin: evil",
+            )
+        ),
         False,
         200,
         TRUE,
     ),
     "a fold in a header": (writes(named(plain(), "X-Evil: a", " b: c")), False, 200, TRUE),
-    "early hints before the answer": (writes(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + named(plain())), False, 200, TRUE),
-    "no content": (writes(f"HTTP/1.1 204 No\r\nX-Generation-Id: {GENERATION}\r\n\r\n".encode()), False, 502, FOUND),
+    "early hints before the answer": (
+        writes(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + named(plain())),
+        False,
+        200,
+        TRUE,
+    ),
+    "no content": (
+        writes(f"HTTP/1.1 204 No\r\nX-Generation-Id: {GENERATION}\r\n\r\n".encode()),
+        False,
+        502,
+        FOUND,
+    ),
     "another success": (writes(named(plain(), status="206 Partial")), False, 502, FOUND),
     "an empty answer": (writes(named(b"")), False, 502, FOUND),
     "an empty stream": (writes(event_stream(b"")), True, 200, FOUND),
@@ -528,7 +733,12 @@ CASES: dict[str, tuple[Script, bool, int, str]] = {
         TRUE,
     ),
     "lines that end with CR": (writes(event_stream(sse(*CHUNKS, b"[DONE]", end=b"\r"))), True, 200, TRUE),
-    "a byte order mark before a stream": (writes(event_stream(b"\xef\xbb\xbf" + sse(*CHUNKS, b"[DONE]"))), True, 200, TRUE),
+    "a byte order mark before a stream": (
+        writes(event_stream(b"\xef\xbb\xbf" + sse(*CHUNKS, b"[DONE]"))),
+        True,
+        200,
+        TRUE,
+    ),
     "a byte order mark before a body": (writes(named(b"\xef\xbb\xbf" + plain())), False, 200, TRUE),
     "another encoding of the text": (writes(named(plain().decode().encode("utf-16"))), False, 502, FOUND),
     "broken UTF-8": (writes(named(plain().replace(b"Hello", b"\xff\xfe"))), False, 502, FOUND),
@@ -559,11 +769,23 @@ CASES: dict[str, tuple[Script, bool, int, str]] = {
         200,
         TRUE,
     ),
-    "a redirect to itself": (writes(named(b"", "Location: /chat/completions", status="307 Again")), False, 502, FOUND),
+    "a redirect to itself": (
+        writes(named(b"", "Location: /chat/completions", status="307 Again")),
+        False,
+        502,
+        FOUND,
+    ),
     "a status that does not exist": (writes(named(plain(), status="999 What")), False, 502, FOUND),
-    "an error that is no JSON": (writes(named(b"<html>" + OPERATOR_KEY.encode(), status="503 No")), False, 503, "0"),
+    "an error that is no JSON": (
+        writes(named(b"<html>" + OPERATOR_KEY.encode(), status="503 No")),
+        False,
+        503,
+        "0",
+    ),
     "a list of exclusions that is none": (
-        writes(named(orjson.dumps({"error": {"availability": {"excluded_by": 5}, "code": 404}}), status="404 No")),
+        writes(
+            named(orjson.dumps({"error": {"availability": {"excluded_by": 5}, "code": 404}}), status="404 No")
+        ),
         False,
         404,
         "0",
@@ -581,7 +803,9 @@ async def test_a_hostile_upstream_is_survived_and_settled(den: tuple[Gateway, Ho
     started = time.monotonic()
     answer = await user.chat(stream=streamed)
     assert time.monotonic() - started < 8
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000  # kilobytes; a bomb holds ten gigabytes
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000
+    )  # kilobytes; a bomb holds ten gigabytes
     assert answer.status_code == status, answer.text[:500]
     assert hostile.calls == 1
     record = await only_record(user)
@@ -598,7 +822,9 @@ async def test_a_hostile_upstream_is_survived_and_settled(den: tuple[Gateway, Ho
         assert answer.text.count(',"gateway_usage":{"request_id":"') == 1 and answer.text.endswith("}}")
 
 
-async def test_what_neither_usage_nor_a_generation_tells_is_charged_nothing_and_listed(den: tuple[Gateway, Hostile]) -> None:
+async def test_what_neither_usage_nor_a_generation_tells_is_charged_nothing_and_listed(
+    den: tuple[Gateway, Hostile],
+) -> None:
     gateway, hostile = den
     hostile.script = writes(http(orjson.dumps({"choices": ANSWER["choices"]})))
     user = await gateway.register(credits=1)
@@ -610,7 +836,9 @@ async def test_what_neither_usage_nor_a_generation_tells_is_charged_nothing_and_
 async def test_a_model_list_without_end_takes_no_memory(postgres: EmbeddedPostgres, tmp_path: Path) -> None:
     async with fresh_database(postgres) as database, hostile_server() as hostile:
         hostile.models = b" " * (80 << 20)
-        async with running_gateway(database, gateway_data_dir=tmp_path, log_level="error", **live(hostile.url)) as gateway:
+        async with running_gateway(
+            database, gateway_data_dir=tmp_path, log_level="error", **live(hostile.url)
+        ) as gateway:
             user = await gateway.register(credits=1)
             answer = await user.chat()
             assert answer.status_code == 503

@@ -1,4 +1,6 @@
-"""Can the secret that keys are stored under be replaced while two instances serve? The steps of docs/key-rotation.md, one by one."""
+"""Can the secret that keys are stored under be replaced while two instances serve? The steps of
+docs/key-rotation.md, one by one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Fleet:
 
     async def deploy(self, number: int, secrets: str) -> Gateway:
         await self._stacks[number].aclose()
-        running = running_gateway(self._database, gateway_data_dir=self._folder / str(number), key_hash_secrets=secrets)
+        running = running_gateway(
+            self._database, gateway_data_dir=self._folder / str(number), key_hash_secrets=secrets
+        )
         gateway = await self._stacks[number].enter_async_context(running)
         self.instances[number : number + 1] = [gateway]
         return gateway
@@ -35,10 +39,16 @@ class Fleet:
             await stack.aclose()
 
     async def statuses(self, key: str) -> list[int]:
-        """What each instance answers to a key, asked twice around, as uses move keys from one secret to another."""
+        """What each instance answers to a key, asked twice around, as uses move keys from one secret to
+        another.
+        """
         found = []
         for gateway in self.instances * 2:
-            found.append((await gateway.http.get("/user/balance", headers={"authorization": f"Bearer {key}"})).status_code)
+            found.append(
+                (
+                    await gateway.http.get("/user/balance", headers={"authorization": f"Bearer {key}"})
+                ).status_code
+            )
         return found
 
 

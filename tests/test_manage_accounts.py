@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 from rig import Gateway, User, eventually
 
-LIMITS_OF_FREE = {"daily_requests": 100, "daily_tokens": 10000, "monthly_requests": 1000, "monthly_tokens": 100000}
+LIMITS_OF_FREE = {
+    "daily_requests": 100,
+    "daily_tokens": 10000,
+    "monthly_requests": 1000,
+    "monthly_tokens": 100000,
+}
 
 
 async def get(user: User, path: str) -> Any:
@@ -20,12 +25,20 @@ async def get(user: User, path: str) -> Any:
 async def test_a_profile_is_read_and_changed(gateway: Gateway) -> None:
     user = await gateway.register()
     before = await get(user, "/user/profile")
-    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Ada", "preferences": {"theme": "dark"}})
+    answer = await gateway.http.put(
+        "/user/profile", headers=user.headers, json={"name": "Ada", "preferences": {"theme": "dark"}}
+    )
     after = answer.json()
-    assert (after["username"], after["preferences"], after["email"]) == ("Ada", {"theme": "dark"}, before["email"])
+    assert (after["username"], after["preferences"], after["email"]) == (
+        "Ada",
+        {"theme": "dark"},
+        before["email"],
+    )
 
 
-@pytest.mark.parametrize("body", [{}, {"name": None}, {"role": "admin"}, {"credits": 100}, {"email": "nonsense"}])
+@pytest.mark.parametrize(
+    "body", [{}, {"name": None}, {"role": "admin"}, {"credits": 100}, {"email": "nonsense"}]
+)
 async def test_a_profile_change_that_is_wrong_changes_nothing(gateway: Gateway, body: dict[str, Any]) -> None:
     user = await gateway.register()
     before = await get(user, "/user/profile")
@@ -43,26 +56,44 @@ async def test_a_taken_email_is_a_conflict(gateway: Gateway) -> None:
 async def test_deleting_an_account_kills_its_keys_and_keeps_the_books(gateway: Gateway) -> None:
     user = await gateway.register(credits=5)
     assert (await user.chat()).status_code == 200
-    refused = await gateway.http.request("DELETE", "/user/account", headers=user.headers, json={"confirmation": "yes"})
+    refused = await gateway.http.request(
+        "DELETE", "/user/account", headers=user.headers, json={"confirmation": "yes"}
+    )
     assert refused.status_code == 400
-    gone = await gateway.http.request("DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"})
+    gone = await gateway.http.request(
+        "DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"}
+    )
     assert gone.json()["user_id"] == user.id
     assert (await user.chat()).status_code == 401
     (row,) = await gateway.database.rows("select * from public.users where id = $1", user.id)
-    assert (row["username"], row["email"], row["credits_nanos"], row["is_active"]) == (f"deleted-{user.id}", f"deleted-{user.id}", 0, False)
-    assert await gateway.database.value("select count(*) from public.usage_records where user_id = $1", user.id) == 1
+    assert (row["username"], row["email"], row["credits_nanos"], row["is_active"]) == (
+        f"deleted-{user.id}",
+        f"deleted-{user.id}",
+        0,
+        False,
+    )
+    assert (
+        await gateway.database.value("select count(*) from public.usage_records where user_id = $1", user.id)
+        == 1
+    )
     await gateway.database.assert_books_balance()
 
 
-async def test_what_a_running_request_held_of_a_deleted_account_expires_as_it_settles(gateway: Gateway) -> None:
+async def test_what_a_running_request_held_of_a_deleted_account_expires_as_it_settles(
+    gateway: Gateway,
+) -> None:
     user = await gateway.register()
     running = asyncio.create_task(user.chat(scenario="slow;ms=100;tokens=8", stream=True))
-    await eventually(lambda: gateway.database.value("select held_nanos from public.users where id = $1", user.id), bool)
-    await gateway.http.request("DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"})
+    await eventually(
+        lambda: gateway.database.value("select held_nanos from public.users where id = $1", user.id), bool
+    )
+    await gateway.http.request(
+        "DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"}
+    )
     assert (await running).status_code == 200
-    assert await gateway.database.rows("select credits_nanos, held_nanos from public.users where id = $1", user.id) == [
-        {"credits_nanos": 0, "held_nanos": 0}
-    ]
+    assert await gateway.database.rows(
+        "select credits_nanos, held_nanos from public.users where id = $1", user.id
+    ) == [{"credits_nanos": 0, "held_nanos": 0}]
     await gateway.database.assert_books_balance()
 
 
@@ -77,7 +108,9 @@ async def test_a_suspended_user_is_refused_and_a_restored_one_served(gateway: Ga
 
 async def test_an_ended_trial_is_refused_until_credits_are_granted(gateway: Gateway) -> None:
     user = await gateway.register()
-    await gateway.database.value("update public.users set trial_expires_at = now() - interval '1 second' where id = $1", user.id)
+    await gateway.database.value(
+        "update public.users set trial_expires_at = now() - interval '1 second' where id = $1", user.id
+    )
     refused = await user.chat()
     assert (refused.status_code, refused.json()["error"]["code"]) == (402, "trial_expired")
     await gateway.admin("POST", "/admin/add_credits", json={"user_id": user.id, "credits": 1})
@@ -99,10 +132,18 @@ async def test_a_plan_is_made_assigned_enforced_cancelled_and_taken_off(gateway:
     plan = await gateway.admin(
         "POST",
         "/admin/plans",
-        json={"slug": "tiny", "name": "Tiny", "daily_request_limit": 1, "features": ["export"], "price_per_month": 9.99},
+        json={
+            "slug": "tiny",
+            "name": "Tiny",
+            "daily_request_limit": 1,
+            "features": ["export"],
+            "price_per_month": 9.99,
+        },
     )
     assert plan["price_per_month"] == 9.99
-    await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"], "duration_months": 2})
+    await gateway.admin(
+        "POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"], "duration_months": 2}
+    )
     assert (await get(user, "/user/plan"))["plan"]["slug"] == "tiny"
     entitlements = await get(user, "/user/plan/entitlements?feature=export")
     assert (entitlements["has_plan"], entitlements["can_access_feature"]) == (True, True)
@@ -120,7 +161,9 @@ async def test_a_plan_is_made_assigned_enforced_cancelled_and_taken_off(gateway:
 
 async def test_a_plan_that_has_ended_applies_no_more(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    plan = await gateway.admin("POST", "/admin/plans", json={"slug": "none", "name": "None", "daily_request_limit": 0})
+    plan = await gateway.admin(
+        "POST", "/admin/plans", json={"slug": "none", "name": "None", "daily_request_limit": 0}
+    )
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
     assert (await user.chat()).status_code == 429
     await gateway.database.value(
@@ -133,7 +176,14 @@ async def test_a_plan_that_has_ended_applies_no_more(gateway: Gateway) -> None:
 async def test_a_staging_key_has_the_plans_limit_times_its_factor(gateway: Gateway) -> None:
     user = await gateway.register(credits=1, environment="staging")
     plan = await gateway.admin(
-        "POST", "/admin/plans", json={"slug": "half", "name": "Half", "daily_request_limit": 4, "environment_factors": {"staging": 0.5}}
+        "POST",
+        "/admin/plans",
+        json={
+            "slug": "half",
+            "name": "Half",
+            "daily_request_limit": 4,
+            "environment_factors": {"staging": 0.5},
+        },
     )
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
     assert [(await user.chat()).status_code for _ in range(3)] == [200, 200, 429]
@@ -141,7 +191,9 @@ async def test_a_staging_key_has_the_plans_limit_times_its_factor(gateway: Gatew
 
 async def test_models_that_a_plan_does_not_allow_are_refused(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    plan = await gateway.admin("POST", "/admin/plans", json={"slug": "few", "name": "Few", "allowed_models": ["openai/*"]})
+    plan = await gateway.admin(
+        "POST", "/admin/plans", json={"slug": "few", "name": "Few", "allowed_models": ["openai/*"]}
+    )
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
     assert (await user.chat()).status_code == 200
     refused = await user.chat(model="anthropic/claude-haiku-4.5")
@@ -150,16 +202,23 @@ async def test_models_that_a_plan_does_not_allow_are_refused(gateway: Gateway) -
 
 async def test_limits_are_shown_with_what_is_used_of_them(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 2}})
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 2}}
+    )
     assert [(await user.chat()).status_code for _ in range(3)] == [200, 200, 429]
     shown = await get(user, "/user/limit")
-    assert (shown["current_limits"]["requests_per_minute"], shown["current_usage"]["requests_per_minute"]) == (2, 2)
+    assert (
+        shown["current_limits"]["requests_per_minute"],
+        shown["current_usage"]["requests_per_minute"],
+    ) == (2, 2)
 
 
 async def test_two_instances_enforce_one_limit_exactly(start_gateway: Any) -> None:
     first, second = await start_gateway(), await start_gateway()
     user = await first.register(credits=1)
-    await first.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 7}})
+    await first.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 7}}
+    )
     elsewhere = User(second, user.id, user.key)
     answers = await asyncio.gather(*(each.chat() for _ in range(10) for each in (user, elsewhere)))
     assert sorted(answer.status_code for answer in answers) == [200] * 7 + [429] * 13
@@ -177,11 +236,17 @@ async def test_the_monitor_counts_what_was_used(gateway: Gateway) -> None:
     await user.chat()
     found = await get(user, "/user/monitor")
     metrics = found["usage_metrics"]
-    assert (metrics["total_requests"], metrics["requests_today"], metrics["most_used_model"]) == (1, 1, "openai/gpt-4o-mini")
+    assert (metrics["total_requests"], metrics["requests_today"], metrics["most_used_model"]) == (
+        1,
+        1,
+        "openai/gpt-4o-mini",
+    )
     assert round(10 - metrics["total_cost"], 9) == found["current_credits"]
 
 
-@pytest.mark.parametrize("preferences", [{"a": "x" * 9000}, {"a": "\x00"}, {"a": [{"b": 1e300}]}, {"a": -1e19}, {"a": 2**64}])
+@pytest.mark.parametrize(
+    "preferences", [{"a": "x" * 9000}, {"a": "\x00"}, {"a": [{"b": 1e300}]}, {"a": -1e19}, {"a": 2**64}]
+)
 async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, Any]) -> None:
     user = await gateway.register()
     answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": preferences})
@@ -190,7 +255,9 @@ async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, 
 
 async def test_preferences_may_hold_fractions(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": {"a": 1.5, "b": 9e18, "c": 2**64 - 1}})
+    answer = await gateway.http.put(
+        "/user/profile", headers=user.headers, json={"preferences": {"a": 1.5, "b": 9e18, "c": 2**64 - 1}}
+    )
     assert answer.json()["preferences"] == {"a": 1.5, "b": 9e18, "c": 2**64 - 1}
 
 

@@ -35,7 +35,9 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-async def test_an_admin_route_is_closed_to_strangers_and_users(gateway: Gateway, method: str, path: str) -> None:
+async def test_an_admin_route_is_closed_to_strangers_and_users(
+    gateway: Gateway, method: str, path: str
+) -> None:
     user = await gateway.register()
     assert (await gateway.http.request(method, path)).status_code == 401
     refused = await gateway.http.request(method, path, headers=user.headers)
@@ -78,7 +80,9 @@ async def test_balances_show_keys_masked(gateway: Gateway) -> None:
 async def test_a_grant_with_the_same_idempotency_key_is_granted_once(gateway: Gateway) -> None:
     user = await gateway.register()
     order = {"user_id": user.id, "credits": 5, "idempotency_key": "invoice-17"}
-    answers = await asyncio.gather(*(gateway.admin("POST", "/admin/add_credits", json=order) for _ in range(8)))
+    answers = await asyncio.gather(
+        *(gateway.admin("POST", "/admin/add_credits", json=order) for _ in range(8))
+    )
     assert len({answer["transaction_id"] for answer in answers}) == 1
     assert (await user.balance())["credits"] == 15
     changed = await gateway.http.post("/admin/add_credits", headers=ADMIN, json={**order, "credits": 6})
@@ -90,14 +94,20 @@ async def test_a_request_is_refunded_at_most_its_cost(gateway: Gateway) -> None:
     user = await gateway.register()
     await user.chat(model="sandbox/fixed-price")
     (record,) = await user.records()
-    part = await gateway.admin("POST", "/admin/refund", json={"request_id": record["request_id"], "credits": 0.2})
+    part = await gateway.admin(
+        "POST", "/admin/refund", json={"request_id": record["request_id"], "credits": 0.2}
+    )
     assert part["new_balance"] == 9.7
-    again = await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": record["request_id"], "credits": 0.4})
+    again = await gateway.http.post(
+        "/admin/refund", headers=ADMIN, json={"request_id": record["request_id"], "credits": 0.4}
+    )
     assert again.status_code == 400
     assert "at most 0.3" in again.json()["error"]["message"]
     rest = await gateway.admin("POST", "/admin/refund", json={"request_id": record["request_id"]})
     assert (rest["refunded"], rest["new_balance"]) == (0.3, 10)
-    assert (await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": record["request_id"]})).status_code == 400
+    assert (
+        await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": record["request_id"]})
+    ).status_code == 400
     await gateway.database.assert_books_balance()
 
 
@@ -135,7 +145,10 @@ async def test_a_refund_or_adjustment_that_cannot_be_says_why_and_what_can(gatew
         f"`credits`: at most {available} can be taken from this account; what running requests hold cannot.",
         "credits",
     )
-    assert await refused("adjust_credits", {"user_id": 9**9, "credits": 1, "reason": "x"}, 404) == ("There is no such user.", "user_id")
+    assert await refused("adjust_credits", {"user_id": 9**9, "credits": 1, "reason": "x"}, 404) == (
+        "There is no such user.",
+        "user_id",
+    )
     assert await refused("adjust_credits", {"api_key": "gw_live", "credits": 1, "reason": "x"}, 404) == (
         "There is no such API key; give it in full.",
         "api_key",
@@ -156,16 +169,22 @@ async def test_concurrent_refunds_of_one_request_give_its_cost_back_once(gateway
     await user.chat(model="sandbox/fixed-price")
     (record,) = await user.records()
     order = {"request_id": record["request_id"], "credits": 0.5}
-    answers = await asyncio.gather(*(gateway.http.post("/admin/refund", headers=ADMIN, json=order) for _ in range(8)))
+    answers = await asyncio.gather(
+        *(gateway.http.post("/admin/refund", headers=ADMIN, json=order) for _ in range(8))
+    )
     assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
     assert (await user.balance())["credits"] == 10
 
 
 async def test_an_adjustment_takes_no_more_than_is_unheld(gateway: Gateway) -> None:
     user = await gateway.register()
-    refused = await gateway.http.post("/admin/adjust_credits", headers=ADMIN, json={"user_id": user.id, "credits": -11, "reason": "x"})
+    refused = await gateway.http.post(
+        "/admin/adjust_credits", headers=ADMIN, json={"user_id": user.id, "credits": -11, "reason": "x"}
+    )
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "credits")
-    done = await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -4, "reason": "a mistake"})
+    done = await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -4, "reason": "a mistake"}
+    )
     assert done["new_balance"] == 6
     (entry, _) = (await gateway.http.get("/user/transactions", headers=user.headers)).json()["transactions"]
     assert (entry["kind"], entry["amount"], entry["reason"]) == ("adjustment", -4, "a mistake")
@@ -184,7 +203,9 @@ async def test_amounts_keep_every_digit(gateway: Gateway) -> None:
 @pytest.mark.parametrize("credits", [0, -1, 1e-10, 1e300, "NaN", "Infinity", True, None, [], "ten"])
 async def test_a_grant_of_nonsense_is_refused(gateway: Gateway, credits: Any) -> None:
     user = await gateway.register()
-    answer = await gateway.http.post("/admin/add_credits", headers=ADMIN, json={"user_id": user.id, "credits": credits})
+    answer = await gateway.http.post(
+        "/admin/add_credits", headers=ADMIN, json={"user_id": user.id, "credits": credits}
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "credits")
     assert (await user.balance())["credits"] == 10
 
@@ -195,21 +216,29 @@ async def test_an_admin_finds_and_revokes_anybodys_key(gateway: Gateway) -> None
     assert [key["user_id"] for key in found["keys"]] == [user.id]
     await gateway.admin("DELETE", f"/admin/keys/{found['keys'][0]['id']}")
     assert (await user.chat()).status_code == 401
-    assert (await gateway.http.delete(f"/admin/keys/{found['keys'][0]['id']}", headers=ADMIN)).status_code == 404
+    assert (
+        await gateway.http.delete(f"/admin/keys/{found['keys'][0]['id']}", headers=ADMIN)
+    ).status_code == 404
 
 
 async def test_who_has_lost_their_last_key_gets_another(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
     (own,) = (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"]
-    revoked = await gateway.http.request("DELETE", f"/user/api-keys/{own['id']}", headers=user.headers, json={"confirmation": "DELETE_KEY"})
+    revoked = await gateway.http.request(
+        "DELETE", f"/user/api-keys/{own['id']}", headers=user.headers, json={"confirmation": "DELETE_KEY"}
+    )
     assert revoked.status_code == 200 and (await user.chat()).status_code == 401
-    issued = await gateway.admin("POST", "/admin/keys", json={"user_id": user.id, "key_name": "again", "ip_allowlist": ["127.0.0.0/8"]})
+    issued = await gateway.admin(
+        "POST", "/admin/keys", json={"user_id": user.id, "key_name": "again", "ip_allowlist": ["127.0.0.0/8"]}
+    )
     again = User(gateway, user.id, issued["api_key"])
     assert (await again.chat()).status_code == 200
     assert issued["security_features"]["ip_allowlist"] == ["127.0.0.0/8"]
     logs = (await gateway.http.get("/user/api-keys/audit-logs", headers=again.headers)).json()["logs"]
     assert (logs[0]["action"], logs[0]["actor"], logs[0]["ip"]) == ("create", "admin", None)
-    twice = await gateway.http.post("/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "again"})
+    twice = await gateway.http.post(
+        "/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "again"}
+    )
     assert (twice.status_code, twice.json()["error"]["param"]) == (409, "key_name")
 
 
@@ -231,7 +260,9 @@ async def test_a_user_has_fifty_active_keys_whoever_makes_them(gateway: Gateway)
     user = await gateway.register()
     for number in range(49):
         await gateway.admin("POST", "/admin/keys", json={"user_id": user.id, "key_name": f"key{number}"})
-    answer = await gateway.http.post("/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "one more"})
+    answer = await gateway.http.post(
+        "/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "one more"}
+    )
     assert answer.status_code == 409
 
 
@@ -245,7 +276,9 @@ async def test_every_action_is_in_the_audit_log_with_its_request(gateway: Gatewa
 
 async def test_security_refusals_are_in_the_audit_log_once_a_minute_with_a_count(gateway: Gateway) -> None:
     user = await gateway.register()
-    await gateway.database.value("update public.api_keys_new set ip_allowlist = '{10.0.0.0/8}' where user_id = $1", user.id)
+    await gateway.database.value(
+        "update public.api_keys_new set ip_allowlist = '{10.0.0.0/8}' where user_id = $1", user.id
+    )
     for _ in range(3):
         assert (await user.chat()).status_code == 403
     logs = (await gateway.admin("GET", "/admin/audit-logs?action=IP_NOT_ALLOWED"))["logs"]
@@ -295,12 +328,17 @@ async def spend(user: User) -> None:
     await user.chat(model="sandbox/fixed-price", stream=True)
 
 
-@pytest.mark.parametrize("group", ["model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"])
+@pytest.mark.parametrize(
+    "group",
+    ["model", "key", "provider", "environment", "endpoint", "status", "error_code", "end_user", "none"],
+)
 @pytest.mark.parametrize("bucket", ["hour", "day", "month", "none"])
 async def test_every_grouping_adds_up_to_the_ledger(gateway: Gateway, group: str, bucket: str) -> None:
     user = await gateway.register()
     await spend(user)
-    answer = await gateway.http.get(f"/user/usage?group_by={group}&bucket={bucket}&timezone=Asia/Kolkata", headers=user.headers)
+    answer = await gateway.http.get(
+        f"/user/usage?group_by={group}&bucket={bucket}&timezone=Asia/Kolkata", headers=user.headers
+    )
     report = answer.json()
     spent = 10 - (await user.balance())["credits"]
     assert report["total"]["requests"] == sum(row["requests"] for row in report["rows"]) == 4

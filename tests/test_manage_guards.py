@@ -1,4 +1,6 @@
-"""What stands between strangers and the gateway: limits shown to every key, guesses counted, credits given once, rows that stay."""
+"""What stands between strangers and the gateway: limits shown to every key, guesses counted, credits given
+once, rows that stay.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,28 @@ async def limited(gateway: Gateway, **limits: int) -> User:
 
 
 @pytest.mark.parametrize(
-    "path", ["/user/balance", "/user/usage/records?format=csv", "/user/api-keys/999999", "/user/usage?bucket=nonsense"]
+    "path",
+    [
+        "/user/balance",
+        "/user/usage/records?format=csv",
+        "/user/api-keys/999999",
+        "/user/usage?bucket=nonsense",
+    ],
 )
 async def test_every_answer_to_a_key_says_what_is_left_of_its_limits(gateway: Gateway, path: str) -> None:
     user = await limited(gateway, requests_per_minute=5, tokens_per_day=100_000)
     assert (await user.chat()).status_code == 200
     answer = await gateway.http.get(path, headers=user.headers)
-    assert (answer.headers["x-ratelimit-limit-requests"], answer.headers["x-ratelimit-remaining-requests"]) == ("5", "4")
+    assert (
+        answer.headers["x-ratelimit-limit-requests"],
+        answer.headers["x-ratelimit-remaining-requests"],
+    ) == ("5", "4")
     assert 0 < int(answer.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 70
     assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 100_000
-    assert answer.headers["ratelimit"].startswith('"requests";r=4;t=') and '"requests";q=5' in answer.headers["ratelimit-policy"]
+    assert (
+        answer.headers["ratelimit"].startswith('"requests";r=4;t=')
+        and '"requests";q=5' in answer.headers["ratelimit-policy"]
+    )
 
 
 async def test_management_answers_say_what_the_proxied_one_before_them_said(gateway: Gateway) -> None:
@@ -56,12 +70,19 @@ async def test_management_answers_say_what_the_proxied_one_before_them_said(gate
 
 async def test_the_tighter_limit_of_key_and_user_is_shown(gateway: Gateway) -> None:
     user = await limited(gateway, requests_per_minute=50)
-    await gateway.admin("POST", "/admin/limit", json={"api_key": user.key, "rate_limits": {"requests_per_day": 3}})
+    await gateway.admin(
+        "POST", "/admin/limit", json={"api_key": user.key, "rate_limits": {"requests_per_day": 3}}
+    )
     answer = await gateway.http.get("/user/balance", headers=user.headers)
-    assert (answer.headers["x-ratelimit-limit-requests"], answer.headers["x-ratelimit-remaining-requests"]) == ("3", "3")
+    assert (
+        answer.headers["x-ratelimit-limit-requests"],
+        answer.headers["x-ratelimit-remaining-requests"],
+    ) == ("3", "3")
 
 
-async def test_management_requests_are_shown_the_limits_and_not_counted_against_them(gateway: Gateway) -> None:
+async def test_management_requests_are_shown_the_limits_and_not_counted_against_them(
+    gateway: Gateway,
+) -> None:
     user = await limited(gateway, requests_per_minute=1)
     for _ in range(3):
         answer = await gateway.http.get("/user/balance", headers=user.headers)
@@ -85,11 +106,15 @@ async def test_without_any_limit_there_is_none_to_show(gateway: Gateway) -> None
 
 
 async def test_the_sdk_waits_out_the_retry_after_of_a_minute_and_not_that_of_a_day(gateway: Gateway) -> None:
-    """A place of the minute frees a bucket of ten seconds late at most: 70 s, which openai 3 honours and openai 1 and 2 (60 s) do not."""
+    """A place of the minute frees a bucket of ten seconds late at most: 70 s, which openai 3 honours and
+    openai 1 and 2 (60 s) do not.
+    """
     user = await limited(gateway, requests_per_minute=1)
     assert (await user.chat()).status_code == 200
     with pytest.raises(RateLimitError) as refused:
-        await user.sdk().chat.completions.create(model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Hi"}])
+        await user.sdk().chat.completions.create(
+            model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Hi"}]
+        )
     assert 60 <= int(refused.value.response.headers["retry-after"]) <= 70 <= MAX_RETRY_AFTER_DELAY
 
 
@@ -99,16 +124,24 @@ async def test_the_sdk_waits_out_the_retry_after_of_a_minute_and_not_that_of_a_d
 async def guess(
     gateway: Gateway, key: str = "not-the-admin-key", path: str = "/admin/users", address: str = "203.0.113.9"
 ) -> httpx.Response:
-    return await gateway.http.get(path, headers={"authorization": f"Bearer {key}", "x-forwarded-for": address})
+    return await gateway.http.get(
+        path, headers={"authorization": f"Bearer {key}", "x-forwarded-for": address}
+    )
 
 
 @pytest.fixture
 async def behind_proxy(start_gateway: Start) -> Gateway:
-    return await start_gateway(trusted_proxies="127.0.0.0/8", legacy_keys=True, cron_secret="secret-of-the-scheduler")
+    return await start_gateway(
+        trusted_proxies="127.0.0.0/8", legacy_keys=True, cron_secret="secret-of-the-scheduler"
+    )
 
 
-@pytest.mark.parametrize("key", ["not-the-admin-key", new_key("live"), f"{ADMIN_KEY}x"], ids=["text", "key", "nearly"])
-async def test_the_eleventh_wrong_admin_key_of_a_minute_is_told_to_wait(behind_proxy: Gateway, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["not-the-admin-key", new_key("live"), f"{ADMIN_KEY}x"], ids=["text", "key", "nearly"]
+)
+async def test_the_eleventh_wrong_admin_key_of_a_minute_is_told_to_wait(
+    behind_proxy: Gateway, key: str
+) -> None:
     answers = [await guess(behind_proxy, key) for _ in range(12)]
     assert [answer.status_code for answer in answers] == [401] * 10 + [429] * 2
     assert answers[-1].json()["error"]["code"] == "too_many_wrong_keys"
@@ -119,7 +152,9 @@ async def test_the_eleventh_wrong_admin_key_of_a_minute_is_told_to_wait(behind_p
 async def test_a_right_key_works_whatever_others_have_tried_from_its_address(behind_proxy: Gateway) -> None:
     user = await behind_proxy.register()
     await behind_proxy.admin("PUT", f"/admin/users/{user.id}", json={"role": "admin"})
-    await behind_proxy.database.value('update public.api_keys_new set scope_permissions = \'{"admin": ["*"]}\' where user_id = $1', user.id)
+    await behind_proxy.database.value(
+        'update public.api_keys_new set scope_permissions = \'{"admin": ["*"]}\' where user_id = $1', user.id
+    )
     for _ in range(12):
         await guess(behind_proxy)
     assert (await guess(behind_proxy)).status_code == 429
@@ -144,7 +179,9 @@ async def test_wrong_admin_keys_are_audited_once_a_minute_with_a_count(behind_pr
     await guess(behind_proxy, path="/internal/sweep")
     logs = (await behind_proxy.admin("GET", "/admin/audit-logs?action=INVALID_ADMIN_KEY"))["logs"]
     assert sum(log["occurrences"] for log in logs) == 13 and len(logs) <= 2  # the minute may turn in between
-    assert {(log["actor"], log["ip"], log["user_id"]) for log in logs} == {("address:203.0.113.9", "203.0.113.9", None)}
+    assert {(log["actor"], log["ip"], log["user_id"]) for log in logs} == {
+        ("address:203.0.113.9", "203.0.113.9", None)
+    }
     assert "not-the-admin-key" not in str(logs)
     sweeps = (await behind_proxy.admin("GET", "/admin/audit-logs?action=INVALID_SWEEP_SECRET"))["logs"]
     assert [log["occurrences"] for log in sweeps] == [1]
@@ -164,7 +201,9 @@ async def test_guesses_of_the_sweep_s_secret_and_at_registration_count_too(behin
 async def test_no_key_at_all_and_a_user_s_key_are_no_guesses(behind_proxy: Gateway) -> None:
     user = await behind_proxy.register()
     for _ in range(12):
-        assert (await behind_proxy.http.get("/admin/users", headers={"x-forwarded-for": "203.0.113.9"})).status_code == 401
+        assert (
+            await behind_proxy.http.get("/admin/users", headers={"x-forwarded-for": "203.0.113.9"})
+        ).status_code == 401
         assert (await guess(behind_proxy, user.key)).status_code == 403
 
 
@@ -179,7 +218,9 @@ async def test_a_wrong_user_s_key_is_audited_once_a_minute_with_a_count(behind_p
 
 
 async def test_what_is_taken_counts_towards_the_five_an_hour_of_an_address(start_gateway: Start) -> None:
-    """On purpose: who asks five times an hour whether names or addresses are registered learns five answers an hour."""
+    """On purpose: who asks five times an hour whether names or addresses are registered learns five answers
+    an hour.
+    """
     gateway = await start_gateway(registration="open")
     order = {"username": "ada", "email": "ada@example.com"}
     answers = [await gateway.http.post("/auth/register", json=order) for _ in range(6)]
@@ -210,7 +251,9 @@ async def test_an_email_address_gets_signup_credits_once(gateway: Gateway) -> No
 
 async def test_changing_the_address_before_leaving_earns_no_second_credits(gateway: Gateway) -> None:
     user, _ = await credits_of_new(gateway, "ada", "ada@example.com")
-    changed = await gateway.http.put("/user/profile", headers=user.headers, json={"email": "other@example.com"})
+    changed = await gateway.http.put(
+        "/user/profile", headers=user.headers, json={"email": "other@example.com"}
+    )
     assert changed.status_code == 200
     await delete(user)
     for name, address in (("ada", "ada@example.com"), ("ada2", "other@example.com")):
@@ -224,7 +267,9 @@ async def test_an_account_older_than_the_claims_claims_its_address_as_it_goes(ga
     assert (await credits_of_new(gateway, "ada", "ada@example.com"))[1] == 0
 
 
-async def test_what_is_kept_of_an_address_is_no_plain_hash_and_outlives_a_change_of_secrets(start_gateway: Start) -> None:
+async def test_what_is_kept_of_an_address_is_no_plain_hash_and_outlives_a_change_of_secrets(
+    start_gateway: Start,
+) -> None:
     old, new = (base64.urlsafe_b64encode(bytes([n]) * 32).decode() for n in (1, 2))
     gateway = await start_gateway(key_hash_secrets=old)
     user, _ = await credits_of_new(gateway, "ada", "ada@example.com")
@@ -255,31 +300,46 @@ async def test_a_user_has_at_most_five_hundred_keys_in_all(gateway: Gateway) -> 
         user.id,
     )
     makes = [
-        await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": name}) for name in ("the last", "one too many")
+        await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": name})
+        for name in ("the last", "one too many")
     ]
     assert [answer.status_code for answer in makes] == [200, 409]
     assert "500 keys" in makes[1].json()["error"]["message"]
     order = {"confirmation": "DELETE_KEY"}
     made = makes[0].json()["key"]["id"]
-    assert (await gateway.http.request("DELETE", f"/user/api-keys/{made}", headers=user.headers, json=order)).status_code == 200
-    assert (await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "again"})).status_code == 200
+    assert (
+        await gateway.http.request("DELETE", f"/user/api-keys/{made}", headers=user.headers, json=order)
+    ).status_code == 200
+    assert (
+        await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "again"})
+    ).status_code == 200
 
 
 async def test_a_user_sees_what_an_administrator_did_and_not_from_where(gateway: Gateway) -> None:
     user, staff = await gateway.register(), await gateway.register()
     await gateway.admin("PUT", f"/admin/users/{staff.id}", json={"role": "admin"})
-    await gateway.database.value('update public.api_keys_new set scope_permissions = \'{"admin": ["*"]}\' where user_id = $1', staff.id)
+    await gateway.database.value(
+        'update public.api_keys_new set scope_permissions = \'{"admin": ["*"]}\' where user_id = $1', staff.id
+    )
     order = {"user_id": user.id, "credits": 1}
-    assert (await gateway.http.post("/admin/add_credits", headers=staff.headers, json=order)).status_code == 200
-    assert (await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Ada"})).status_code == 200
+    assert (
+        await gateway.http.post("/admin/add_credits", headers=staff.headers, json=order)
+    ).status_code == 200
+    assert (
+        await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Ada"})
+    ).status_code == 200
     own = (await gateway.http.get("/user/api-keys/audit-logs", headers=user.headers)).json()["logs"]
-    assert [(log["action"], log["actor"] == "admin", log["ip"], log["user_agent"] is None) for log in own] == [
+    assert [
+        (log["action"], log["actor"] == "admin", log["ip"], log["user_agent"] is None) for log in own
+    ] == [
         ("update_profile", False, "127.0.0.1", False),
         ("add_credits", True, None, True),
         ("set_limits", True, None, True),
         ("create", True, None, True),
     ]
-    exported = await gateway.http.get("/user/api-keys/audit-logs?format=jsonl&action=add_credits", headers=user.headers)
+    exported = await gateway.http.get(
+        "/user/api-keys/audit-logs?format=jsonl&action=add_credits", headers=user.headers
+    )
     assert "127.0.0.1" not in exported.text and "python-httpx" not in exported.text
     every = (await gateway.admin("GET", f"/admin/audit-logs?user_id={user.id}"))["logs"]
     assert {log["ip"] for log in every} == {"127.0.0.1"} and all(log["user_agent"] for log in every)
@@ -298,11 +358,21 @@ async def test_a_user_s_log_is_their_own_filtered_and_paged(gateway: Gateway) ->
         cursor = page["next_cursor"]
     assert len(seen) == 6 and {log["user_id"] for log in seen} == {user.id}
     moment = seen[2]["created_at"].replace("+", "%2B")
-    part = (await gateway.http.get(f"/user/api-keys/audit-logs?action=create&start_date={moment}", headers=user.headers)).json()["logs"]
+    part = (
+        await gateway.http.get(
+            f"/user/api-keys/audit-logs?action=create&start_date={moment}", headers=user.headers
+        )
+    ).json()["logs"]
     assert part == seen[:3]
-    rest = (await gateway.http.get(f"/user/api-keys/audit-logs?action=create&end_date={moment}", headers=user.headers)).json()["logs"]
+    rest = (
+        await gateway.http.get(
+            f"/user/api-keys/audit-logs?action=create&end_date={moment}", headers=user.headers
+        )
+    ).json()["logs"]
     assert rest == seen[3:]
-    (one,) = (await gateway.http.get(f"/user/api-keys/audit-logs?key_id={seen[0]['key_id']}", headers=user.headers)).json()["logs"]
+    (one,) = (
+        await gateway.http.get(f"/user/api-keys/audit-logs?key_id={seen[0]['key_id']}", headers=user.headers)
+    ).json()["logs"]
     assert one == seen[0]
 
 
@@ -315,13 +385,17 @@ async def test_built_in_plans_and_default_limits_can_still_be_changed(gateway: G
     assert changed["daily_request_limit"] == 7
     refused = await gateway.http.delete(f"/admin/plans/{free['id']}", headers=ADMIN)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "plan_id")
-    await gateway.database.value("update public.rate_limit_configs set requests_per_minute = 5 where subject = 'default'")
+    await gateway.database.value(
+        "update public.rate_limit_configs set requests_per_minute = 5 where subject = 'default'"
+    )
 
 
 # Health, and what a browser may read.
 
 
-async def test_a_health_check_counts_the_users_once_in_a_while(database: Database, start_gateway: Start) -> None:
+async def test_a_health_check_counts_the_users_once_in_a_while(
+    database: Database, start_gateway: Start
+) -> None:
     async with database_link(database) as link:
         gateway = await start_gateway(database_url=link.url)
         await gateway.register()
@@ -342,9 +416,13 @@ async def assert_dead(gateway: Gateway, link: DatabaseLink) -> None:
 
 @pytest.mark.parametrize("origins", ["*", "https://app.example"])
 @pytest.mark.parametrize("path", ["/user/profile", "/v1/chat/completions"])
-async def test_a_browser_may_read_that_its_body_was_too_large(start_gateway: Start, origins: str, path: str) -> None:
+async def test_a_browser_may_read_that_its_body_was_too_large(
+    start_gateway: Start, origins: str, path: str
+) -> None:
     gateway = await start_gateway(cors_origins=origins, max_body_bytes=MAX_ORDER_BYTES)
-    answer = await gateway.http.post(path, headers={"origin": "https://app.example"}, content=b"x" * (MAX_ORDER_BYTES + 1))
+    answer = await gateway.http.post(
+        path, headers={"origin": "https://app.example"}, content=b"x" * (MAX_ORDER_BYTES + 1)
+    )
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert answer.headers["access-control-allow-origin"] == origins
     assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
@@ -371,12 +449,16 @@ async def test_a_browser_may_read_that_its_body_was_too_large(start_gateway: Sta
         ("DELETE", "/admin/keys/999", None, "key_id"),
     ],
 )
-async def test_who_is_not_found_is_named(gateway: Gateway, method: str, path: str, body: Any, param: str) -> None:
+async def test_who_is_not_found_is_named(
+    gateway: Gateway, method: str, path: str, body: Any, param: str
+) -> None:
     answer = await gateway.http.request(method, path, headers=ADMIN, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, param), answer.text
 
 
 async def test_an_unknown_plan_is_named_where_the_user_exists(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.post("/admin/assign-plan", headers=ADMIN, json={"user_id": user.id, "plan_id": 999})
+    answer = await gateway.http.post(
+        "/admin/assign-plan", headers=ADMIN, json={"user_id": user.id, "plan_id": 999}
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "plan_id")

@@ -1,6 +1,8 @@
-"""Every billable endpoint times every ending: one record, nothing held, and the charge is the upstream's bill.
+"""Every billable endpoint times every ending: one record, nothing held, and the charge is the upstream's
+bill.
 
-What each ending means for one endpoint in detail stands in test_endings, test_faults and test_processes; here is the whole table.
+What each ending means for one endpoint in detail stands in test_endings, test_faults and test_processes; here
+is the whole table.
 """
 
 from __future__ import annotations
@@ -44,13 +46,18 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Start = Callable[..., Awaitable[Gateway]]
 STREAMS = [kind for kind in KINDS if kind.streams]
 PAIRS = [(kind, streamed) for kind in KINDS for streamed in ((False, True) if kind.streams else (False,))]
-SHAPES = [pytest.param(kind, streamed, id=f"{kind.path}{'-streamed' if streamed else ''}") for kind, streamed in PAIRS]
+SHAPES = [
+    pytest.param(kind, streamed, id=f"{kind.path}{'-streamed' if streamed else ''}")
+    for kind, streamed in PAIRS
+]
 STREAMED = [pytest.param(kind, id=kind.path) for kind in STREAMS]
 DEADLINE_SECONDS = 0.8
 
 
 async def test_the_table_has_every_billable_endpoint() -> None:
-    assert {kind.path for kind in KINDS} == {path for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)}
+    assert {kind.path for kind in KINDS} == {
+        path for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)
+    }
 
 
 upstream = staged_upstream
@@ -60,7 +67,9 @@ link = staged_link
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def impatient(stage: tuple[Gateway, Upstream], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+async def impatient(
+    stage: tuple[Gateway, Upstream], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
     """A second gateway on the same database, whose requests end soon."""
     first, upstream = stage
     settings = {
@@ -118,7 +127,9 @@ async def test_an_ordinary_end(live_gateway: Gateway, upstream: Upstream, kind: 
 
 
 @pytest.mark.parametrize(("kind", "streamed"), SHAPES)
-@pytest.mark.parametrize(("scenario", "status"), [("error-429", 429), ("error-500", 502), ("error-503", 503), ("error-402", 503)])
+@pytest.mark.parametrize(
+    ("scenario", "status"), [("error-429", 429), ("error-500", 502), ("error-503", 503), ("error-402", 503)]
+)
 async def test_an_error_of_the_upstream_before_the_answer(
     live_gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool, scenario: str, status: int
 ) -> None:
@@ -132,7 +143,9 @@ async def test_an_error_of_the_upstream_before_the_answer(
 
 @pytest.mark.parametrize("kind", STREAMED)
 @pytest.mark.parametrize("scenario", ["stream-error;count=2", "cut;count=3"])
-async def test_an_error_of_the_upstream_in_mid_stream(live_gateway: Gateway, upstream: Upstream, kind: Kind, scenario: str) -> None:
+async def test_an_error_of_the_upstream_in_mid_stream(
+    live_gateway: Gateway, upstream: Upstream, kind: Kind, scenario: str
+) -> None:
     user = await live_gateway.register(credits=100)
     upstream.scenario = scenario
     answer = await post(user, kind, streamed=True)
@@ -142,7 +155,9 @@ async def test_an_error_of_the_upstream_in_mid_stream(live_gateway: Gateway, ups
 
 
 @pytest.mark.parametrize(("kind", "streamed"), SHAPES)
-async def test_a_client_gone_before_the_first_byte(live_gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool) -> None:
+async def test_a_client_gone_before_the_first_byte(
+    live_gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool
+) -> None:
     user = await live_gateway.register(credits=100)
     upstream.scenario = "slow-first-token;seconds=0.3"
     waiting = asyncio.create_task(post(user, kind, streamed=streamed))
@@ -154,7 +169,9 @@ async def test_a_client_gone_before_the_first_byte(live_gateway: Gateway, upstre
 
 @pytest.mark.parametrize("kind", STREAMED)
 @pytest.mark.parametrize("scenario", ["slow;ms=10;tokens=60", "abort;ms=10;tokens=60;times=1"])
-async def test_a_client_gone_in_mid_stream(live_gateway: Gateway, upstream: Upstream, kind: Kind, scenario: str) -> None:
+async def test_a_client_gone_in_mid_stream(
+    live_gateway: Gateway, upstream: Upstream, kind: Kind, scenario: str
+) -> None:
     user = await live_gateway.register(credits=100)
     upstream.scenario = scenario
     content = kind.content(body_of(kind, streamed=True))
@@ -168,8 +185,12 @@ async def test_a_client_gone_in_mid_stream(live_gateway: Gateway, upstream: Upst
 
 
 @pytest.mark.parametrize(("kind", "streamed"), SHAPES)
-async def test_an_upstream_that_hangs(impatient: Gateway, upstream: Upstream, kind: Kind, streamed: bool) -> None:
-    """Neither usage nor an id is known: whatever the upstream bills is the operator's loss, and the record is listed as such."""
+async def test_an_upstream_that_hangs(
+    impatient: Gateway, upstream: Upstream, kind: Kind, streamed: bool
+) -> None:
+    """Neither usage nor an id is known: whatever the upstream bills is the operator's loss, and the record is
+    listed as such.
+    """
     user = await impatient.register(credits=100)
     upstream.scenario = "hang"
     answer = await post(user, kind, streamed=streamed)
@@ -181,7 +202,9 @@ async def test_an_upstream_that_hangs(impatient: Gateway, upstream: Upstream, ki
 
 
 @pytest.mark.parametrize("kind", STREAMED)
-async def test_an_upstream_that_hangs_in_mid_stream(impatient: Gateway, upstream: Upstream, kind: Kind) -> None:
+async def test_an_upstream_that_hangs_in_mid_stream(
+    impatient: Gateway, upstream: Upstream, kind: Kind
+) -> None:
     user = await impatient.register(credits=100)
     upstream.scenario = "stall;count=3"
     answer = await post(user, kind, streamed=True)
@@ -203,14 +226,20 @@ async def test_a_database_gone_at_settlement(
     answer = await waiting
     assert answer.status_code == 200, answer.text
     if kind.tells:
-        assert answer.headers.get("x-gateway-settlement") == "pending" or '"settlement":"pending"' in answer.text
+        assert (
+            answer.headers.get("x-gateway-settlement") == "pending" or '"settlement":"pending"' in answer.text
+        )
     link.mend()
     record = await settled(user, upstream, kind)
     assert record["status"] == "completed" and record["cost"] > 0
 
 
-async def test_a_process_killed_under_every_kind_of_request(database: Database, upstream: Upstream, tmp_path: Path) -> None:
-    """Where the generation's id was stored, the charge is what the upstream says; where none was known yet, nothing, and it is listed."""
+async def test_a_process_killed_under_every_kind_of_request(
+    database: Database, upstream: Upstream, tmp_path: Path
+) -> None:
+    """Where the generation's id was stored, the charge is what the upstream says; where none was known yet,
+    nothing, and it is listed.
+    """
     async with running_workers(database, upstream.url, tmp_path) as (gateway, pid):
         upstream.scenario = "slow-first-token;seconds=12"
         waiting = []
@@ -237,7 +266,9 @@ async def test_a_process_killed_under_every_kind_of_request(database: Database, 
         await age_holds(database)
         await gateway.admin("POST", "/internal/sweep")  # unless the workers' own loop came before
     bills = {call.generation_id: call.cost for call in upstream.sandbox.state.calls if call.generation_id}
-    records = await database.rows("select endpoint, status, settlement_source, generation_id, cost_nanos from public.usage_records")
+    records = await database.rows(
+        "select endpoint, status, settlement_source, generation_id, cost_nanos from public.usage_records"
+    )
     assert len(records) == len(waiting)
     for record in records:
         is_known = record["generation_id"] is not None

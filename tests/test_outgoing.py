@@ -30,7 +30,9 @@ def named(text: str) -> str:
 
 def sent(name: str, caps: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     endpoint = BY_NAME[name]
-    body, headers = write_request(endpoint, read_request(endpoint, orjson.dumps(fields), "application/json"), caps or {}, named)
+    body, headers = write_request(
+        endpoint, read_request(endpoint, orjson.dumps(fields), "application/json"), caps or {}, named
+    )
     assert headers == {}
     return dict(orjson.loads(body))
 
@@ -46,8 +48,22 @@ def refusal(endpoint: Endpoint, raw: bytes, content_type: str = "application/jso
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
 def test_every_field_goes_out_but_those_that_cross_tenants(name: str) -> None:
-    found = sent(name, {"model": "capped"}, model="a/b", anything={"deep": [1]}, debug=1, trace={}, cache=1, session_id="s", user="alice")
-    assert found["anything"] == {"deep": [1]} and found["model"] == "capped" and found["session_id"] == "tenant(s)"
+    found = sent(
+        name,
+        {"model": "capped"},
+        model="a/b",
+        anything={"deep": [1]},
+        debug=1,
+        trace={},
+        cache=1,
+        session_id="s",
+        user="alice",
+    )
+    assert (
+        found["anything"] == {"deep": [1]}
+        and found["model"] == "capped"
+        and found["session_id"] == "tenant(s)"
+    )
     assert not {"debug", "trace", "cache"} & set(found)
     if name == "messages":
         assert found["metadata"] == {"user_id": "tenant()"} and not {"user", "safety_identifier"} & set(found)
@@ -56,8 +72,14 @@ def test_every_field_goes_out_but_those_that_cross_tenants(name: str) -> None:
 
 
 def test_a_response_s_user_has_two_names_and_one_pseudonym() -> None:
-    found = sent("responses", model="a/b", input="x", safety_identifier="alice", prompt_cache_key="k", store=True)
-    assert (found["user"], found["safety_identifier"], found["prompt_cache_key"]) == ("tenant(alice)", "tenant(alice)", "tenant(k)")
+    found = sent(
+        "responses", model="a/b", input="x", safety_identifier="alice", prompt_cache_key="k", store=True
+    )
+    assert (found["user"], found["safety_identifier"], found["prompt_cache_key"]) == (
+        "tenant(alice)",
+        "tenant(alice)",
+        "tenant(k)",
+    )
     assert "store" not in found
 
 
@@ -65,12 +87,24 @@ def test_a_response_s_user_has_two_names_and_one_pseudonym() -> None:
 def test_whoever_is_named_beside_the_user_is_the_tenant_s_own(name: str) -> None:
     found = sent(name, model="a/b", safety_identifier="alice")
     assert (found["user"], found["safety_identifier"]) == ("tenant(alice)", "tenant(alice)")
-    assert sent(name, model="a/b", safety_identifier="alice", user="bob")["safety_identifier"] == "tenant(bob)"
+    assert (
+        sent(name, model="a/b", safety_identifier="alice", user="bob")["safety_identifier"] == "tenant(bob)"
+    )
 
 
 def test_a_message_s_user_stands_in_its_metadata() -> None:
-    found = sent("messages", model="a/b", messages=[], metadata={"user_id": "alice", "more": 1}, user="raw", safety_identifier="raw")
-    assert found["metadata"] == {"user_id": "tenant(alice)", "more": 1} and not {"user", "safety_identifier"} & set(found)
+    found = sent(
+        "messages",
+        model="a/b",
+        messages=[],
+        metadata={"user_id": "alice", "more": 1},
+        user="raw",
+        safety_identifier="raw",
+    )
+    assert found["metadata"] == {"user_id": "tenant(alice)", "more": 1} and not {
+        "user",
+        "safety_identifier",
+    } & set(found)
     assert sent("messages", model="a/b", metadata="odd")["metadata"] == {"user_id": "tenant()"}
 
 
@@ -87,16 +121,23 @@ def test_a_message_s_user_stands_in_its_metadata() -> None:
 def test_what_would_live_in_the_operator_s_account_is_refused_by_name(name: str, field: str) -> None:
     error = refusal(BY_NAME[name], orjson.dumps({"model": "a/b", field: "x"}))
     assert error.param == field and "gateway keeps no" in error.message
-    assert read_request(BY_NAME[name], orjson.dumps({"model": "a/b", field: None}), "").fields == {"model": "a/b", field: None}
+    assert read_request(BY_NAME[name], orjson.dumps({"model": "a/b", field: None}), "").fields == {
+        "model": "a/b",
+        field: None,
+    }
 
 
-@pytest.mark.parametrize("name", sorted(name for name, endpoint in BY_NAME.items() if not endpoint.may_stream))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, endpoint in BY_NAME.items() if not endpoint.may_stream)
+)
 def test_what_does_not_stream_says_so(name: str) -> None:
     assert refusal(BY_NAME[name], b'{"stream":true}').param == "stream"
     assert not read_request(BY_NAME[name], b'{"stream":false}', "").is_streamed
 
 
-@pytest.mark.parametrize("name", sorted(name for name, endpoint in BY_NAME.items() if not endpoint.takes_forms))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, endpoint in BY_NAME.items() if not endpoint.takes_forms)
+)
 def test_a_form_where_json_belongs_is_refused(name: str) -> None:
     assert refusal(BY_NAME[name], b"--xyz--", FORM).param == "content-type"
 
@@ -104,13 +145,22 @@ def test_a_form_where_json_belongs_is_refused(name: str) -> None:
 @pytest.mark.parametrize("raw", [b"", b"name=value", b"[1]", b'"x"', b"null"])
 def test_a_body_that_is_no_object_is_told_what_would_be_one(raw: bytes) -> None:
     error = refusal(BY_NAME["chat/completions"], raw)
-    assert error.code == "invalid_json" and 'a JSON object, such as {"model": "openai/gpt-4o-mini"' in error.message
+    assert (
+        error.code == "invalid_json"
+        and 'a JSON object, such as {"model": "openai/gpt-4o-mini"' in error.message
+    )
 
 
 def test_a_transcript_has_a_format_that_the_upstream_writes() -> None:
-    for raw, kind in ((b'{"response_format":"srt"}', "application/json"), (form(field("response_format", b"srt"), FILE), FORM)):
+    for raw, kind in (
+        (b'{"response_format":"srt"}', "application/json"),
+        (form(field("response_format", b"srt"), FILE), FORM),
+    ):
         assert refusal(TRANSCRIPTIONS, raw, kind).param == "response_format"
-    assert read_request(TRANSCRIPTIONS, b'{"response_format":"verbose_json"}', "").fields["response_format"] == "verbose_json"
+    assert (
+        read_request(TRANSCRIPTIONS, b'{"response_format":"verbose_json"}', "").fields["response_format"]
+        == "verbose_json"
+    )
 
 
 # Forms.
@@ -125,7 +175,9 @@ MODEL = field("model", b"openai/whisper-1")
 
 
 def form(*parts: bytes, boundary: bytes = b"xyz") -> bytes:
-    return b"".join(b"--" + boundary + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + boundary + b"--\r\n"
+    return (
+        b"".join(b"--" + boundary + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + boundary + b"--\r\n"
+    )
 
 
 def parsed(raw: bytes, content_type: str) -> list[Message]:
@@ -135,11 +187,17 @@ def parsed(raw: bytes, content_type: str) -> list[Message]:
 
 
 def test_a_form_goes_out_with_its_fields_capped_and_its_file_to_the_byte() -> None:
-    more = [field("timestamp_granularities[]", b"word"), field("timestamp_granularities[]", b"segment"), field("language", "żółw".encode())]
+    more = [
+        field("timestamp_granularities[]", b"word"),
+        field("timestamp_granularities[]", b"segment"),
+        field("language", "żółw".encode()),
+    ]
     raw = form(MODEL, FILE, *more, field("provider", b'{"order":["a"]}'), field("debug", b"1"))
     request = read_request(TRANSCRIPTIONS, raw, FORM)
     assert request.fields["provider"] == {"order": ["a"]} and request.fields["model"] == "openai/whisper-1"
-    body, headers = write_request(TRANSCRIPTIONS, request, {"max_tokens": 5, "provider": {"max_price": {"prompt": "1"}}}, named)
+    body, headers = write_request(
+        TRANSCRIPTIONS, request, {"max_tokens": 5, "provider": {"max_price": {"prompt": "1"}}}, named
+    )
     assert AUDIO in body and body.count(AUDIO) == 1
     again = read_form(body, headers["Content-Type"])
     assert again.file == request.file and again.file.content == AUDIO
@@ -151,7 +209,9 @@ def test_a_form_goes_out_with_its_fields_capped_and_its_file_to_the_byte() -> No
         "max_tokens": "5",
         "user": "tenant()",
     }
-    names = [part.get_param("name", header="content-disposition") for part in parsed(body, headers["Content-Type"])]
+    names = [
+        part.get_param("name", header="content-disposition") for part in parsed(body, headers["Content-Type"])
+    ]
     assert names == [
         "model",
         "timestamp_granularities[]",
@@ -167,9 +227,13 @@ def test_a_form_goes_out_with_its_fields_capped_and_its_file_to_the_byte() -> No
 @settings(deadline=None)
 @given(st.binary(min_size=1, max_size=500), st.text(max_size=30))
 def test_any_file_under_any_name_stays_as_it_is(content: bytes, name: str) -> None:
-    quoted = name.replace("\\", "").replace('"', "").replace("\r", "").replace("\n", "").encode("utf-8", "replace")
+    quoted = (
+        name.replace("\\", "").replace('"', "").replace("\r", "").replace("\n", "").encode("utf-8", "replace")
+    )
     part = field("file", content, b'; filename="' + quoted + b'"')
-    request = read_request(TRANSCRIPTIONS, form(part, boundary=b"B" * 60), "multipart/form-data; boundary=" + "B" * 60)
+    request = read_request(
+        TRANSCRIPTIONS, form(part, boundary=b"B" * 60), "multipart/form-data; boundary=" + "B" * 60
+    )
     body, headers = write_request(TRANSCRIPTIONS, request, {}, named)
     assert read_form(body, headers["Content-Type"]).file.content == content
 
@@ -183,7 +247,9 @@ def test_quotes_and_line_breaks_end_no_header() -> None:
 
 def test_a_boundary_may_be_quoted_and_have_a_preamble() -> None:
     raw = b"ignored\r\n" + form(MODEL, FILE, boundary=b"a b")[:-2] + b"\r\nepilogue"
-    assert read_form(raw, 'Multipart/Form-Data; charset=utf-8; boundary="a b"').fields == {"model": "openai/whisper-1"}
+    assert read_form(raw, 'Multipart/Form-Data; charset=utf-8; boundary="a b"').fields == {
+        "model": "openai/whisper-1"
+    }
 
 
 CASES: dict[str, tuple[bytes, str, str]] = {
@@ -200,7 +266,11 @@ CASES: dict[str, tuple[bytes, str, str]] = {
         FORM,
         "content-type",
     ),
-    "a boundary behind parameters without end": (form(MODEL, FILE), FORM + '; a="' + ";" * 60_000, "content-type"),
+    "a boundary behind parameters without end": (
+        form(MODEL, FILE),
+        FORM + '; a="' + ";" * 60_000,
+        "content-type",
+    ),
     "a field that is no text": (form(FILE, field("model", b"\xff")), FORM, "model"),
     "a provider that is no object": (form(FILE, field("provider", b"{")), FORM, "provider"),
     "another boundary": (form(MODEL, FILE, boundary=b"abc"), FORM, "content-type"),
@@ -209,13 +279,33 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "a form that breaks off": (form(MODEL, FILE)[:-6], FORM, "content-type"),
     "no form": (b'{"model":"a/b"}', FORM, "content-type"),
     "nothing": (b"", FORM, "content-type"),
-    "a field without a name": (form(FILE, b"Content-Disposition: form-data\r\n\r\nx"), FORM, "content-disposition"),
+    "a field without a name": (
+        form(FILE, b"Content-Disposition: form-data\r\n\r\nx"),
+        FORM,
+        "content-disposition",
+    ),
     "a field without headers": (form(FILE, b"\r\nx"), FORM, "content-type"),
-    "a field without an end of its headers": (form(FILE, b"Content-Disposition: form-data"), FORM, "content-type"),
-    "headers without end": (form(FILE, field("a", b"x", b"\r\nX-More: " + b"y" * 10_000)), FORM, "content-type"),
-    "a file in base64": (form(MODEL, field("file", b"eA==", b"\r\nContent-Transfer-Encoding: base64")), FORM, "file"),
+    "a field without an end of its headers": (
+        form(FILE, b"Content-Disposition: form-data"),
+        FORM,
+        "content-type",
+    ),
+    "headers without end": (
+        form(FILE, field("a", b"x", b"\r\nX-More: " + b"y" * 10_000)),
+        FORM,
+        "content-type",
+    ),
+    "a file in base64": (
+        form(MODEL, field("file", b"eA==", b"\r\nContent-Transfer-Encoding: base64")),
+        FORM,
+        "file",
+    ),
     "a list of models": (form(MODEL, FILE, field("models[]", b"dear/model")), FORM, "models[]"),
-    "an object in pieces": (form(MODEL, FILE, field("provider[order][]", b"dear")), FORM, "provider[order][]"),
+    "an object in pieces": (
+        form(MODEL, FILE, field("provider[order][]", b"dear")),
+        FORM,
+        "provider[order][]",
+    ),
     "a stream": (form(MODEL, FILE, field("stream", b"true")), FORM, "stream"),
 }
 
@@ -249,7 +339,16 @@ def test_what_is_not_offered_is_named_under_both_prefixes_and_below() -> None:
             if name.endswith("/") and path.endswith(plain):
                 continue
             assert f"`{plain}`" in (refusal_of(path) or ""), path
-    for path in ("/v1/nothing", "/files", "/v1/filesystem", "/", "/v2/files", "/v1/responses", "/v1/chat/completions", "/v1/generation"):
+    for path in (
+        "/v1/nothing",
+        "/files",
+        "/v1/filesystem",
+        "/",
+        "/v2/files",
+        "/v1/responses",
+        "/v1/chat/completions",
+        "/v1/generation",
+    ):
         assert refusal_of(path) is None
 
 

@@ -1,4 +1,6 @@
-"""Under a user's own upstream key the user pays upstream: nothing is charged here, and neither key is ever in the other's place."""
+"""Under a user's own upstream key the user pays upstream: nothing is charged here, and neither key is ever in
+the other's place.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +73,13 @@ def authorized(upstream: Upstream, path: str = "") -> list[str]:
 async def settled(user: User, upstream: Upstream) -> dict[str, Any]:
     """The one record, which cost nothing; nothing is held, and what the upstream billed is noted."""
     await user.settled_record()
-    (row,) = await user.gateway.database.rows("select * from public.usage_records where user_id = $1", user.id)
+    (row,) = await user.gateway.database.rows(
+        "select * from public.usage_records where user_id = $1", user.id
+    )
     assert (row["byok"], row["hold_nanos"], row["cost_nanos"], row["overrun_nanos"]) == (True, 0, 0, 0)
-    assert row["upstream_cost_nanos"] == upstream.sandbox.state.billed.scaleb(9).to_integral_value(ROUND_CEILING)
+    assert row["upstream_cost_nanos"] == upstream.sandbox.state.billed.scaleb(9).to_integral_value(
+        ROUND_CEILING
+    )
     balance = await user.balance()
     assert balance["held"] == 0
     await user.gateway.database.assert_books_balance()
@@ -99,7 +105,9 @@ async def test_a_request_goes_out_under_it_and_costs_nothing_here(
 
 
 async def test_limits_count_and_budgets_do_not(gateway: Gateway, upstream: Upstream, user: User) -> None:
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 2}})
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 2}}
+    )
     spender = await scoped(user, {"read": ["*"], "write": ["*"]}, budget=0, budget_window="day")
     assert [(await spender.chat()).status_code for _ in range(3)] == [200, 200, 429]
     assert set(authorized(upstream)) == {OWN}
@@ -113,7 +121,9 @@ async def test_a_test_key_never_uses_it(gateway: Gateway, upstream: Upstream, us
     assert (await testing.records())[0]["cost"] == 0
 
 
-async def test_once_it_is_forgotten_the_operators_is_used_and_credits_are_due(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_once_it_is_forgotten_the_operators_is_used_and_credits_are_due(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     assert (await user.chat()).status_code == 200
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
     assert (await user.chat()).status_code == 402
@@ -128,7 +138,12 @@ async def test_once_it_is_forgotten_the_operators_is_used_and_credits_are_due(ga
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("scenario", ["error-401", "error-402", "error-402-key-limit"])
 async def test_a_refused_key_is_the_users_to_mend_and_alarms_nobody(
-    gateway: Gateway, upstream: Upstream, user: User, capsys: pytest.CaptureFixture[str], scenario: str, streamed: bool
+    gateway: Gateway,
+    upstream: Upstream,
+    user: User,
+    capsys: pytest.CaptureFixture[str],
+    scenario: str,
+    streamed: bool,
 ) -> None:
     upstream.scenario = scenario
     answer = await user.chat(stream=streamed)
@@ -143,7 +158,9 @@ async def test_a_refused_key_is_the_users_to_mend_and_alarms_nobody(
     assert "upstream_refuses_operator" in capsys.readouterr().out  # as it does where it is the operator's
 
 
-async def test_a_refusal_inside_a_200_is_the_users_too(start_gateway: Start, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_refusal_inside_a_200_is_the_users_too(
+    start_gateway: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     async with running_script() as upstream:
         gateway = await start_gateway(**live(upstream.url))
         upstream.say(Reply([b'{"error": {"code": 402, "message": "Insufficient credits"}}']))
@@ -165,7 +182,9 @@ async def sealed_by(gateway: Gateway, key: str | None) -> User:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_key_that_cannot_be_read_is_never_replaced_by_the_operators(gateway: Gateway, upstream: Upstream, streamed: bool) -> None:
+async def test_a_key_that_cannot_be_read_is_never_replaced_by_the_operators(
+    gateway: Gateway, upstream: Upstream, streamed: bool
+) -> None:
     user = await sealed_by(gateway, None)
     await gateway.admin("POST", "/admin/add_credits", json={"user_id": user.id, "credits": 1})
     answer = await user.chat(stream=streamed)
@@ -179,7 +198,9 @@ async def test_a_key_that_cannot_be_read_is_never_replaced_by_the_operators(gate
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_missing_cost_is_asked_for_under_it(gateway: Gateway, upstream: Upstream, user: User, streamed: bool) -> None:
+async def test_a_missing_cost_is_asked_for_under_it(
+    gateway: Gateway, upstream: Upstream, user: User, streamed: bool
+) -> None:
     upstream.scenario = "cost-null,generation-late;times=1"
     assert (await user.chat(stream=streamed)).status_code == 200
     row = await settled(user, upstream)
@@ -187,17 +208,23 @@ async def test_a_missing_cost_is_asked_for_under_it(gateway: Gateway, upstream: 
     assert authorized(upstream, "/generation") == [OWN, OWN] and set(authorized(upstream)) == {OWN}
 
 
-async def test_what_an_abort_cost_is_asked_for_under_it(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_what_an_abort_cost_is_asked_for_under_it(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     upstream.scenario = "abort;ms=20;tokens=60;times=1"
     await leave(user)
     row = await settled(user, upstream)
-    assert (row["status"], row["settlement_source"]) == ("cancelled", "generation") and row["upstream_cost_nanos"] > 0
+    assert (row["status"], row["settlement_source"]) == ("cancelled", "generation") and row[
+        "upstream_cost_nanos"
+    ] > 0
     assert set(authorized(upstream)) == {OWN} and len(authorized(upstream, "/generation")) >= 2
 
 
 async def leave(user: User) -> None:
     body = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    async with user.gateway.http.stream("POST", "/v1/chat/completions", headers=user.headers, json=body) as answer:
+    async with user.gateway.http.stream(
+        "POST", "/v1/chat/completions", headers=user.headers, json=body
+    ) as answer:
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 return
@@ -229,17 +256,31 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
         await age_holds(database)
         await gateway.admin("POST", "/internal/sweep")  # unless the workers' own loop came before
         await user.settled_record()
-    row = (await database.rows("select status, settlement_source, cost_nanos, upstream_cost_nanos from public.usage_records"))[0]
+    row = (
+        await database.rows(
+            "select status, settlement_source, cost_nanos, upstream_cost_nanos from public.usage_records"
+        )
+    )[0]
     asked = authorized(upstream, "/generation")
     if removed:
-        assert asked == [] and (row["status"], row["settlement_source"], row["cost_nanos"]) == ("expired", "none", 0)
+        assert asked == [] and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
+            "expired",
+            "none",
+            0,
+        )
     else:
-        assert set(asked) == {OWN} and (row["status"], row["settlement_source"], row["cost_nanos"]) == ("cancelled", "generation", 0)
+        assert set(asked) == {OWN} and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
+            "cancelled",
+            "generation",
+            0,
+        )
         assert row["upstream_cost_nanos"] > 0
     await database.assert_books_balance()
 
 
-async def test_a_key_removed_in_mid_stream_serves_what_it_has_begun(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_a_key_removed_in_mid_stream_serves_what_it_has_begun(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     upstream.scenario = "slow;ms=50;tokens=20"
     waiting = asyncio.create_task(user.chat(stream=True))
 
@@ -258,7 +299,13 @@ async def test_a_key_removed_in_mid_stream_serves_what_it_has_begun(gateway: Gat
 
 
 async def test_a_changed_price_sends_it_again_under_it(start_gateway: Start) -> None:
-    about = {"error": {"message": "No endpoints", "http_status": 404, "availability": {"excluded_by": ["max_price"]}}}
+    about = {
+        "error": {
+            "message": "No endpoints",
+            "http_status": 404,
+            "availability": {"excluded_by": ["max_price"]},
+        }
+    }
     usage = {"prompt_tokens": 9, "completion_tokens": 4, "cost": 0.0000123}
     said = {
         "id": "gen-1",
@@ -278,10 +325,14 @@ async def test_a_changed_price_sends_it_again_under_it(start_gateway: Start) -> 
         assert (await user.balance())["held"] == 0
 
 
-async def test_its_answers_are_kept_and_what_they_cost_is_paid_once(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_its_answers_are_kept_and_what_they_cost_is_paid_once(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     async def post(**headers: str) -> httpx.Response:
         content = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
-        return await gateway.http.post("/v1/chat/completions", headers={**user.headers, **headers}, json=content)
+        return await gateway.http.post(
+            "/v1/chat/completions", headers={**user.headers, **headers}, json=content
+        )
 
     first, again = [await post(**{"idempotency-key": "a", "x-gateway-cache": "true"}) for _ in range(2)]
     assert again.content == first.content and again.headers["idempotent-replayed"] == "true"
@@ -289,16 +340,20 @@ async def test_its_answers_are_kept_and_what_they_cost_is_paid_once(gateway: Gat
     assert hit.headers["x-gateway-cache"] == "HIT" and upstream.inferences == 1
     upstream.scenario = "provider-died"
     assert (await post(**{"idempotency-key": "b"})).status_code == 200
-    row = (await gateway.database.rows("select * from public.usage_records where user_id = $1 order by created_at desc limit 1", user.id))[
-        0
-    ]
+    row = (
+        await gateway.database.rows(
+            "select * from public.usage_records where user_id = $1 order by created_at desc limit 1", user.id
+        )
+    )[0]
     refused = await post(**{"idempotency-key": "b"})
     assert row["status"] == "failed" and row["upstream_cost_nanos"] > 0 == row["cost_nanos"]
     assert refused.json()["error"]["code"] == "idempotency_answer_not_kept"  # it has cost them upstream
     assert set(authorized(upstream)) == {OWN}
 
 
-async def test_nothing_shows_it(gateway: Gateway, upstream: Upstream, user: User, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_nothing_shows_it(
+    gateway: Gateway, upstream: Upstream, user: User, capsys: pytest.CaptureFixture[str]
+) -> None:
     upstream.scenario = "error-401"
     answer = await user.chat()
     assert KEY not in answer.text + str(answer.headers) + capsys.readouterr().out

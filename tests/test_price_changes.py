@@ -1,4 +1,6 @@
-"""What if prices rise between the hold and the answer? The list is read anew, the hold raised, and the request sent once more."""
+"""What if prices rise between the hold and the answer? The list is read anew, the hold raised, and the
+request sent once more.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from sandbox.wire import dumps
 
 Start = Callable[..., Awaitable[Gateway]]
 REFUSAL = {
-    "error": {"message": "No endpoints", "http_status": 404, "availability": {"code": "constraint_filtered", "excluded_by": ["max_price"]}}
+    "error": {
+        "message": "No endpoints",
+        "http_status": 404,
+        "availability": {"code": "constraint_filtered", "excluded_by": ["max_price"]},
+    }
 }
 REFUSED = Reply([orjson.dumps(REFUSAL)], status=404, headers={"x-generation-id": "gen-0-refused"})
 SAID = {
@@ -75,14 +81,20 @@ def prices(upstream: Scripted) -> list[Decimal]:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_raised_price_raises_the_hold_and_the_client_gets_the_answer(gateway: Gateway, upstream: Scripted, streamed: bool) -> None:
+async def test_a_raised_price_raises_the_hold_and_the_client_gets_the_answer(
+    gateway: Gateway, upstream: Scripted, streamed: bool
+) -> None:
     user = await warm(gateway, upstream)
     event = b"data: " + orjson.dumps(SAID) + b"\n\ndata: [DONE]\n\n"
     upstream.say(REFUSED, Reply([event], content_type="text/event-stream") if streamed else ANSWERED)
     upstream.factor = Decimal(3)
     answer = await user.chat(model=TEXT, max_tokens=50, stream=streamed)
     record = await ended(user, answer, 200)
-    assert (record["status"], record["generation_id"], Decimal(str(record["cost"]))) == ("completed", GENERATION, Decimal("0.0000123"))
+    assert (record["status"], record["generation_id"], Decimal(str(record["cost"]))) == (
+        "completed",
+        GENERATION,
+        Decimal("0.0000123"),
+    )
     assert '"cost":0.0000123' in answer.text and answer.headers["x-generation-id"] == GENERATION
     assert prices(upstream) == [1, 3] and upstream.lists == 1
 
@@ -113,12 +125,18 @@ async def test_a_dearer_hold_that_credits_do_not_cover_is_a_402(gateway: Gateway
     assert len(upstream.sent) == 1
 
 
-async def test_prices_that_have_not_changed_are_not_asked_for_twice(gateway: Gateway, upstream: Scripted) -> None:
+async def test_prices_that_have_not_changed_are_not_asked_for_twice(
+    gateway: Gateway, upstream: Scripted
+) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED)
     answer = await user.chat(model=TEXT, max_tokens=50)
     record = await ended(user, answer, 503)
-    assert (answer.json()["error"]["code"], record["error_code"], record["cost"]) == ("price_changed", "price_changed", 0)
+    assert (answer.json()["error"]["code"], record["error_code"], record["cost"]) == (
+        "price_changed",
+        "price_changed",
+        0,
+    )
     assert len(upstream.sent) == 1 and answer.headers["retry-after"] == "5"
 
 
@@ -131,7 +149,9 @@ async def test_a_second_refusal_ends_it(gateway: Gateway, upstream: Scripted) ->
     assert (record["error_code"], record["cost"]) == ("price_changed", 0) and len(upstream.sent) == 2
 
 
-async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_list(gateway: Gateway, upstream: Scripted) -> None:
+async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_list(
+    gateway: Gateway, upstream: Scripted
+) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED)
     upstream.factor = Decimal(3)
@@ -139,10 +159,14 @@ async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_li
         answer = await user.chat(model=TEXT, max_tokens=50, provider={"max_price": {"prompt": limit}})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "upstream_refused"), answer.text
     assert len(upstream.sent) == 3 and upstream.lists == 0
-    assert {record["status"] for record in await user.records()} == {"failed"} and (await user.balance())["credits"] == 1
+    assert {record["status"] for record in await user.records()} == {"failed"} and (await user.balance())[
+        "credits"
+    ] == 1
 
 
-async def test_a_client_s_limit_above_the_price_stands_in_no_way(gateway: Gateway, upstream: Scripted) -> None:
+async def test_a_client_s_limit_above_the_price_stands_in_no_way(
+    gateway: Gateway, upstream: Scripted
+) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED, ANSWERED)
     upstream.factor = Decimal(3)
@@ -151,7 +175,9 @@ async def test_a_client_s_limit_above_the_price_stands_in_no_way(gateway: Gatewa
     assert prices(upstream) == [1, 2]
 
 
-async def test_a_crowd_that_meets_a_new_price_reads_the_list_once(gateway: Gateway, upstream: Scripted) -> None:
+async def test_a_crowd_that_meets_a_new_price_reads_the_list_once(
+    gateway: Gateway, upstream: Scripted
+) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED)
     answers = await asyncio.gather(*(user.chat(model=TEXT, max_tokens=50) for _ in range(8)))
@@ -189,7 +215,13 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
 )
 def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own: bool) -> None:
     fields = {"model": TEXT, "messages": [{"role": "user", "content": "Hi"}], "provider": {"max_price": own}}
-    bound = bound_request("chat/completions", fields, 100, read_models(dumps({"data": [*MODELS]})), BoundPolicy(100, free_models=False))
+    bound = bound_request(
+        "chat/completions",
+        fields,
+        100,
+        read_models(dumps({"data": [*MODELS]})),
+        BoundPolicy(100, free_models=False),
+    )
     assert bound.own_limit_excludes is is_own
 
 

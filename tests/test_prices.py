@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pricing.prices import ZERO, Price, caps_of, dearest, markups, max_price, parse_price, search_nanos
+from gateway.pricing.prices import (
+    ZERO,
+    Price,
+    caps_of,
+    dearest,
+    markups,
+    max_price,
+    parse_price,
+    search_nanos,
+)
 
 BASE = {"prompt": "0.0000025", "completion": "0.00001"}
 
@@ -39,7 +48,9 @@ def test_whole_amounts_print_without_an_exponent() -> None:
     assert str(price_of(request="0.5").base.request) == "500000000"
 
 
-@pytest.mark.parametrize("value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"])
+@pytest.mark.parametrize(
+    "value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"]
+)
 @pytest.mark.parametrize("component", ["prompt", "completion"])
 def test_a_token_price_that_is_none_leaves_the_model_unpriced(component: str, value: object) -> None:
     assert parse_price({**BASE, component: value}) is None
@@ -114,18 +125,28 @@ def test_tiers_may_come_in_any_order() -> None:
 
 
 def test_a_cheaper_tier_never_lowers_the_bound() -> None:
-    assert price_of(overrides=[{"min_prompt_tokens": 10, "prompt": "0"}]).rates_for(11).prompt == Decimal(2500)
+    assert price_of(overrides=[{"min_prompt_tokens": 10, "prompt": "0"}]).rates_for(11).prompt == Decimal(
+        2500
+    )
 
 
 @pytest.mark.parametrize(
     "condition",
-    [{"utc_start": 1630, "utc_end": 30}, {"utc_days": ["monday"]}, {"moon": "full"}, {"min_prompt_tokens": "many"}, {}],
+    [
+        {"utc_start": 1630, "utc_end": 30},
+        {"utc_days": ["monday"]},
+        {"moon": "full"},
+        {"min_prompt_tokens": "many"},
+        {},
+    ],
 )
 def test_conditions_of_time_and_unknown_ones_count_always(condition: dict[str, Any]) -> None:
     assert price_of(overrides=[{**condition, "prompt": "0.000009"}]).base.prompt == Decimal(9000)
 
 
-@pytest.mark.parametrize("overrides", ["none", [1], {}, [{"prompt": "-1"}], [{"utc_start": 0, "completion": "NaN"}]])
+@pytest.mark.parametrize(
+    "overrides", ["none", [1], {}, [{"prompt": "-1"}], [{"utc_start": 0, "completion": "NaN"}]]
+)
 def test_overrides_that_cannot_be_read_leave_the_model_unpriced(overrides: object) -> None:
     assert parse_price({**BASE, "overrides": overrides}) is None
 
@@ -173,8 +194,16 @@ def test_a_listed_search_price_counts_for_every_result() -> None:
 
 
 def test_price_caps_are_in_the_units_of_the_upstream() -> None:
-    caps = max_price(caps_of(price_of(request="0.5", image="0.001", audio="0.00003").base, images=True, audio=True), {})
-    assert caps == {"prompt": "2.5", "completion": "10", "request": "0.5", "image": "0.001", "audio": "0.00003"}
+    caps = max_price(
+        caps_of(price_of(request="0.5", image="0.001", audio="0.00003").base, images=True, audio=True), {}
+    )
+    assert caps == {
+        "prompt": "2.5",
+        "completion": "10",
+        "request": "0.5",
+        "image": "0.001",
+        "audio": "0.00003",
+    }
 
 
 def test_price_caps_name_media_only_where_they_are_used() -> None:
@@ -193,12 +222,16 @@ def test_price_caps_keep_what_the_client_set_lower() -> None:
 
 
 def test_price_caps_of_other_components_pass() -> None:
-    assert max_price(caps_of(price_of().base, images=False, audio=False), {"audio": Decimal(7)})["audio"] == "7"
+    assert (
+        max_price(caps_of(price_of().base, images=False, audio=False), {"audio": Decimal(7)})["audio"] == "7"
+    )
 
 
 def test_markups_are_the_largest_over_all_models() -> None:
     tiered = price_of(overrides=[{"min_prompt_tokens": 9, "prompt": "0.000005", "completion": "0.00003"}])
-    found = markups([price_of(), tiered, price_of(input_cache_write_1h="0.00001", internal_reasoning="0.00002")])
+    found = markups(
+        [price_of(), tiered, price_of(input_cache_write_1h="0.00001", internal_reasoning="0.00002")]
+    )
     assert (found.input, found.output) == (Decimal(4), Decimal(3))
 
 
@@ -208,7 +241,9 @@ def test_a_markup_never_lowers_a_price() -> None:
 
 
 def test_what_costs_nothing_by_its_listed_price_is_marked_up_by_what_it_bills() -> None:
-    found = markups([price_of(prompt="0", input_cache_write="0.000004", completion="0", internal_reasoning="0.000001")])
+    found = markups(
+        [price_of(prompt="0", input_cache_write="0.000004", completion="0", internal_reasoning="0.000001")]
+    )
     rates = found.rates(prompt=ZERO, completion=ZERO, request=ZERO, image=ZERO)
     assert (rates.input, rates.output) == (Decimal(4_000), Decimal(1_000))
 
@@ -222,7 +257,9 @@ def test_a_price_below_a_cap_is_never_billed_above_its_markup(prompt: str, bille
 
 
 @given(prompt=amounts, completion=amounts, write=amounts, tier=amounts, threshold=st.integers(0, 10**6))
-def test_longer_prompts_never_become_cheaper(prompt: str, completion: str, write: str, tier: str, threshold: int) -> None:
+def test_longer_prompts_never_become_cheaper(
+    prompt: str, completion: str, write: str, tier: str, threshold: int
+) -> None:
     price = price_of(
         prompt=prompt,
         completion=completion,
@@ -234,11 +271,21 @@ def test_longer_prompts_never_become_cheaper(prompt: str, completion: str, write
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.decimals() | st.text(alphabet="aZ0.-é漢\ud800", max_size=8) | amounts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.decimals()
+    | st.text(alphabet="aZ0.-é漢\ud800", max_size=8)
+    | amounts,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(alphabet="aZ_é", max_size=12), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-names = st.sampled_from(["prompt", "completion", "overrides", "discount", "request", "image", "min_prompt_tokens", "x"])
+names = st.sampled_from(
+    ["prompt", "completion", "overrides", "discount", "request", "image", "min_prompt_tokens", "x"]
+)
 
 
 @given(pricing=st.dictionaries(names, json_values, max_size=6))

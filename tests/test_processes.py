@@ -23,7 +23,9 @@ def workers_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-async def supervisor(database: Database, upstream: Upstream, tmp_path: Path) -> AsyncIterator[tuple[Gateway, int]]:
+async def supervisor(
+    database: Database, upstream: Upstream, tmp_path: Path
+) -> AsyncIterator[tuple[Gateway, int]]:
     async with running_workers(database, upstream.url, tmp_path) as found:
         yield found
 
@@ -33,7 +35,9 @@ async def test_two_hundred_at_once_spend_ten_credits_to_the_last_and_not_one_mor
 ) -> None:
     gateway, _ = supervisor
     user = await gateway.register(credits=10)
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}})
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"concurrency": None, "burst": None}}
+    )
     seen: list[dict[str, Any]] = []
 
     async def watch() -> None:
@@ -45,12 +49,16 @@ async def test_two_hundred_at_once_spend_ten_credits_to_the_last_and_not_one_mor
     watching.cancel()
     await asyncio.wait([watching])
     assert Counter(answer.status_code for answer in answers) == {200: 20, 402: 180}
-    assert seen and all(0 <= balance["held"] <= balance["credits"] and balance["available"] >= 0 for balance in seen)
+    assert seen and all(
+        0 <= balance["held"] <= balance["credits"] and balance["available"] >= 0 for balance in seen
+    )
     balance = await user.balance()
     assert (balance["credits"], balance["held"]) == (0, 0)
     assert upstream.sandbox.state.billed == Decimal(10) and upstream.inferences == 20
     records = await user.records()
-    assert [(record["status"], record["cost"], record["overrun"]) for record in records] == [("completed", 0.5, 0)] * 20
+    assert [(record["status"], record["cost"], record["overrun"]) for record in records] == [
+        ("completed", 0.5, 0)
+    ] * 20
     await gateway.database.assert_books_balance()
 
 
@@ -59,9 +67,16 @@ async def start_stream(user: User) -> tuple[asyncio.Task[None], asyncio.Event]:
     begun = asyncio.Event()
 
     async def read() -> None:
-        body = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 400}
+        body = {
+            "model": "openai/gpt-4o-mini",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "stream": True,
+            "max_tokens": 400,
+        }
         try:
-            async with user.gateway.http.stream("POST", "/v1/chat/completions", headers=user.headers, json=body) as answer:
+            async with user.gateway.http.stream(
+                "POST", "/v1/chat/completions", headers=user.headers, json=body
+            ) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
                         begun.set()
@@ -75,10 +90,14 @@ async def start_stream(user: User) -> tuple[asyncio.Task[None], asyncio.Event]:
 
 async def age_holds(database: Database) -> None:
     async with database.owner() as owner:
-        await owner.execute("update public.usage_records set expires_at = now() - interval '1 second' where status = 'pending'")
+        await owner.execute(
+            "update public.usage_records set expires_at = now() - interval '1 second' where status = 'pending'"
+        )
 
 
-async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
+    supervisor: tuple[Gateway, int], upstream: Upstream
+) -> None:
     gateway, pid = supervisor
     known, unknown = await gateway.register(credits=1), await gateway.register(credits=1)
     upstream.scenario = "slow;ms=50;tokens=390"
@@ -101,7 +120,9 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(supervisor: 
     await age_holds(gateway.database)
     swept = await gateway.admin("GET", "/internal/sweep")
     assert (swept["expired"], swept["resolved"]) == (2, 2)
-    bill = next(call.cost for call in upstream.sandbox.state.calls if call.generation_id == noted[0]["generation_id"])
+    bill = next(
+        call.cost for call in upstream.sandbox.state.calls if call.generation_id == noted[0]["generation_id"]
+    )
     (record,) = await known.records()
     assert (record["status"], record["settlement_source"]) == ("cancelled", "generation")
     assert bill is not None and Decimal(str(record["cost"])) == bill > 0
@@ -115,7 +136,9 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(supervisor: 
     assert (swept["expired"], swept["resolved"]) == (0, 0)
 
 
-async def test_a_revoked_key_is_dead_on_every_worker_with_the_next_request(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+async def test_a_revoked_key_is_dead_on_every_worker_with_the_next_request(
+    supervisor: tuple[Gateway, int], upstream: Upstream
+) -> None:
     gateway, _ = supervisor
     user = await gateway.register(credits=1)
     assert {answer.status_code for answer in await asyncio.gather(*(user.chat() for _ in range(20)))} == {200}
@@ -125,24 +148,40 @@ async def test_a_revoked_key_is_dead_on_every_worker_with_the_next_request(super
     assert upstream.inferences == 20
 
 
-async def test_two_workers_enforce_one_limit_exactly(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+async def test_two_workers_enforce_one_limit_exactly(
+    supervisor: tuple[Gateway, int], upstream: Upstream
+) -> None:
     gateway, _ = supervisor
     user = await gateway.register(credits=1)
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 17}})
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 17}}
+    )
     answers = await asyncio.gather(*(user.chat() for _ in range(60)))
     assert Counter(answer.status_code for answer in answers) == {200: 17, 429: 43}
     assert upstream.inferences == 17
-    assert all(0 < int(answer.headers["retry-after"]) <= 70 for answer in answers if answer.status_code == 429)
+    assert all(
+        0 < int(answer.headers["retry-after"]) <= 70 for answer in answers if answer.status_code == 429
+    )
 
 
-async def test_a_key_that_is_deleted_through_one_worker_is_dead_on_both(supervisor: tuple[Gateway, int], upstream: Upstream) -> None:
+async def test_a_key_that_is_deleted_through_one_worker_is_dead_on_both(
+    supervisor: tuple[Gateway, int], upstream: Upstream
+) -> None:
     gateway, _ = supervisor
     user = await gateway.register(credits=1)
-    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})).json()
+    made = (
+        await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})
+    ).json()
     second = User(gateway, user.id, made["api_key"])
-    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(10)))} == {200}
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(10)))} == {
+        200
+    }
     order = {"confirmation": "DELETE_KEY"}
-    gone = await gateway.http.request("DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=order)
+    gone = await gateway.http.request(
+        "DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=order
+    )
     assert gone.status_code == 200
-    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(20)))} == {401}
+    assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(20)))} == {
+        401
+    }
     assert upstream.inferences == 10

@@ -1,4 +1,6 @@
-"""What a caller sees of their key, account and requests: OpenRouter's shapes, receipts and quotes, out of our own books."""
+"""What a caller sees of their key, account and requests: OpenRouter's shapes, receipts and quotes, out of our
+own books.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,17 @@ import pytest
 from rig import Gateway, Upstream, User
 
 NANO = Decimal("0.000000001")
-READERS = ["/v1/key", "/v1/credits", "/v1/generation?id=gen-1786988078-x", "/v1/receipts/0199f0a0-0000-7000-8000-000000000000"]
-BODY = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 50}
+READERS = [
+    "/v1/key",
+    "/v1/credits",
+    "/v1/generation?id=gen-1786988078-x",
+    "/v1/receipts/0199f0a0-0000-7000-8000-000000000000",
+]
+BODY = {
+    "model": "openai/gpt-4o-mini",
+    "messages": [{"role": "user", "content": "Say hello."}],
+    "max_tokens": 50,
+}
 
 
 async def exact(user: User, path: str) -> Any:
@@ -50,7 +61,9 @@ async def test_the_older_name_of_the_key_still_works(gateway: Gateway) -> None:
     assert await exact(user, "/api/v1/auth/key") == await exact(user, "/api/v1/key")
 
 
-@pytest.mark.parametrize("path", ["/v1/key", "/v1/credits", "/v1/models/count", "/v1/models/openai/gpt-4o-mini/endpoints"])
+@pytest.mark.parametrize(
+    "path", ["/v1/key", "/v1/credits", "/v1/models/count", "/v1/models/openai/gpt-4o-mini/endpoints"]
+)
 async def test_openrouters_paths_work_too(gateway: Gateway, path: str) -> None:
     user = await gateway.register()
     first, second = [await gateway.http.get(prefix + path, headers=user.headers) for prefix in ("", "/api")]
@@ -62,20 +75,34 @@ async def test_a_key_shows_its_budget_and_what_it_has_used(gateway: Gateway) -> 
     user = await gateway.register()
     limited = await scoped(user, {"read": ["*"], "write": ["*"]}, budget=2, budget_window="week")
     before = (await exact(limited, "/v1/key"))["data"]
-    assert (before["limit"], before["limit_remaining"], before["limit_reset"], before["usage"]) == (2, 2, "weekly", 0)
+    assert (before["limit"], before["limit_remaining"], before["limit_reset"], before["usage"]) == (
+        2,
+        2,
+        "weekly",
+        0,
+    )
     await user.chat()
     cost = Decimal((await limited.chat()).headers["x-gateway-cost"])
     data = (await exact(limited, "/v1/key"))["data"]
-    assert {name: data[name] for name in ("usage", "usage_daily", "usage_weekly", "usage_monthly")} == dict.fromkeys(
-        ("usage", "usage_daily", "usage_weekly", "usage_monthly"), cost
-    )
+    assert {
+        name: data[name] for name in ("usage", "usage_daily", "usage_weekly", "usage_monthly")
+    } == dict.fromkeys(("usage", "usage_daily", "usage_weekly", "usage_monthly"), cost)
     assert data["limit_remaining"] == 2 - cost
     assert data["label"] == f"gw_live_...{limited.key[-4:]}"
     assert (data["byok_usage"], data["include_byok_in_limit"], data["is_management_key"]) == (0, False, False)
-    assert (data["rate_limit"]["requests"], data["rate_limit"]["interval"]) == (-1, "1m") and data["rate_limit"]["note"]
-    assert data["free_model_daily_requests"] == {"limit": 0, "remaining": 0, "used": 0} and data["allowed_data_regions"] == ["global"]
+    assert (data["rate_limit"]["requests"], data["rate_limit"]["interval"]) == (-1, "1m") and data[
+        "rate_limit"
+    ]["note"]
+    assert data["free_model_daily_requests"] == {"limit": 0, "remaining": 0, "used": 0} and data[
+        "allowed_data_regions"
+    ] == ["global"]
     own = (await exact(user, "/v1/key"))["data"]
-    assert (own["limit"], own["limit_remaining"], own["limit_reset"], own["is_free_tier"]) == (None, None, None, True)
+    assert (own["limit"], own["limit_remaining"], own["limit_reset"], own["is_free_tier"]) == (
+        None,
+        None,
+        None,
+        True,
+    )
 
 
 async def test_what_a_key_used_is_the_same_before_and_after_it_is_summed_up(gateway: Gateway) -> None:
@@ -100,12 +127,20 @@ async def test_credits_less_usage_are_the_balance_whatever_was_booked(gateway: G
         await user.chat()
     record = (await user.records())[0]
     await gateway.admin("POST", "/admin/refund", json={"request_id": record["request_id"]})
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -1.5, "reason": "too much"})
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": 0.25, "reason": "too little"})
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -1.5, "reason": "too much"}
+    )
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": 0.25, "reason": "too little"}
+    )
     data = (await exact(user, "/v1/credits"))["data"]
-    assert data["total_credits"] - data["total_usage"] == Decimal(str((await exact(user, "/user/balance"))["credits"]))
+    assert data["total_credits"] - data["total_usage"] == Decimal(
+        str((await exact(user, "/user/balance"))["credits"])
+    )
     charged = await gateway.database.value("select sum(cost_nanos) from public.usage_records")
-    refunded = await gateway.database.value("select sum(amount_nanos) from public.credit_transactions where kind = 'refund'")
+    refunded = await gateway.database.value(
+        "select sum(amount_nanos) from public.credit_transactions where kind = 'refund'"
+    )
     assert data["total_usage"] == (charged - refunded) * NANO
     assert data["total_credits"] == Decimal("11.750000007")
 
@@ -119,13 +154,26 @@ async def test_a_generation_is_found_by_either_id_and_by_its_owner_only(gateway:
         assert (data["id"], data["request_id"], data["model"]) == (generation, request, "openai/gpt-4o-mini")
         assert data["total_cost"] == data["usage"] == Decimal(answer.headers["x-gateway-cost"])
         assert data["native_tokens_prompt"] == answer.json()["usage"]["prompt_tokens"]
-        assert (data["cancelled"], data["streamed"], data["is_byok"], data["finish_reason"]) == (False, False, False, "stop")
+        assert (data["cancelled"], data["streamed"], data["is_byok"], data["finish_reason"]) == (
+            False,
+            False,
+            False,
+            "stop",
+        )
         refused = await gateway.http.get(f"/v1/generation?id={wanted}", headers=other.headers)
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "id")
 
 
 @pytest.mark.parametrize(
-    "wanted", ["gen-1786988078-unknown", "gen-unknown", "gen-9999999999-x", "%00", "'; drop table users; --", "x" * 256]
+    "wanted",
+    [
+        "gen-1786988078-unknown",
+        "gen-unknown",
+        "gen-9999999999-x",
+        "%00",
+        "'; drop table users; --",
+        "x" * 256,
+    ],
 )
 async def test_an_unknown_generation_is_not_found(gateway: Gateway, wanted: str) -> None:
     user = await gateway.register()
@@ -140,12 +188,20 @@ async def test_an_old_generation_is_found_by_the_time_in_its_id_alone(gateway: G
     then = datetime.datetime(2026, 3, 4, 5, 6, 7, tzinfo=datetime.UTC)
     async with gateway.database.owner() as owner:
         await owner.execute("alter table public.usage_records disable trigger all")
-        for request_id, generation_id in ((first, f"gen-{int(then.timestamp()) + 100}-abc"), (second, "gen-abc")):
+        for request_id, generation_id in (
+            (first, f"gen-{int(then.timestamp()) + 100}-abc"),
+            (second, "gen-abc"),
+        ):
             await owner.execute(
-                "update public.usage_records set created_at = $2, generation_id = $3 where request_id = $1", request_id, then, generation_id
+                "update public.usage_records set created_at = $2, generation_id = $3 where request_id = $1",
+                request_id,
+                then,
+                generation_id,
             )
         await owner.execute("alter table public.usage_records enable trigger all")
-    assert (await exact(user, f"/v1/generation?id=gen-{int(then.timestamp()) + 100}-abc"))["data"]["request_id"] == first
+    assert (await exact(user, f"/v1/generation?id=gen-{int(then.timestamp()) + 100}-abc"))["data"][
+        "request_id"
+    ] == first
     assert (await gateway.http.get("/v1/generation?id=gen-abc", headers=user.headers)).status_code == 404
 
 
@@ -156,7 +212,12 @@ async def test_a_request_that_still_runs_has_a_receipt_and_no_generation(gateway
     async with completions.create(**BODY, stream=True, extra_headers=slow) as running:
         request_id = running.headers["x-request-id"]
         receipt = await exact(user, f"/v1/receipts/{request_id}")
-        assert (receipt["status"], receipt["charge"], receipt["tokens"], receipt["ending"]) == ("pending", None, None, None)
+        assert (receipt["status"], receipt["charge"], receipt["tokens"], receipt["ending"]) == (
+            "pending",
+            None,
+            None,
+            None,
+        )
         assert receipt["hold"]["amount"] > 0
         assert "not settled" in receipt["message"]
         refused = await gateway.http.get(f"/v1/generation?id={request_id}", headers=user.headers)
@@ -167,10 +228,16 @@ async def test_a_receipt_adds_up_and_lists_its_refunds(start_gateway: Any) -> No
     gateway = await start_gateway(price_markup="1.25")
     user, other = await gateway.register(), await gateway.register()
     request_id = (await user.chat(max_tokens=30)).headers["x-request-id"]
-    await gateway.admin("POST", "/admin/refund", json={"request_id": request_id, "credits": 0.000000002, "reason": "sorry"})
+    await gateway.admin(
+        "POST", "/admin/refund", json={"request_id": request_id, "credits": 0.000000002, "reason": "sorry"}
+    )
     receipt = await exact(user, f"/v1/receipts/{request_id}")
     charge = receipt["charge"]
-    assert (receipt["status"], receipt["ending"]["settlement_source"], receipt["ending"]["finish_reason"]) == (
+    assert (
+        receipt["status"],
+        receipt["ending"]["settlement_source"],
+        receipt["ending"]["finish_reason"],
+    ) == (
         "completed",
         "usage",
         "length",
@@ -184,7 +251,9 @@ async def test_a_receipt_adds_up_and_lists_its_refunds(start_gateway: Any) -> No
     (refund,) = receipt["refunds"]
     assert (refund["amount"], refund["reason"]) == (2 * NANO, "sorry")
     assert charge["balance_after"] == Decimal("10") - charge["charged"]
-    basis = {name: Decimal(text) for name, text in receipt["hold"]["price_basis"].items() if isinstance(text, str)}
+    basis = {
+        name: Decimal(text) for name, text in receipt["hold"]["price_basis"].items() if isinstance(text, str)
+    }
     held = (basis["fixed_nanos"] + basis["output_nanos"] * 30) * Decimal("1.25")
     assert 0 <= receipt["hold"]["amount"] / NANO - held < 1
     assert receipt["timings"]["latency_ms"] >= 0
@@ -215,7 +284,12 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     answer = await quote(user, {"body": BODY, "output_tokens": 10})
     assert answer.status_code == 200, answer.text
     found = json.loads(answer.text, parse_float=Decimal)
-    assert (found["affordable"], found["reason"], found["max_output_tokens"], found["free"]) == (True, None, 50, False)
+    assert (found["affordable"], found["reason"], found["max_output_tokens"], found["free"]) == (
+        True,
+        None,
+        50,
+        False,
+    )
     assert found["models"] == ["openai/gpt-4o-mini"]
     assert 0 < found["estimated_cost"] < found["would_hold"]
     assert Decimal(str(found["markup"])) == Decimal("1.1")
@@ -224,7 +298,9 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     assert await user.records() == []
     content = json.dumps(BODY, separators=(",", ":"))
     sent = await gateway.http.post(
-        "/v1/chat/completions", headers={**user.headers, "content-type": "application/json"}, content=content.encode()
+        "/v1/chat/completions",
+        headers={**user.headers, "content-type": "application/json"},
+        content=content.encode(),
     )
     receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
     assert receipt["hold"]["amount"] == found["would_hold"]
@@ -234,22 +310,36 @@ async def test_a_quote_says_what_could_be_afforded(gateway: Gateway) -> None:
     user = await gateway.register()
     poor = await scoped(user, {"read": ["*"], "write": ["*"]}, budget=0.00001, budget_window="day")
     explicit = (await quote(poor, {"body": BODY})).json()
-    assert (explicit["affordable"], explicit["reason"], explicit["max_output_tokens"]) == (False, "budget_exceeded", 0)
+    assert (explicit["affordable"], explicit["reason"], explicit["max_output_tokens"]) == (
+        False,
+        "budget_exceeded",
+        0,
+    )
     assert explicit["would_hold"] > explicit["available"] == 0.00001
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.9999, "reason": "less"})
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.9999, "reason": "less"}
+    )
     open_ended = (await quote(user, {"body": {name: BODY[name] for name in ("model", "messages")}})).json()
     assert open_ended["affordable"]
     assert 16 <= open_ended["max_output_tokens"] < 4096
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -0.0001, "reason": "nothing"})
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -0.0001, "reason": "nothing"}
+    )
     assert (await quote(user, {"body": BODY})).json()["reason"] == "insufficient_credits"
 
 
 @pytest.mark.parametrize("limit", [50, 16_000, None])
-async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal_does(gateway: Gateway, limit: int | None) -> None:
+async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal_does(
+    gateway: Gateway, limit: int | None
+) -> None:
     user = await gateway.register()
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.99994, "reason": "less"})
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.99994, "reason": "less"}
+    )
     long = [{"role": "user", "content": "Say hello. " * (100 if limit is None else 1)}]
-    body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": long} | ({} if limit is None else {"max_tokens": limit})
+    body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": long} | (
+        {} if limit is None else {"max_tokens": limit}
+    )
     found = (await quote(user, {"body": body})).json()
     refused = await gateway.http.post("/v1/chat/completions", headers=user.headers, json=body)
     told, error = refused.json()["gateway"], refused.json()["error"]
@@ -259,20 +349,31 @@ async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal
         told["available"],
         told["affordable_max_tokens"],
     )
-    assert 0 < found["estimated_cost"] <= found["would_hold"] and found["available"] < found["needed"] <= found["would_hold"]
+    assert (
+        0 < found["estimated_cost"] <= found["would_hold"]
+        and found["available"] < found["needed"] <= found["would_hold"]
+    )
     assert found["message"].startswith(error["message"])
     if found["affordable_max_tokens"]:
         again = (await quote(user, {"body": {**body, "max_tokens": found["affordable_max_tokens"]}})).json()
         assert (again["affordable"], again["affordable_max_tokens"]) == (True, None)
 
 
-async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_hold(gateway: Gateway) -> None:
+async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_hold(
+    gateway: Gateway,
+) -> None:
     user = await gateway.register()
     narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])
     found, allowed = (await quote(narrow, {"body": BODY})).json(), (await quote(user, {"body": BODY})).json()
-    assert (found["affordable"], found["affordable_max_tokens"], found["would_hold"]) == (False, None, allowed["would_hold"])
+    assert (found["affordable"], found["affordable_max_tokens"], found["would_hold"]) == (
+        False,
+        None,
+        allowed["would_hold"],
+    )
     assert found["message"].startswith("This API key or plan does not allow this model.")
-    testing = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"], environment_tag="test")
+    testing = await scoped(
+        user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"], environment_tag="test"
+    )
     free = (await quote(testing, {"body": BODY})).json()
     assert (free["reason"], free["free"], free["would_hold"]) == ("model_not_allowed", True, 0)
 
@@ -290,7 +391,12 @@ async def test_a_quote_knows_the_keys_models_and_its_number_of_requests(gateway:
 async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
     user = await gateway.register(environment="test")
     found = (await quote(user, {"body": BODY})).json()
-    assert (found["free"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (True, True, 0, 0)
+    assert (found["free"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
+        True,
+        True,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,10 +404,20 @@ async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
     [
         ("completions", {"model": "openai/gpt-4o-mini", "prompt": "Hello", "max_tokens": 20}),
         ("responses", {"model": "openai/gpt-4o-mini", "input": "Hello", "max_output_tokens": 20}),
-        ("messages", {"model": "openai/gpt-4o-mini", "messages": BODY["messages"], "max_tokens": 20, "metadata": {"user_id": "x"}}),
+        (
+            "messages",
+            {
+                "model": "openai/gpt-4o-mini",
+                "messages": BODY["messages"],
+                "max_tokens": 20,
+                "metadata": {"user_id": "x"},
+            },
+        ),
     ],
 )
-async def test_every_endpoint_that_takes_json_can_be_quoted(gateway: Gateway, endpoint: str, body: dict[str, Any]) -> None:
+async def test_every_endpoint_that_takes_json_can_be_quoted(
+    gateway: Gateway, endpoint: str, body: dict[str, Any]
+) -> None:
     user = await gateway.register()
     found = (await quote(user, {"endpoint": endpoint, "body": body})).json()
     assert (found["affordable"], found["max_output_tokens"]) == (True, 20)
@@ -326,10 +442,19 @@ async def test_a_body_with_fractions_is_quoted_as_it_would_be_held(gateway: Gate
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "nobody/nothing"}, {"model": None}, {"model": "openrouter/auto"}, {"max_tokens": -1}, {"messages": "hello"}, {"n": 0}],
+    [
+        {"model": "nobody/nothing"},
+        {"model": None},
+        {"model": "openrouter/auto"},
+        {"max_tokens": -1},
+        {"messages": "hello"},
+        {"n": 0},
+    ],
     ids=str,
 )
-async def test_a_body_that_the_proxy_refuses_is_refused_in_the_same_words(gateway: Gateway, changes: dict[str, Any]) -> None:
+async def test_a_body_that_the_proxy_refuses_is_refused_in_the_same_words(
+    gateway: Gateway, changes: dict[str, Any]
+) -> None:
     user = await gateway.register()
     body = {**BODY, **changes}
     quoted = await quote(user, {"body": body})
@@ -344,7 +469,10 @@ async def test_a_quote_is_closed_to_strangers_and_to_keys_that_may_not_chat(gate
     reader = await scoped(user, {"read": ["*"], "write": ["keys"]})
     assert (await quote(reader, {"body": BODY})).status_code == 403
     assert (await quote(user, {})).status_code == 400
-    for order, param in (({"body": BODY, "endpoint": "videos"}, "endpoint"), ({"body": BODY, "typo": 1}, "typo")):
+    for order, param in (
+        ({"body": BODY, "endpoint": "videos"}, "endpoint"),
+        ({"body": BODY, "typo": 1}, "typo"),
+    ):
         refused = await quote(user, order)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
@@ -361,7 +489,9 @@ async def test_a_body_nested_too_deeply_is_a_400(gateway: Gateway) -> None:
 # Models.
 
 
-async def test_a_models_endpoints_are_the_upstreams_and_fetched_once(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_models_endpoints_are_the_upstreams_and_fetched_once(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     path = "/v1/models/openai/gpt-4o-mini/endpoints"
     answers = await asyncio.gather(*(live_gateway.http.get(path) for _ in range(8)))
     assert {answer.status_code for answer in answers} == {200}
@@ -370,8 +500,12 @@ async def test_a_models_endpoints_are_the_upstreams_and_fetched_once(live_gatewa
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("model", ["nobody/nothing", "openai/..%2F..%2Fkey", "openai/gpt-4o-mini%3Fx=1", "%2e%2e/key"])
-async def test_an_unknown_model_is_not_found_and_not_asked_for(live_gateway: Gateway, upstream: Upstream, model: str) -> None:
+@pytest.mark.parametrize(
+    "model", ["nobody/nothing", "openai/..%2F..%2Fkey", "openai/gpt-4o-mini%3Fx=1", "%2e%2e/key"]
+)
+async def test_an_unknown_model_is_not_found_and_not_asked_for(
+    live_gateway: Gateway, upstream: Upstream, model: str
+) -> None:
     upstream.forget()
     answer = await live_gateway.http.get(f"/v1/models/{model}/endpoints")
     assert answer.status_code == 404

@@ -1,4 +1,6 @@
-"""What we charged beside what the upstream says, what is open in the books, and the one more look at what nobody knew."""
+"""What we charged beside what the upstream says, what is open in the books, and the one more look at what
+nobody knew.
+"""
 
 from __future__ import annotations
 
@@ -83,13 +85,17 @@ async def test_our_costs_are_what_the_upstream_says(start_gateway: Any, upstream
     assert "sk-or" not in json.dumps(found, default=str)
 
 
-async def test_what_went_out_with_a_users_own_key_is_not_the_operators_bill(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_what_went_out_with_a_users_own_key_is_not_the_operators_bill(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=5)
     own = await user.chat()
     await user.chat()
     async with live_gateway.database.owner() as owner:
         await owner.execute("alter table public.usage_records disable trigger all")
-        await owner.execute("update public.usage_records set byok = true where request_id = $1", own.headers["x-request-id"])
+        await owner.execute(
+            "update public.usage_records set byok = true where request_id = $1", own.headers["x-request-id"]
+        )
     part = (await reconciled(live_gateway))["windows"]["daily"]
     assert part["requests"] == 1
     assert part["drift"] == Decimal(own.headers["x-gateway-cost"])
@@ -97,11 +103,19 @@ async def test_what_went_out_with_a_users_own_key_is_not_the_operators_bill(live
     assert Decimal(str(key.json()["data"]["byok_usage_daily"])) == Decimal(own.headers["x-gateway-cost"])
 
 
-async def test_play_money_is_no_part_of_it_once_the_database_is_live(start_gateway: Any, upstream: Upstream) -> None:
+async def test_play_money_is_no_part_of_it_once_the_database_is_live(
+    start_gateway: Any, upstream: Upstream
+) -> None:
     sandbox = await start_gateway()
     await (await sandbox.register()).chat()
     gateway = await start_gateway(**live(upstream.url))
-    user = User(gateway, 0, (await gateway.admin("POST", "/auth/register", json={"username": "l", "email": "l@example.com"}))["api_key"])
+    user = User(
+        gateway,
+        0,
+        (await gateway.admin("POST", "/auth/register", json={"username": "l", "email": "l@example.com"}))[
+            "api_key"
+        ],
+    )
     await gateway.admin("POST", "/admin/add_credits", json={"api_key": user.key, "credits": 5})
     await user.chat()
     part = (await reconciled(gateway))["windows"]["monthly"]
@@ -118,11 +132,16 @@ async def test_an_upstream_that_cannot_be_reached_leaves_our_numbers(start_gatew
     assert (found["windows"]["daily"]["upstream_cost"], found["windows"]["daily"]["drift"]) == (0, None)
 
 
-async def test_an_upstream_that_refuses_the_operators_key_is_said_so(start_gateway: Any, upstream: Upstream, refusing: Any) -> None:
+async def test_an_upstream_that_refuses_the_operators_key_is_said_so(
+    start_gateway: Any, upstream: Upstream, refusing: Any
+) -> None:
     await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
     found = await reconciled(gateway)
-    assert (found["upstream"], found["upstream_problem"]) == (None, "The upstream refuses the operator's key.")
+    assert (found["upstream"], found["upstream_problem"]) == (
+        None,
+        "The upstream refuses the operator's key.",
+    )
 
 
 async def test_settlements_that_wait_on_this_instance_are_named(gateway: Gateway, tmp_path: Path) -> None:
@@ -161,7 +180,9 @@ async def test_unknown_costs_are_listed_by_page_before_and_after_they_are_noted(
             cursor = page["next_cursor"]
         assert seen == sorted(ids, reverse=True)
         async with gateway.database.owner() as owner:
-            await owner.execute("update public.usage_sums_state set summed_until = now() + interval '1 minute'")
+            await owner.execute(
+                "update public.usage_sums_state set summed_until = now() + interval '1 minute'"
+            )
     assert await gateway.database.value("select count(*) from public.open_items") == 3
     assert (await gateway.admin("GET", f"{ITEMS}?kind=overrun"))["items"] == []
     headers = {"authorization": "Bearer admin-key-for-tests"}

@@ -1,4 +1,6 @@
-"""How long a recording lasts at most, as its bytes say: what is plain counts, what a decoder could take for more does not."""
+"""How long a recording lasts at most, as its bytes say: what is plain counts, what a decoder could take for
+more does not.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,30 @@ from gateway.proxy.request import read_request
 WAV, MP3 = "audio/wav", "audio/mpeg"
 
 
-def wav(seconds: float = 1, *, rate: int = 8_000, width: int = 2, channels: int = 1, fill: bytes = b"\x00") -> bytes:
+def wav(
+    seconds: float = 1, *, rate: int = 8_000, width: int = 2, channels: int = 1, fill: bytes = b"\x00"
+) -> bytes:
     """As Python's own writer makes it."""
     made = io.BytesIO()
     with wave.open(made, "wb") as sound:
         sound.setnchannels(channels)
         sound.setsampwidth(width)
         sound.setframerate(rate)
-        sound.writeframes((fill * (int(seconds * rate) * width * channels))[: int(seconds * rate) * width * channels])
+        sound.writeframes(
+            (fill * (int(seconds * rate) * width * channels))[: int(seconds * rate) * width * channels]
+        )
     return made.getvalue()
 
 
 def header(
-    samples: bytes, *, tag: int = 1, channels: int = 1, rate: int = 8_000, bits: int = 16, claimed: int | None = None, **wrong: int
+    samples: bytes,
+    *,
+    tag: int = 1,
+    channels: int = 1,
+    rate: int = 8_000,
+    bits: int = 16,
+    claimed: int | None = None,
+    **wrong: int,
 ) -> bytes:
     block = wrong.get("block", channels * bits // 8)
     about = struct.pack("<HHIIHH", tag, channels, rate, wrong.get("per_second", rate * block), block, bits)
@@ -59,17 +72,32 @@ def of(content: bytes, name: str = "a.wav", content_type: str = WAV) -> int | No
 
 @pytest.mark.parametrize(
     ("seconds", "options"),
-    [(1, {}), (0.5, {}), (90, {"rate": 44_100, "channels": 2}), (10, {"width": 1}), (7, {"width": 3, "rate": 96_000, "channels": 2})],
+    [
+        (1, {}),
+        (0.5, {}),
+        (90, {"rate": 44_100, "channels": 2}),
+        (10, {"width": 1}),
+        (7, {"width": 3, "rate": 96_000, "channels": 2}),
+    ],
 )
 def test_a_wav_of_plain_samples_lasts_as_long_as_it_says(seconds: float, options: dict[str, int]) -> None:
-    found = of(wav(seconds, rate=options.get("rate", 8_000), width=options.get("width", 2), channels=options.get("channels", 1)))
+    found = of(
+        wav(
+            seconds,
+            rate=options.get("rate", 8_000),
+            width=options.get("width", 2),
+            channels=options.get("channels", 1),
+        )
+    )
     assert found is not None and seconds <= found <= seconds + 2
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        header(bytes(16_000), rate=1, per_second=2_000_000),  # plays for hours, at a byte rate that says otherwise
+        header(
+            bytes(16_000), rate=1, per_second=2_000_000
+        ),  # plays for hours, at a byte rate that says otherwise
         header(bytes(16_000), rate=1),
         header(bytes(16_000), per_second=1_000_000),
         header(bytes(16_000), block=64),
@@ -159,7 +187,9 @@ def test_what_does_not_begin_as_an_mp3_says_nothing(content: bytes) -> None:
 
 def transcription(body: bytes, content_type: str = "application/json") -> tuple[int | None, Bound]:
     asked = read_request(endpoint_of("audio/transcriptions"), body, content_type)
-    return asked.seconds, bound_request("audio/transcriptions", asked.fields, len(body), INDEX, POLICY, seconds=asked.seconds)
+    return asked.seconds, bound_request(
+        "audio/transcriptions", asked.fields, len(body), INDEX, POLICY, seconds=asked.seconds
+    )
 
 
 def form(content: bytes, model: str = "scribe/model", name: str = "a.wav") -> bytes:
@@ -173,7 +203,10 @@ def as_json(content: bytes, model: str = "scribe/model", form: str = "wav") -> b
 
 
 def test_a_second_of_sound_holds_a_begun_minute_or_its_tokens_not_a_day() -> None:
-    for seconds, bound in (transcription(form(wav(10)), "multipart/form-data; boundary=x"), transcription(as_json(wav(10)))):
+    for seconds, bound in (
+        transcription(form(wav(10)), "multipart/form-data; boundary=x"),
+        transcription(as_json(wav(10))),
+    ):
         assert seconds == 11  # its header counts as sound
         assert 1_100 * 6_000 < bound.fixed_nanos < 1_700 * 6_000
     _, by_the_second = transcription(as_json(wav(10), "embed/model"))

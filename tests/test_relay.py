@@ -44,8 +44,22 @@ EVENTS = [
     delta('he said "usage" and "error" and data: [DONE]\n\n'),
     delta("żółć 🎈"),
     delta("", "stop"),
-    chunk(choices=[{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": '{"usage":'}}]}, "finish_reason": None}]),
-    chunk(choices=[{"delta": {"reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}, "finish_reason": None}]),
+    chunk(
+        choices=[
+            {
+                "delta": {"tool_calls": [{"index": 0, "function": {"arguments": '{"usage":'}}]},
+                "finish_reason": None,
+            }
+        ]
+    ),
+    chunk(
+        choices=[
+            {
+                "delta": {"reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]},
+                "finish_reason": None,
+            }
+        ]
+    ),
     chunk(choices=[], usage=USAGE),
     chunk(choices=[{"delta": {}, "finish_reason": "stop"}], usage=USAGE),
     chunk(choices=[], usage=None),
@@ -90,24 +104,37 @@ def test_any_bytes_at_all_are_survived_and_split_alike(data: bytes, places: list
     assert run(split(data, places))[0] == run([data])[0]
 
 
-@given(st.lists(st.sampled_from([*EVENTS[:6], EVENTS[8], *EVENTS[13:16], *EVENTS[19:21]]), max_size=8), PLACES)
+@given(
+    st.lists(st.sampled_from([*EVENTS[:6], EVENTS[8], *EVENTS[13:16], *EVENTS[19:21]]), max_size=8), PLACES
+)
 def test_events_pass_to_the_byte_where_nothing_must_change(events: list[bytes], places: list[int]) -> None:
     data = b"".join(events)
     assert run(split(data, places))[0] == data
 
 
-@given(st.lists(st.sampled_from([EVENTS[6], EVENTS[7], EVENTS[9], EVENTS[0], EVENTS[13]]), min_size=1, max_size=8), PLACES)
-def test_usage_waits_for_the_next_event_and_only_the_last_is_held(events: list[bytes], places: list[int]) -> None:
+@given(
+    st.lists(
+        st.sampled_from([EVENTS[6], EVENTS[7], EVENTS[9], EVENTS[0], EVENTS[13]]), min_size=1, max_size=8
+    ),
+    PLACES,
+)
+def test_usage_waits_for_the_next_event_and_only_the_last_is_held(
+    events: list[bytes], places: list[int]
+) -> None:
     data = b"".join([*events, EVENTS[17]])
     out, stream = run(split(data, places))
     datas = [event for event in events if event.startswith(b"data:")]
     last_is_usage = bool(datas) and b'"usage"' in datas[-1]
     assert stream.done
     assert stream.held == (datas[-1] if last_is_usage else None)
-    assert sorted([*out.split(b"\n\n"), *(stream.held or b"").split(b"\n\n")]) == sorted([*b"".join(events).split(b"\n\n"), b""])
+    assert sorted([*out.split(b"\n\n"), *(stream.held or b"").split(b"\n\n")]) == sorted(
+        [*b"".join(events).split(b"\n\n"), b""]
+    )
     if any(b'"usage"' in event for event in datas):
         assert stream.usage is not None
-        assert (stream.usage.cost is None) == (next(e for e in reversed(datas) if b'"usage"' in e) == EVENTS[9])
+        assert (stream.usage.cost is None) == (
+            next(e for e in reversed(datas) if b'"usage"' in e) == EVENTS[9]
+        )
 
 
 def test_the_end_completes_an_event_that_lacks_its_blank_line_and_drops_half_a_one() -> None:
@@ -134,7 +161,11 @@ def test_what_a_stream_says_of_itself_is_noted_with_and_without_spaces() -> None
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_errors_lose_what_must_not_be_shown(end: bytes) -> None:
-    event = chunk(choices=[{"error": {"message": "s3cret"}}], error={"message": "s3cret", "metadata": {"raw": "s3cret"}}, user_id="s3cret")
+    event = chunk(
+        choices=[{"error": {"message": "s3cret"}}],
+        error={"message": "s3cret", "metadata": {"raw": "s3cret"}},
+        user_id="s3cret",
+    )
     out, stream = run([EVENTS[0], event.replace(b"\n", end)])
     assert b"s3cret" not in out and out.count(b"sanitised") == 2
     assert stream.error == {"message": "sanitised", "code": "None"}
@@ -165,7 +196,10 @@ def test_the_accounting_event_is_the_held_one_or_one_of_our_own() -> None:
     assert held == b'data: {"usage": {},"gateway_usage":{"cost":0}}\n\n'
 
 
-@given(st.dictionaries(st.text(), st.integers(min_value=-(2**53), max_value=2**53) | st.text()), st.sampled_from([b"", b" ", b"\n\t "]))
+@given(
+    st.dictionaries(st.text(), st.integers(min_value=-(2**53), max_value=2**53) | st.text()),
+    st.sampled_from([b"", b" ", b"\n\t "]),
+)
 def test_a_field_is_added_and_the_rest_stays(fields: dict[str, Any], space: bytes) -> None:
     fields.pop("own", None)
     found = with_field(space + orjson.dumps(fields) + space, "own", b"[1]")

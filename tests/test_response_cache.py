@@ -19,7 +19,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Start = Callable[..., Awaitable[Gateway]]
 SHAPES = [pytest.param(kind, streamed, id=f"{kind.path}{'-streamed' if streamed else ''}")
           for kind in KINDS for streamed in ((False, True) if kind.streams else (False,))]  # fmt: skip
-CHAT: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}]}
+CHAT: dict[str, Any] = {
+    "model": "openai/gpt-4o-mini",
+    "messages": [{"role": "user", "content": "Say hello."}],
+}
 ON = {"x-gateway-cache": "true"}
 EVERYTHING = {"read": ["*"], "write": ["*"]}
 
@@ -33,7 +36,9 @@ async def user(gateway: Gateway) -> User:
 
 
 async def ask(user: User, headers: dict[str, str] = ON, **body: Any) -> httpx.Response:
-    answer = await user.gateway.http.post("/v1/chat/completions", headers={**user.headers, **headers}, json={**CHAT, **body})
+    answer = await user.gateway.http.post(
+        "/v1/chat/completions", headers={**user.headers, **headers}, json={**CHAT, **body}
+    )
     said = answer.headers.get("x-gateway-cache")
     assert said in (None, "HIT", "MISS") and answer.headers.get("x-openrouter-cache-status") == said
     return answer
@@ -59,17 +64,24 @@ async def ages(user: User, seconds: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "streamed"), SHAPES)
-async def test_the_second_time_it_comes_from_the_cache(gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool) -> None:
+async def test_the_second_time_it_comes_from_the_cache(
+    gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool
+) -> None:
     user = await gateway.register(credits=100)
     body = kind.body(random.Random(kind.path))
     content = kind.content({**body, "stream": True} if streamed else body)
-    first, hit = [await gateway.http.post(kind.url, headers={**user.headers, **ON}, **content) for _ in range(2)]
+    first, hit = [
+        await gateway.http.post(kind.url, headers={**user.headers, **ON}, **content) for _ in range(2)
+    ]
     assert (said(first), said(hit)) == ("MISS", "HIT")
     assert "age" not in first.headers and hit.headers["age"] == "0"
     record, paid = await user.records()
     assert (record["cost"], record["status"]) == (0, "completed") and paid["cost"] > 0
     assert record["request_id"] == hit.headers["x-request-id"]
-    receipts = [(await gateway.http.get(f"/v1/receipts/{each['request_id']}", headers=user.headers)).json() for each in (record, paid)]
+    receipts = [
+        (await gateway.http.get(f"/v1/receipts/{each['request_id']}", headers=user.headers)).json()
+        for each in (record, paid)
+    ]
     assert [receipt["cache_hit"] for receipt in receipts] == [True, False]
     (call,) = [call for call in upstream.sandbox.state.calls if call.path == kind.upstream_path]
     assert call.cost
@@ -83,7 +95,9 @@ async def test_the_second_time_it_comes_from_the_cache(gateway: Gateway, upstrea
     await gateway.database.assert_books_balance()
 
 
-async def test_age_is_told_and_the_time_to_live_ends(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_age_is_told_and_the_time_to_live_ends(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     assert said(await ask(user)) == "MISS"
     await ages(user, 298)
     hit = await ask(user)
@@ -99,7 +113,9 @@ async def test_age_is_told_and_the_time_to_live_ends(gateway: Gateway, upstream:
     assert upstream.inferences == 4
 
 
-async def test_openrouters_headers_mean_ours_and_ours_come_first(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_openrouters_headers_mean_ours_and_ours_come_first(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     theirs = {"x-openrouter-cache": "true", "x-openrouter-cache-ttl": "60"}
     assert said(await ask(user, theirs)) == "MISS"
     await ages(user, 61)
@@ -135,9 +151,13 @@ async def test_a_header_that_means_nothing_is_refused_by_name(
     assert upstream.inferences == 0 and await user.records() == []
 
 
-async def test_the_order_of_fields_is_no_difference_and_everything_else_is(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_the_order_of_fields_is_no_difference_and_everything_else_is(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     async def raw(body: bytes) -> str | None:
-        return said(await gateway.http.post("/v1/chat/completions", headers={**user.headers, **ON}, content=body))
+        return said(
+            await gateway.http.post("/v1/chat/completions", headers={**user.headers, **ON}, content=body)
+        )
 
     body = {**CHAT, "temperature": 0.5, "provider": {"sort": "price", "allow_fallbacks": True}}
     backwards = dict(reversed([*{**body, "provider": dict(reversed([*body["provider"].items()]))}.items()]))
@@ -155,7 +175,9 @@ async def test_the_order_of_fields_is_no_difference_and_everything_else_is(gatew
         assert await raw(orjson.dumps({**body, **other})) == "HIT", other
 
 
-async def test_a_stream_is_never_the_answer_to_a_plain_request(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_a_stream_is_never_the_answer_to_a_plain_request(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     await ask(user, stream=True)
     plain = await ask(user)
     assert said(plain) == "MISS" and plain.json()["object"] == "chat.completion"
@@ -164,12 +186,22 @@ async def test_a_stream_is_never_the_answer_to_a_plain_request(gateway: Gateway,
     assert said(streamed) == "HIT" and streamed.text.endswith("data: [DONE]\n\n")
 
 
-async def test_another_file_of_the_same_form_is_another_question(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_another_file_of_the_same_form_is_another_question(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     async def transcribe(sound: bytes) -> str | None:
         files, about = {"file": ("a.wav", sound, "audio/wav")}, {"model": "openai/gpt-4o-transcribe"}
-        return said(await gateway.http.post("/v1/audio/transcriptions", headers={**user.headers, **ON}, data=about, files=files))
+        return said(
+            await gateway.http.post(
+                "/v1/audio/transcriptions", headers={**user.headers, **ON}, data=about, files=files
+            )
+        )
 
-    assert [await transcribe(sound) for sound in (b"RIFF one", b"RIFF one", b"RIFF two")] == ["MISS", "HIT", "MISS"]
+    assert [await transcribe(sound) for sound in (b"RIFF one", b"RIFF one", b"RIFF two")] == [
+        "MISS",
+        "HIT",
+        "MISS",
+    ]
 
 
 async def test_nobody_finds_what_others_asked(gateway: Gateway, upstream: Upstream, user: User) -> None:
@@ -187,17 +219,27 @@ async def test_nobody_finds_what_others_asked(gateway: Gateway, upstream: Upstre
 # What it costs.
 
 
-async def test_a_hit_needs_no_credits_and_counts_as_a_request(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_a_hit_needs_no_credits_and_counts_as_a_request(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     await ask(user)
     spent = await user.balance()
-    await gateway.admin("POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9, "reason": "test"})
+    await gateway.admin(
+        "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9, "reason": "test"}
+    )
     left = {"user_id": user.id, "credits": str(-(await balance(user))), "reason": "test"}
     await gateway.admin("POST", "/admin/adjust_credits", json=left)
     assert (await user.balance())["credits"] == 0 < spent["credits"]
     assert (await ask(user, {"x-gateway-cache": "false"})).status_code == 402
     hit = await ask(user)
-    assert said(hit) == "HIT" and hit.headers["x-gateway-cost"] == "0" and hit.headers["x-gateway-balance"] == "0"
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 4}})
+    assert (
+        said(hit) == "HIT"
+        and hit.headers["x-gateway-cost"] == "0"
+        and hit.headers["x-gateway-balance"] == "0"
+    )
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 4}}
+    )
     for remaining in ("1", "0"):  # two are counted above
         hit = await ask(user)
         assert said(hit) == "HIT" and hit.headers["x-ratelimit-remaining-requests"] == remaining
@@ -211,7 +253,9 @@ async def balance(user: User) -> Any:
     return await user.gateway.database.value(query, user.id)
 
 
-async def test_a_hit_is_whole_also_under_an_idempotency_key(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_a_hit_is_whole_also_under_an_idempotency_key(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     await ask(user)
     keyed = {**ON, "idempotency-key": "a"}
     hit, again = await ask(user, keyed), await ask(user, keyed)
@@ -224,8 +268,12 @@ async def test_a_hit_is_whole_also_under_an_idempotency_key(gateway: Gateway, up
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("scenario", ["error-500", "error-in-200", "stream-error;count=5", "cut;count=3", "provider-died"])
-async def test_what_failed_is_not_kept(gateway: Gateway, upstream: Upstream, user: User, scenario: str, streamed: bool) -> None:
+@pytest.mark.parametrize(
+    "scenario", ["error-500", "error-in-200", "stream-error;count=5", "cut;count=3", "provider-died"]
+)
+async def test_what_failed_is_not_kept(
+    gateway: Gateway, upstream: Upstream, user: User, scenario: str, streamed: bool
+) -> None:
     upstream.scenario = scenario
     await ask(user, stream=streamed)
     status = (await user.settled_record())["status"]
@@ -245,30 +293,44 @@ async def test_an_answer_that_credits_cut_short_is_not_kept(gateway: Gateway, up
     assert said(whole) == "MISS" and len(whole.content) > len(cut.content)
     assert said(await ask(poor)) == "HIT"
     limited = await ask(poor, max_tokens=20)
-    assert limited.json()["choices"][0]["finish_reason"] == "length" and said(await ask(poor, max_tokens=20)) == "HIT"
+    assert (
+        limited.json()["choices"][0]["finish_reason"] == "length"
+        and said(await ask(poor, max_tokens=20)) == "HIT"
+    )
 
 
 async def test_without_being_asked_nothing_is_kept(gateway: Gateway, upstream: Upstream, user: User) -> None:
     assert said(await ask(user, {})) is None
     assert said(await ask(user, {})) is None
     assert upstream.inferences == 2
-    assert await gateway.database.value("select count(*) from public.stored_answers where user_id = $1", user.id) == 0
+    assert (
+        await gateway.database.value("select count(*) from public.stored_answers where user_id = $1", user.id)
+        == 0
+    )
 
 
 async def test_what_is_kept_is_unreadable(gateway: Gateway, upstream: Upstream, user: User) -> None:
     answer = await ask(user, messages=[{"role": "user", "content": "my secret question"}])
     text = answer.json()["choices"][0]["message"]["content"]
-    (row,) = await gateway.database.rows("select a::text as whole from public.stored_answers a where user_id = $1", user.id)
+    (row,) = await gateway.database.rows(
+        "select a::text as whole from public.stored_answers a where user_id = $1", user.id
+    )
     assert text not in row["whole"] and "secret" not in row["whole"] and "gpt-4o" not in row["whole"]
 
 
 # Keys that use it by default.
 
 
-async def test_a_key_that_caches_by_default_may_be_made_changed_and_overridden(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_a_key_that_caches_by_default_may_be_made_changed_and_overridden(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     caching = await scoped(user, EVERYTHING, cache_ttl_seconds=60)
     headers = caching.headers
-    (listed,) = [key for key in (await gateway.http.get("/user/api-keys", headers=headers)).json()["keys"] if key["cache_ttl_seconds"]]
+    (listed,) = [
+        key
+        for key in (await gateway.http.get("/user/api-keys", headers=headers)).json()["keys"]
+        if key["cache_ttl_seconds"]
+    ]
     assert listed["cache_ttl_seconds"] == 60
     assert [said(await ask(caching, {})) for _ in range(3)] == ["MISS", "HIT", "HIT"]
     assert said(await ask(caching, {"x-gateway-cache": "false"})) is None

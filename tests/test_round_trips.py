@@ -1,4 +1,6 @@
-"""A request costs two round trips to the database, whatever is switched on; an answer that is given again costs one."""
+"""A request costs two round trips to the database, whatever is switched on; an answer that is given again
+costs one.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Customer:
     asked: int = 0
 
     async def post(self, number: int | None = None, **body: Any) -> tuple[httpx.Response, int]:
-        """The answer to a question of its own, or to that of this number again, and the round trips that it took."""
+        """The answer to a question of its own, or to that of this number again, and the round trips that it
+        took.
+        """
         self.asked += 1
         question = str(self.asked if number is None else number)
         headers = {
@@ -86,15 +90,23 @@ class Customer:
         return answer, self.link.round_trips - before
 
 
-async def customer_of(gateway: Gateway, link: DatabaseLink, *, own_key: bool = False, budget: float = 0.001) -> Customer:
+async def customer_of(
+    gateway: Gateway, link: DatabaseLink, *, own_key: bool = False, budget: float = 0.001
+) -> Customer:
     user = await gateway.register(credits=10)
     admin = gateway.admin
     plan = await admin("POST", "/admin/plans", json=PLAN)
-    await admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"], "duration_months": 1})
+    await admin(
+        "POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"], "duration_months": 1}
+    )
     for end_user in ("*", "ann"):
-        made = await ask(user, "POST", "/user/end-users", {"end_user": end_user, "budget": budget, "budget_window": "week"})
+        made = await ask(
+            user, "POST", "/user/end-users", {"end_user": end_user, "budget": budget, "budget_window": "week"}
+        )
         assert made.status_code == 201, made.text
-    assert (await ask(user, "POST", "/user/webhooks", {"url": "https://hooks.example.com/"})).status_code == 201
+    assert (
+        await ask(user, "POST", "/user/webhooks", {"url": "https://hooks.example.com/"})
+    ).status_code == 201
     if own_key:
         assert (await ask(user, "PUT", "/user/provider-key", {"key": KEY})).status_code == 200
     restricted = await scoped(user, {"read": ["chat"], "write": ["chat"]}, **RESTRICTED)
@@ -104,24 +116,37 @@ async def customer_of(gateway: Gateway, link: DatabaseLink, *, own_key: bool = F
 
 
 @pytest.mark.parametrize("own_key", [False, True], ids=["credits", "own-key"])
-async def test_two_with_everything_switched_on_at_once(start_gateway: Start, link: DatabaseLink, upstream: Upstream, own_key: bool) -> None:
+async def test_two_with_everything_switched_on_at_once(
+    start_gateway: Start, link: DatabaseLink, upstream: Upstream, own_key: bool
+) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
     customer = await customer_of(gateway, link, own_key=own_key, budget=0.00018)  # a level of it is reached
     for _ in range(3):
-        assert (await customer.post())[0].status_code == 200  # connections, statements and models are there from now on
+        assert (await customer.post())[
+            0
+        ].status_code == 200  # connections, statements and models are there from now on
     for streamed in (False, True):
         answer, count = await customer.post(stream=streamed)
         assert (answer.status_code, answer.headers["x-gateway-cache"], count) == (200, "MISS", 2), answer.text
         assert answer.headers.get("x-gateway-byok") == ("true" if own_key else None)
         replay, count = await customer.post(customer.asked, stream=streamed)
-        assert replay.headers["idempotent-replayed"] == "true" and replay.content == answer.content and count == 1
+        assert (
+            replay.headers["idempotent-replayed"] == "true"
+            and replay.content == answer.content
+            and count == 1
+        )
         hit, count = await customer.send(
-            {**customer.user.headers, "referer": "https://app.example.com/"}, str(customer.asked - 1), stream=streamed
+            {**customer.user.headers, "referer": "https://app.example.com/"},
+            str(customer.asked - 1),
+            stream=streamed,
         )
         assert (hit.headers.get("x-gateway-cache"), count) == ("HIT", 1)
     upstream.scenario = "slow;ms=120;tokens=20"
     answer, count = await customer.post(stream=True)
-    assert (answer.status_code, count) == (200, 3)  # it ran for more than two seconds: its generation id was stored
+    assert (answer.status_code, count) == (
+        200,
+        3,
+    )  # it ran for more than two seconds: its generation id was stored
     rows = await gateway.database.rows(
         "select has_end_user_budget, has_idempotency_key, byok from public.usage_records where not cache_hit"
     )
@@ -155,7 +180,13 @@ async def test_refusals_take_one(start_gateway: Start, link: DatabaseLink, upstr
 
 
 async def test_a_raised_hold_takes_one_more(start_gateway: Start, link: DatabaseLink) -> None:
-    refusal = {"error": {"message": "No endpoints", "http_status": 404, "availability": {"excluded_by": ["max_price"]}}}
+    refusal = {
+        "error": {
+            "message": "No endpoints",
+            "http_status": 404,
+            "availability": {"excluded_by": ["max_price"]},
+        }
+    }
     said = {
         "id": "gen-1",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hi"}}],

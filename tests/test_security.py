@@ -32,7 +32,8 @@ from security import (
 
 ONE, TWO = (base64.urlsafe_b64encode(bytes([n]) * 32).decode().rstrip("=") for n in (1, 2))
 TRUSTED = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "2001:db8::/32")]
-# 43 times the digit zero, and the CRC-32 of what stands before it: worked out once, by hand, so that no change of the format goes unseen.
+# 43 times the digit zero, and the CRC-32 of what stands before it: worked out once, by hand, so that no
+# change of the format goes unseen.
 KNOWN = "gw_live_" + "0" * 43
 
 
@@ -75,12 +76,18 @@ def test_one_wrong_character_anywhere_is_noticed(data: st.DataObject) -> None:
     assert key_environment(key[:at] + other + key[at + 1 :]) is None
 
 
-@pytest.mark.parametrize("change", [str.upper, str.lower, lambda k: k[:-1], lambda k: k + "0", lambda k: k + "\n", lambda k: " " + k])
+@pytest.mark.parametrize(
+    "change",
+    [str.upper, str.lower, lambda k: k[:-1], lambda k: k + "0", lambda k: k + "\n", lambda k: " " + k],
+)
 def test_what_is_nearly_a_key_is_none(change: Any) -> None:
     assert key_environment(change("gw_live_" + "aB" + new_key("live")[10:])) is None
 
 
-@pytest.mark.parametrize("text", ["", "gw_live_", "sk-or-v1-" + "a" * 64, "gw_prod_" + "0" * 49, "gw_development_" + "0" * 49, "é" * 57])
+@pytest.mark.parametrize(
+    "text",
+    ["", "gw_live_", "sk-or-v1-" + "a" * 64, "gw_prod_" + "0" * 49, "gw_development_" + "0" * 49, "é" * 57],
+)
 def test_what_is_no_key_has_no_environment(text: str) -> None:
     assert key_environment(text) is None
 
@@ -174,13 +181,17 @@ def test_a_tampered_token_is_not_readable() -> None:
         ("testclient", ["192.0.2.1"], "0.0.0.0"),
     ],
 )
-def test_the_clients_address_is_what_trusted_proxies_say(peer: str | None, forwarded: list[str], expected: str) -> None:
+def test_the_clients_address_is_what_trusted_proxies_say(
+    peer: str | None, forwarded: list[str], expected: str
+) -> None:
     sent = headers(*(("x-forwarded-for", value) for value in forwarded))
     assert client_address(sent, peer, TRUSTED, on_vercel=False) == expected
 
 
 def test_without_trusted_proxies_nobody_is_believed() -> None:
-    sent = headers(("x-forwarded-for", "192.0.2.1"), ("x-real-ip", "192.0.2.1"), ("forwarded", "for=192.0.2.1"))
+    sent = headers(
+        ("x-forwarded-for", "192.0.2.1"), ("x-real-ip", "192.0.2.1"), ("forwarded", "for=192.0.2.1")
+    )
     assert client_address(sent, "127.0.0.1", [], on_vercel=False) == "127.0.0.1"
 
 
@@ -190,7 +201,11 @@ def test_on_vercel_the_platforms_header_counts_and_elsewhere_it_does_not() -> No
     assert client_address(sent, "198.51.100.1", TRUSTED, on_vercel=False) == "198.51.100.1"
 
 
-@given(st.lists(st.text(max_size=40).filter(lambda t: "," not in t and t.isascii() and t.isprintable()), max_size=5))
+@given(
+    st.lists(
+        st.text(max_size=40).filter(lambda t: "," not in t and t.isascii() and t.isprintable()), max_size=5
+    )
+)
 def test_no_header_leads_to_anything_but_an_address(hops: list[str]) -> None:
     found = client_address(headers(("x-forwarded-for", ",".join(hops))), "10.0.0.1", TRUSTED, on_vercel=False)
     assert str(ipaddress.ip_address(found)) == found
@@ -224,7 +239,9 @@ def test_registration_counts_an_address_or_a_hosts_whole_network(address: str, s
         ([("origin", "")], None),
     ],
 )
-def test_the_clients_domain_is_the_host_of_origin_else_of_referer(sent: list[tuple[str, str]], expected: str | None) -> None:
+def test_the_clients_domain_is_the_host_of_origin_else_of_referer(
+    sent: list[tuple[str, str]], expected: str | None
+) -> None:
     assert client_domain(headers(*sent)) == expected
 
 
@@ -247,7 +264,14 @@ def test_a_key_is_read_from_either_header(sent: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [[], [("authorization", "Bearer")], [("authorization", "KEY")], [("authorization", "Basic KEY")], [("x-api-key", "")]]
+    "sent",
+    [
+        [],
+        [("authorization", "Bearer")],
+        [("authorization", "KEY")],
+        [("authorization", "Basic KEY")],
+        [("x-api-key", "")],
+    ],
 )
 def test_a_request_without_a_key_is_told_to_send_one(sent: list[tuple[str, str]]) -> None:
     with pytest.raises(InvalidKey):
@@ -268,12 +292,24 @@ def test_header_text_is_stored_short_and_without_control_characters() -> None:
 
 def test_a_credential_becomes_the_fields_of_an_admission_item() -> None:
     item = Credential(("h",), "s", None, "live", "192.0.2.1", None, "agent").item()
-    assert set(item) == {"hashes", "secret_id", "legacy_hash", "prefix_environment", "address", "domain", "user_agent"}
+    assert set(item) == {
+        "hashes",
+        "secret_id",
+        "legacy_hash",
+        "prefix_environment",
+        "address",
+        "domain",
+        "user_agent",
+    }
 
 
 @pytest.mark.parametrize(
     ("hop", "address"),
-    [("203.0.113.7:5678", "203.0.113.7"), ("[2001:db8::1]:443", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1")],
+    [
+        ("203.0.113.7:5678", "203.0.113.7"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+    ],
 )
 def test_a_forwarded_address_may_carry_a_port(hop: str, address: str) -> None:
     proxies = (ipaddress.ip_network("10.0.0.0/8"),)

@@ -31,7 +31,9 @@ async def ask(user: User, method: str, path: str, body: Any = None) -> Any:
 
 
 @pytest.mark.parametrize(("method", "path", "body", "resource"), ROUTES)
-async def test_a_route_is_closed_without_its_scope(gateway: Gateway, method: str, path: str, body: Any, resource: str) -> None:
+async def test_a_route_is_closed_without_its_scope(
+    gateway: Gateway, method: str, path: str, body: Any, resource: str
+) -> None:
     user = await gateway.register()
     assert (await gateway.http.request(method, path, json=body)).status_code == 401
     everything_else = ["keys", "usage", "chat", *({"account", "budgets", "webhooks"} - {resource})]
@@ -40,8 +42,12 @@ async def test_a_route_is_closed_without_its_scope(gateway: Gateway, method: str
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
 
 
-@pytest.mark.parametrize(("method", "path", "body", "resource"), [route for route in ROUTES if route[0] != "GET"])
-async def test_a_test_key_changes_nothing(gateway: Gateway, method: str, path: str, body: Any, resource: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "body", "resource"), [route for route in ROUTES if route[0] != "GET"]
+)
+async def test_a_test_key_changes_nothing(
+    gateway: Gateway, method: str, path: str, body: Any, resource: str
+) -> None:
     user = await gateway.register(environment="test")
     refused = await ask(user, method, path, body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
@@ -81,7 +87,9 @@ async def test_an_own_key_is_kept_encrypted_and_shown_masked(gateway: Gateway) -
     assert (shown.status_code, shown.json()["provider_key"]["label"]) == (200, "sk-or-v1-012...def")
     assert KEY not in shown.text
     assert (await ask(other, "GET", "/user/provider-key")).status_code == 404
-    stored = await gateway.database.value("select encrypted_key from public.provider_keys where user_id = $1", user.id)
+    stored = await gateway.database.value(
+        "select encrypted_key from public.provider_keys where user_id = $1", user.id
+    )
     assert KEY not in stored
     assert gateway.app.state.runtime.runtime.vault.decrypt(stored) == KEY
     assert (await ask(other, "DELETE", "/user/provider-key")).status_code == 404
@@ -90,11 +98,15 @@ async def test_an_own_key_is_kept_encrypted_and_shown_masked(gateway: Gateway) -
     assert await gateway.database.value("select count(*) from public.provider_keys") == 0
 
 
-async def test_a_newer_key_takes_the_place_of_the_old_and_both_are_audited_without_the_secret(gateway: Gateway) -> None:
+async def test_a_newer_key_takes_the_place_of_the_old_and_both_are_audited_without_the_secret(
+    gateway: Gateway,
+) -> None:
     user = await gateway.register()
     for key in (KEY, "sk-or-v1-" + "f" * 64):
         assert (await ask(user, "PUT", "/user/provider-key", {"key": key})).status_code == 200
-    assert (await ask(user, "GET", "/user/provider-key")).json()["provider_key"]["label"] == "sk-or-v1-fff...fff"
+    assert (await ask(user, "GET", "/user/provider-key")).json()["provider_key"][
+        "label"
+    ] == "sk-or-v1-fff...fff"
     await ask(user, "DELETE", "/user/provider-key")
     logs = (await ask(user, "GET", "/user/api-keys/audit-logs")).json()["logs"]
     actions = [(log["action"], log["details"]) for log in logs if "provider" in log["action"]]
@@ -108,7 +120,9 @@ async def test_a_newer_key_takes_the_place_of_the_old_and_both_are_audited_witho
     assert "f" * 64 not in dump
 
 
-@pytest.mark.parametrize("key", ["", "sk-or-v1-", KEY[:-1], KEY + "0", KEY.upper(), "sk-proj-" + "0" * 64, 7, None])
+@pytest.mark.parametrize(
+    "key", ["", "sk-or-v1-", KEY[:-1], KEY + "0", KEY.upper(), "sk-proj-" + "0" * 64, 7, None]
+)
 async def test_what_is_no_openrouter_key_is_refused(gateway: Gateway, key: Any) -> None:
     user = await gateway.register()
     refused = await ask(user, "PUT", "/user/provider-key", {"key": key})
@@ -116,7 +130,9 @@ async def test_what_is_no_openrouter_key_is_refused(gateway: Gateway, key: Any) 
     assert "0123456789abcdef" not in refused.text
 
 
-async def test_a_live_gateway_asks_openrouter_about_the_key(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_live_gateway_asks_openrouter_about_the_key(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register()
     kept = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
     assert (kept.status_code, kept.json()["checked"]) == (200, True)
@@ -124,7 +140,9 @@ async def test_a_live_gateway_asks_openrouter_about_the_key(live_gateway: Gatewa
     assert (b"authorization", f"Bearer {KEY}".encode()) in call.raw_headers
 
 
-async def test_a_key_that_openrouter_refuses_is_not_kept(start_gateway: Any, upstream: Upstream, refusing: Any) -> None:
+async def test_a_key_that_openrouter_refuses_is_not_kept(
+    start_gateway: Any, upstream: Upstream, refusing: Any
+) -> None:
     await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
     user = await gateway.register()
@@ -133,27 +151,40 @@ async def test_a_key_that_openrouter_refuses_is_not_kept(start_gateway: Any, ups
     assert (await ask(user, "GET", "/user/provider-key")).status_code == 404
 
 
-async def test_a_key_that_cannot_be_checked_now_is_kept_and_that_is_said(start_gateway: Any, refusing: Any) -> None:
+async def test_a_key_that_cannot_be_checked_now_is_kept_and_that_is_said(
+    start_gateway: Any, refusing: Any
+) -> None:
     gateway = await start_gateway(**await refusing(503))
     user = await gateway.register()
     kept = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
     assert (kept.status_code, kept.json()["checked"]) == (200, False)
 
 
-async def test_what_goes_out_with_an_own_key_is_shown_as_such(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_what_goes_out_with_an_own_key_is_shown_as_such(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     await ask(user, "PUT", "/user/provider-key", {"key": KEY})
     sent = await user.chat()
     assert sent.status_code == 200, sent.text
     assert (b"authorization", f"Bearer {KEY}".encode()) in upstream.sandbox.state.calls[-1].raw_headers
     receipt = (await ask(user, "GET", f"/v1/receipts/{sent.headers['x-request-id']}")).json()
-    assert (receipt["byok"], receipt["charge"]["charged"], receipt["charge"]["markup_amount"]) == (True, 0, None)
+    assert (receipt["byok"], receipt["charge"]["charged"], receipt["charge"]["markup_amount"]) == (
+        True,
+        0,
+        None,
+    )
     assert receipt["charge"]["upstream_cost"] > 0
     assert receipt["charge"]["balance_after"] == 1
     assert "own upstream key" in receipt["message"]
     data = (await ask(user, "GET", "/v1/key")).json()["data"]
-    assert (data["usage"], data["byok_usage"], data["byok_usage_daily"]) == (0, *[receipt["charge"]["upstream_cost"]] * 2)
-    generation = (await ask(user, "GET", f"/v1/generation?id={sent.headers['x-generation-id']}")).json()["data"]
+    assert (data["usage"], data["byok_usage"], data["byok_usage_daily"]) == (
+        0,
+        *[receipt["charge"]["upstream_cost"]] * 2,
+    )
+    generation = (await ask(user, "GET", f"/v1/generation?id={sent.headers['x-generation-id']}")).json()[
+        "data"
+    ]
     assert (generation["is_byok"], generation["total_cost"]) == (True, 0)
     assert generation["upstream_inference_cost"] == receipt["charge"]["upstream_cost"]
 
@@ -162,7 +193,12 @@ async def test_with_an_own_key_a_quote_holds_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
     await ask(user, "PUT", "/user/provider-key", {"key": KEY})
     found = (await quote(user, {"body": BODY})).json()
-    assert (found["byok"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (True, True, 0, 0)
+    assert (found["byok"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
+        True,
+        True,
+        0,
+        0,
+    )
 
 
 # Budgets of end users.
@@ -173,8 +209,17 @@ async def test_budgets_of_end_users_are_made_changed_and_taken_away(gateway: Gat
     made = await ask(user, "POST", "/user/end-users", {**ORDER, "budget": "0.123456789"})
     assert made.status_code == 201, made.text
     view = json.loads(made.text, parse_float=Decimal)
-    assert (view["budget"], view["remaining"], view["spent"], view["held"]) == (Decimal("0.123456789"), Decimal("0.123456789"), 0, 0)
-    assert (view["end_user"], view["budget_of"], view["budget_window"]) == ("customer-17", "customer-17", "month")
+    assert (view["budget"], view["remaining"], view["spent"], view["held"]) == (
+        Decimal("0.123456789"),
+        Decimal("0.123456789"),
+        0,
+        0,
+    )
+    assert (view["end_user"], view["budget_of"], view["budget_window"]) == (
+        "customer-17",
+        "customer-17",
+        "month",
+    )
     assert view["window_start"].endswith("-01T00:00:00+00:00")
     path = f"/user/end-users/{view['id']}"
     for method, body in (("PUT", {"budget": 9}), ("DELETE", None)):
@@ -182,12 +227,21 @@ async def test_budgets_of_end_users_are_made_changed_and_taken_away(gateway: Gat
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "budget_id")
     assert (await ask(other, "GET", "/user/end-users")).json()["end_users"] == []
     changed = (await ask(user, "PUT", path, {"budget_window": "lifetime"})).json()
-    assert (changed["budget"], changed["budget_window"], changed["window_start"]) == (0.123456789, "lifetime", None)
+    assert (changed["budget"], changed["budget_window"], changed["window_start"]) == (
+        0.123456789,
+        "lifetime",
+        None,
+    )
     assert (await ask(user, "PUT", path, {"budget": 0})).json()["remaining"] == 0
     assert (await ask(user, "DELETE", path)).status_code == 200
     assert (await ask(user, "DELETE", path)).status_code == 404
     actions = [log["action"] for log in (await ask(user, "GET", "/user/api-keys/audit-logs")).json()["logs"]]
-    assert actions[:4] == ["delete_end_user_budget", "update_end_user_budget", "update_end_user_budget", "create_end_user_budget"]
+    assert actions[:4] == [
+        "delete_end_user_budget",
+        "update_end_user_budget",
+        "update_end_user_budget",
+        "create_end_user_budget",
+    ]
 
 
 async def test_a_name_has_one_budget(gateway: Gateway) -> None:
@@ -210,12 +264,19 @@ async def test_the_default_stands_for_each_who_has_no_budget(gateway: Gateway) -
             user.id,
         )
     (stranger,) = (await ask(user, "GET", "/user/end-users?end_user=stranger")).json()["end_users"]
-    assert (stranger["budget_of"], stranger["spent"], stranger["held"], stranger["remaining"]) == ("*", 0.5, 0.25, 1.25)
+    assert (stranger["budget_of"], stranger["spent"], stranger["held"], stranger["remaining"]) == (
+        "*",
+        0.5,
+        0.25,
+        1.25,
+    )
     (known,) = (await ask(user, "GET", "/user/end-users?end_user=customer-17")).json()["end_users"]
     assert (known["budget_of"], known["spent"], known["remaining"]) == ("customer-17", 0, 5)
     listed = (await ask(user, "GET", "/user/end-users?limit=1")).json()
     assert [view["end_user"] for view in listed["end_users"]] == ["customer-17"]
-    assert [known[name] for name in ("created_at", "updated_at")] == [listed["end_users"][0][name] for name in ("created_at", "updated_at")]
+    assert [known[name] for name in ("created_at", "updated_at")] == [
+        listed["end_users"][0][name] for name in ("created_at", "updated_at")
+    ]
     assert known["created_at"] > stranger["created_at"]
     rest = (await ask(user, "GET", f"/user/end-users?cursor={listed['next_cursor']}")).json()
     assert [view["end_user"] for view in rest["end_users"]] == ["*"]
@@ -242,7 +303,9 @@ async def test_without_any_budget_an_end_user_has_no_standing(gateway: Gateway) 
     ],
     ids=str,
 )
-async def test_a_budget_that_makes_no_sense_names_its_field(gateway: Gateway, changes: dict[str, Any], param: str) -> None:
+async def test_a_budget_that_makes_no_sense_names_its_field(
+    gateway: Gateway, changes: dict[str, Any], param: str
+) -> None:
     user = await gateway.register()
     refused = await ask(user, "POST", "/user/end-users", {**ORDER, **changes})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
@@ -256,17 +319,30 @@ async def test_a_change_that_changes_nothing_is_refused(gateway: Gateway) -> Non
 
 async def test_a_quote_is_bounded_by_the_end_users_budget(gateway: Gateway) -> None:
     user = await gateway.register()
-    await ask(user, "POST", "/user/end-users", {"end_user": "poor", "budget": "0.000001", "budget_window": "day"})
+    await ask(
+        user, "POST", "/user/end-users", {"end_user": "poor", "budget": "0.000001", "budget_window": "day"}
+    )
     body = {name: BODY[name] for name in ("model", "messages")}
     assert (await quote(user, {"body": body})).json()["affordable"]
     for asked, headers in (({**body, "user": "poor"}, {}), (body, {"x-end-user": "poor"})):
         found = (await quote(user, {"body": asked}, **headers)).json()
-        assert (found["affordable"], found["reason"], found["available"]) == (False, "end_user_budget_exceeded", 0.000001)
+        assert (found["affordable"], found["reason"], found["available"]) == (
+            False,
+            "end_user_budget_exceeded",
+            0.000001,
+        )
 
 
 async def test_a_key_that_was_revoked_meanwhile_changes_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
-    order = {"user_id": user.id, "maker_id": 10**9, "actor": "key:0", "address": None, "user_agent": None, "request_id": None}
+    order = {
+        "user_id": user.id,
+        "maker_id": 10**9,
+        "actor": "key:0",
+        "address": None,
+        "user_agent": None,
+        "request_id": None,
+    }
     for function, rest in (
         ("set_provider_key", {"encrypted_key": "x", "label": "x"}),
         ("create_end_user_budget", {"end_user": "a", "budget_nanos": "1", "budget_window": "day"}),
@@ -294,5 +370,10 @@ async def test_budget_events_are_listed_by_page_and_for_their_owner_only(gateway
     second = (await ask(user, "GET", f"/user/budget-events?limit=1&cursor={first['next_cursor']}")).json()
     assert [page["events"][0]["level"] for page in (first, second)] == [80, 50]
     event = first["events"][0]
-    assert (event["budget"], event["spent"], event["window_start"], event["end_user"]) == (1, 0.800000001, None, None)
+    assert (event["budget"], event["spent"], event["window_start"], event["end_user"]) == (
+        1,
+        0.800000001,
+        None,
+        None,
+    )
     assert (await ask(other, "GET", "/user/budget-events")).json()["events"] == []

@@ -1,4 +1,6 @@
-"""A key that does not exist makes the next ones from its address be looked up before anything of the request is read."""
+"""A key that does not exist makes the next ones from its address be looked up before anything of the request
+is read.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ def test_the_oldest_is_forgotten_for_the_newest() -> None:
 
 
 async def ask(gateway: Gateway, key: str, address: str, content: bytes) -> int:
-    headers = {"authorization": f"Bearer {key}", "x-forwarded-for": address, "content-type": "application/json"}
+    headers = {
+        "authorization": f"Bearer {key}",
+        "x-forwarded-for": address,
+        "content-type": "application/json",
+    }
     return (await gateway.http.post("/v1/chat/completions", headers=headers, content=content)).status_code
 
 
@@ -71,7 +77,9 @@ async def test_who_comes_from_there_is_looked_up_first(
     start_gateway: Callable[..., Awaitable[Gateway]], database: Database, upstream: Upstream
 ) -> None:
     async with database_link(database) as link:
-        gateway = await start_gateway(database_url=link.url, trusted_proxies="127.0.0.0/8", **live(upstream.url))
+        gateway = await start_gateway(
+            database_url=link.url, trusted_proxies="127.0.0.0/8", **live(upstream.url)
+        )
         user = await gateway.register(credits=1)
 
         async def trips(key: str, address: str, content: bytes = orjson.dumps(QUESTION)) -> tuple[int, int]:
@@ -80,13 +88,18 @@ async def test_who_comes_from_there_is_looked_up_first(
 
         assert [await trips(user.key, "192.0.2.7") for _ in range(3)][-1] == (200, 2)
         assert await trips(new_key("live"), "192.0.2.7") == (401, 1)
-        assert [await trips(user.key, "192.0.2.7") for _ in range(2)] == [(200, 3), (200, 2)]  # and is known from then on
+        assert [await trips(user.key, "192.0.2.7") for _ in range(2)] == [
+            (200, 3),
+            (200, 2),
+        ]  # and is known from then on
         assert await trips(user.key, "192.0.2.7", b"{") == (400, 1)
         assert await trips(new_key("live"), "192.0.2.7") == (401, 1)
         assert await trips(user.key, "192.0.2.8") == (200, 2)
 
 
-async def test_a_large_body_from_there_costs_next_to_nothing(start_gateway: Callable[..., Awaitable[Gateway]], upstream: Upstream) -> None:
+async def test_a_large_body_from_there_costs_next_to_nothing(
+    start_gateway: Callable[..., Awaitable[Gateway]], upstream: Upstream
+) -> None:
     gateway = await start_gateway(trusted_proxies="127.0.0.0/8", **live(upstream.url))
     user = await gateway.register(credits=1)
     assert await ask(gateway, user.key, "192.0.2.8", orjson.dumps(QUESTION)) == 200  # the model list is there

@@ -33,7 +33,11 @@ def text_of(chunks: list[ChatCompletionChunk]) -> str:
 
 def charge_of(chunks: list[ChatCompletionChunk]) -> dict[str, Any]:
     """`gateway_usage`, which one event has, and no other."""
-    (found,) = [chunk.model_extra["gateway_usage"] for chunk in chunks if chunk.model_extra and "gateway_usage" in chunk.model_extra]
+    (found,) = [
+        chunk.model_extra["gateway_usage"]
+        for chunk in chunks
+        if chunk.model_extra and "gateway_usage" in chunk.model_extra
+    ]
     return dict(found)
 
 
@@ -46,7 +50,9 @@ async def charged(user: User, upstream: Upstream) -> dict[str, Any]:
     return record
 
 
-async def test_a_stream_ends_with_usage_and_what_was_charged(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_stream_ends_with_usage_and_what_was_charged(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     chunks = await stream(user, stream_options={"include_usage": True})
     record = await charged(user, upstream)
@@ -73,9 +79,19 @@ async def test_the_sdk_without_async_streams_the_same(live_gateway: Gateway, ups
 
 
 @pytest.mark.parametrize(
-    "scenario", ["usage-with-finish", "usage-empty-choices", "usage-null-finish", "usage-every-event", "usage-twice", "usage-missing"]
+    "scenario",
+    [
+        "usage-with-finish",
+        "usage-empty-choices",
+        "usage-null-finish",
+        "usage-every-event",
+        "usage-twice",
+        "usage-missing",
+    ],
 )
-async def test_every_shape_of_usage_ends_in_one_charge_at_the_end(live_gateway: Gateway, upstream: Upstream, scenario: str) -> None:
+async def test_every_shape_of_usage_ends_in_one_charge_at_the_end(
+    live_gateway: Gateway, upstream: Upstream, scenario: str
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = scenario
     chunks = await stream(user)
@@ -86,7 +102,9 @@ async def test_tool_calls_arrive_in_fragments(live_gateway: Gateway, upstream: U
     user = await live_gateway.register(credits=1)
     upstream.scenario = "tool-call"
     chunks = await stream(user)
-    fragments = [call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()]
+    fragments = [
+        call for chunk in chunks if chunk.choices for call in chunk.choices[0].delta.tool_calls or ()
+    ]
     arguments = "".join(call.function.arguments or "" for call in fragments if call.function)
     assert len(fragments) > 1 and isinstance(json.loads(arguments), dict)
     assert (await charged(user, upstream))["finish_reason"] == "tool_calls"
@@ -104,7 +122,9 @@ async def test_reasoning_streams_apart_from_the_answer(live_gateway: Gateway, up
 
 
 @pytest.mark.parametrize("scenario", ["keepalive", "comment-as-data", "crlf", "split-chunks", "gzip"])
-async def test_oddities_of_the_wire_change_nothing_that_is_read(live_gateway: Gateway, upstream: Upstream, scenario: str) -> None:
+async def test_oddities_of_the_wire_change_nothing_that_is_read(
+    live_gateway: Gateway, upstream: Upstream, scenario: str
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = scenario
     answer = await user.chat(stream=True)
@@ -120,7 +140,9 @@ async def test_all_but_the_last_event_pass_to_the_byte(live_gateway: Gateway, up
     user = await live_gateway.register(credits=1)
     answer = await user.chat(stream=True)
     sent = upstream.sent()
-    direct = await live_gateway.http.post(f"{upstream.url}/chat/completions", headers={"authorization": "Bearer x"}, json=sent)
+    direct = await live_gateway.http.post(
+        f"{upstream.url}/chat/completions", headers={"authorization": "Bearer x"}, json=sent
+    )
 
     def events(text: str) -> list[str]:
         """Events without what differs between two answers: their ids and times."""
@@ -139,8 +161,12 @@ async def test_all_but_the_last_event_pass_to_the_byte(live_gateway: Gateway, up
     assert ours[-2:] == theirs[-2:] == ["data: [DONE]", ""]
 
 
-@pytest.mark.parametrize("scenario", ["stream-error", "stream-error-string", "stream-error-empty", "error-first"])
-async def test_an_error_in_mid_stream_reaches_the_sdk_and_the_books(live_gateway: Gateway, upstream: Upstream, scenario: str) -> None:
+@pytest.mark.parametrize(
+    "scenario", ["stream-error", "stream-error-string", "stream-error-empty", "error-first"]
+)
+async def test_an_error_in_mid_stream_reaches_the_sdk_and_the_books(
+    live_gateway: Gateway, upstream: Upstream, scenario: str
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = scenario
     with pytest.raises(openai.APIError) as found:
@@ -153,7 +179,9 @@ async def test_an_error_in_mid_stream_reaches_the_sdk_and_the_books(live_gateway
     await live_gateway.database.assert_books_balance()
 
 
-async def test_a_refusal_before_a_stream_is_an_ordinary_error(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_a_refusal_before_a_stream_is_an_ordinary_error(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = "error-429"
     with pytest.raises(openai.RateLimitError):
@@ -161,7 +189,9 @@ async def test_a_refusal_before_a_stream_is_an_ordinary_error(live_gateway: Gate
     assert upstream.inferences == 1 and (await user.settled_record())["cost"] == 0
 
 
-async def test_the_headers_of_a_stream_name_the_generation_and_no_charge_yet(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_the_headers_of_a_stream_name_the_generation_and_no_charge_yet(
+    live_gateway: Gateway, upstream: Upstream
+) -> None:
     user = await live_gateway.register(credits=1)
     answer = await user.chat(stream=True)
     assert answer.headers["content-type"] == "text/event-stream"

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.upstream.usage import MAX_COST, MAX_TOKENS, Usage, parse_json, read_generation, read_text, read_usage
+from gateway.upstream.usage import (
+    MAX_COST,
+    MAX_TOKENS,
+    Usage,
+    parse_json,
+    read_generation,
+    read_text,
+    read_usage,
+)
 
 
 def read(text: str) -> Usage:
@@ -38,7 +46,22 @@ def test_a_cost_is_read_to_its_last_digit(written: str, nanos: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["null", "-0.1", "NaN", "Infinity", "-Infinity", "true", "[]", "{}", '"NaN"', '"x"', "1e400", "1000001", "9" * 5000]
+    "written",
+    [
+        "null",
+        "-0.1",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "true",
+        "[]",
+        "{}",
+        '"NaN"',
+        '"x"',
+        "1e400",
+        "1000001",
+        "9" * 5000,
+    ],
 )
 def test_what_is_no_cost_is_unknown_and_never_zero(written: str) -> None:
     found = read(f'{{"cost": {written}, "prompt_tokens": 3}}')
@@ -50,7 +73,12 @@ def test_the_bill_of_an_own_key_is_added_only_where_one_was_used() -> None:
     assert read(f'{{"cost": 0.001, "is_byok": true, {details}}}').cost == Decimal("0.036002")
     assert read(f'{{"cost": 0.001, "is_byok": false, {details}}}').cost == Decimal("0.001")
     assert read('{"cost": 0.001, "is_byok": true}').cost is None
-    assert read('{"cost": 9e999999, "is_byok": true, "cost_details": {"upstream_inference_cost": 9e999999}}').cost is None
+    assert (
+        read(
+            '{"cost": 9e999999, "is_byok": true, "cost_details": {"upstream_inference_cost": 9e999999}}'
+        ).cost
+        is None
+    )
 
 
 def test_the_three_dialects_of_usage_are_read() -> None:
@@ -68,7 +96,9 @@ def test_what_is_no_number_of_tokens_is_unknown(written: str) -> None:
 
 
 def test_a_generation_record_prefers_the_native_count() -> None:
-    found = read_generation({"total_cost": Decimal("0.5"), "tokens_prompt": 1, "native_tokens_prompt": 2, "tokens_completion": 3})
+    found = read_generation(
+        {"total_cost": Decimal("0.5"), "tokens_prompt": 1, "native_tokens_prompt": 2, "tokens_completion": 3}
+    )
     assert found == Usage(2, 3, None, None, Decimal("0.5"))
 
 
@@ -78,16 +108,28 @@ def test_text_that_postgresql_refuses_is_cleaned() -> None:
     assert len(read_text("x" * 100_000) or "") == 256
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[" * 100_000, b"\xff\xfe{\x00}\x00", b'{"a": 1} {"b": 2}', b"\x00"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[" * 100_000, b"\xff\xfe{\x00}\x00", b'{"a": 1} {"b": 2}', b"\x00"]
+)
 def test_what_is_no_json_is_one_kind_of_error(raw: bytes) -> None:
     with pytest.raises(ValueError):
         parse_json(raw)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-FIELDS = ("cost", "is_byok", "cost_details", "prompt_tokens", "completion_tokens", "input_tokens", "prompt_tokens_details", "total_cost")
+FIELDS = (
+    "cost",
+    "is_byok",
+    "cost_details",
+    "prompt_tokens",
+    "completion_tokens",
+    "input_tokens",
+    "prompt_tokens_details",
+    "total_cost",
+)
 
 
 @settings(max_examples=50)

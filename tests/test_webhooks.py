@@ -43,8 +43,9 @@ ROUTES = [
     ("GET", "/user/webhooks/deliveries", None),
 ]
 
-# A receiver: a TLS server on loopback, whose certificate the sender of these tests trusts. What decides which addresses may be reached is
-# an argument of the sender, so that nothing in production could be told to reach loopback.
+# A receiver: a TLS server on loopback, whose certificate the sender of these tests trusts. What decides which
+# addresses may be reached is an argument of the sender, so that nothing in production could be told to reach
+# loopback.
 
 
 @dataclass
@@ -52,7 +53,9 @@ class Receiver:
     """Answers each request with the next of `answers` (the last one again and again), and keeps what came."""
 
     port: int = 0
-    answers: list[bytes] = field(default_factory=lambda: [b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n"])
+    answers: list[bytes] = field(
+        default_factory=lambda: [b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n"]
+    )
     got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
     silent: bool = False
     endless: bool = False
@@ -107,7 +110,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .sign(key, hashes.SHA256())
     )
     path = tmp_path_factory.mktemp("tls") / "receiver.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     path.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
     return path
 
@@ -150,7 +155,9 @@ def trusting(certificate: Path, names: Names) -> Callable[..., Sender]:
 
     def make(**changes: Any) -> Sender:
         context = ssl.create_default_context(cafile=certificate)
-        return Sender(**{"look_up": names.look_up, "may_reach": is_loopback, "tls": context, "seconds": 5.0, **changes})
+        return Sender(
+            **{"look_up": names.look_up, "may_reach": is_loopback, "tls": context, "seconds": 5.0, **changes}
+        )
 
     return make
 
@@ -191,7 +198,12 @@ class Stage:
 
     async def event(self, level: int = 80, **fields: Any) -> int:
         """What settlement writes when a level is reached; the id of the delivery."""
-        row = {"key_id": None, "end_user": "customer-17", "window_start": datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC), **fields}
+        row = {
+            "key_id": None,
+            "end_user": "customer-17",
+            "window_start": datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC),
+            **fields,
+        }
         async with self.database.owner() as owner:
             event_id = await owner.fetchval(
                 "insert into public.budget_events (user_id, key_id, end_user, level, budget_nanos, spent_nanos, budget_window, "
@@ -238,7 +250,9 @@ def verified(secret: str, headers: dict[str, str], body: bytes) -> bool:
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ROUTES)
-async def test_a_route_is_closed_without_its_scope(gateway: Gateway, method: str, path: str, body: Any) -> None:
+async def test_a_route_is_closed_without_its_scope(
+    gateway: Gateway, method: str, path: str, body: Any
+) -> None:
     user = await gateway.register()
     assert (await gateway.http.request(method, path, json=body)).status_code == 401
     other = await scoped(user, {"read": ["account", "budgets"], "write": ["account", "budgets"]})
@@ -263,11 +277,19 @@ async def test_a_webhook_is_made_changed_and_deleted_by_its_owner(gateway: Gatew
     assert secret not in listed.text
     assert secret not in str(await gateway.database.rows("select * from public.webhooks"))
     path = f"/user/webhooks/{webhook['id']}"
-    for method, where, body in (("PUT", path, {"is_active": False}), ("DELETE", path, None), ("POST", f"{path}/test", None)):
+    for method, where, body in (
+        ("PUT", path, {"is_active": False}),
+        ("DELETE", path, None),
+        ("POST", f"{path}/test", None),
+    ):
         refused = await ask(other, method, where, body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "webhook_id")
     changed = (await ask(user, "PUT", path, {"url": URL + "/2", "is_active": False})).json()
-    assert (changed["webhook"]["url"], changed["webhook"]["is_active"], changed["secret"]) == (URL + "/2", False, None)
+    assert (changed["webhook"]["url"], changed["webhook"]["is_active"], changed["secret"]) == (
+        URL + "/2",
+        False,
+        None,
+    )
     assert (await ask(user, "POST", f"{path}/test")).status_code == 409
     assert (await ask(user, "DELETE", path)).status_code == 200
     assert (await ask(user, "DELETE", path)).status_code == 404
@@ -281,7 +303,10 @@ async def test_a_replaced_key_in_its_grace_period_changes_no_webhook(gateway: Ga
     (key,) = (await ask(user, "GET", "/user/api-keys")).json()["keys"]
     rotated = (await ask(user, "POST", f"/user/api-keys/{key['id']}/rotate", {"grace_period": 3600})).json()
     assert (await ask(user, "GET", "/user/webhooks")).status_code == 200
-    for path, body in (("/user/webhooks", {"url": URL}), ("/user/end-users", {"end_user": "a", "budget": 1, "budget_window": "day"})):
+    for path, body in (
+        ("/user/webhooks", {"url": URL}),
+        ("/user/end-users", {"end_user": "a", "budget": 1, "budget_window": "day"}),
+    ):
         refused = await ask(user, "POST", path, body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "missing_scope")
         assert (await ask(User(gateway, user.id, rotated["api_key"]), "POST", path, body)).status_code == 201
@@ -289,7 +314,9 @@ async def test_a_replaced_key_in_its_grace_period_changes_no_webhook(gateway: Ga
 
 async def test_there_are_at_most_five(gateway: Gateway) -> None:
     user = await gateway.register()
-    answers = await asyncio.gather(*(ask(user, "POST", "/user/webhooks", {"url": f"{URL}/{number}"}) for number in range(8)))
+    answers = await asyncio.gather(
+        *(ask(user, "POST", "/user/webhooks", {"url": f"{URL}/{number}"}) for number in range(8))
+    )
     assert sorted(answer.status_code for answer in answers) == [201] * 5 + [409] * 3
 
 
@@ -309,7 +336,14 @@ async def test_a_url_that_is_no_public_https_destination_is_refused(url: str) ->
 
 
 @pytest.mark.parametrize(
-    "url", [URL, "https://a.example.com:8443/x?y=z", "https://9.9.9.9/", "https://[2606:4700::1111]/", "https://a-b.c_d.example/"]
+    "url",
+    [
+        URL,
+        "https://a.example.com:8443/x?y=z",
+        "https://9.9.9.9/",
+        "https://[2606:4700::1111]/",
+        "https://a-b.c_d.example/",
+    ],
 )
 async def test_a_public_https_url_is_taken(url: str) -> None:
     assert problem_of(url) is None
@@ -338,7 +372,16 @@ def test_an_address_that_is_not_for_everybody_is_not_public(address: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "address", ["1.1.1.1", "9.9.9.9", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "::ffff:9.9.9.9", "64:ff9b::909:909"]
+    "address",
+    [
+        "1.1.1.1",
+        "9.9.9.9",
+        "172.32.0.1",
+        "100.128.0.1",
+        "2606:4700::1111",
+        "::ffff:9.9.9.9",
+        "64:ff9b::909:909",
+    ],
 )
 def test_an_address_of_the_internet_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
@@ -362,13 +405,20 @@ async def test_an_event_arrives_signed(stage: Stage) -> None:
         "end_user": "customer-17", "request_id": "0199f0a0-0000-7000-8000-000000000000",
     }  # fmt: skip
     delivery = await stage.delivery()
-    assert (delivery["status"], delivery["attempts"], delivery["last_status"], delivery["event_id"]) == ("delivered", 1, 204, event_id)
+    assert (delivery["status"], delivery["attempts"], delivery["last_status"], delivery["event_id"]) == (
+        "delivered",
+        1,
+        204,
+        event_id,
+    )
     assert await stage.instance().deliver_due() == 0
     assert len(stage.receiver.got) == 1
 
 
 async def test_a_key_that_reaches_its_budget_for_life_is_named(stage: Stage) -> None:
-    key_id = await stage.database.value("select id from public.api_keys_new where user_id = $1", stage.user.id)
+    key_id = await stage.database.value(
+        "select id from public.api_keys_new where user_id = $1", stage.user.id
+    )
     async with stage.database.owner() as owner:
         await owner.execute("set session_replication_role = replica")
     await stage.event(100, key_id=key_id, end_user=None)
@@ -388,7 +438,9 @@ async def test_a_replaced_secret_signs_beside_the_new_one_until_its_grace_ends(s
     headers, body = stage.receiver.got[0]
     assert verified(stage.secret, headers, body)
     assert verified(rotated["secret"], headers, body)
-    await stage.database.value("update public.webhooks set previous_valid_until = now() - interval '1 second' returning id")
+    await stage.database.value(
+        "update public.webhooks set previous_valid_until = now() - interval '1 second' returning id"
+    )
     await stage.event()
     await stage.instance().deliver_due()
     headers, body = stage.receiver.got[1]
@@ -396,7 +448,9 @@ async def test_a_replaced_secret_signs_beside_the_new_one_until_its_grace_ends(s
     assert verified(rotated["secret"], headers, body)
 
 
-async def test_a_receiver_that_fails_is_tried_again_later_and_later_until_it_is_given_up(stage: Stage) -> None:
+async def test_a_receiver_that_fails_is_tried_again_later_and_later_until_it_is_given_up(
+    stage: Stage,
+) -> None:
     stage.receiver.answers = [status(500)]
     await stage.event()
     waits = []
@@ -439,7 +493,9 @@ async def test_a_receiver_that_is_gone_gets_nothing_more(stage: Stage) -> None:
     assert len(stage.receiver.got) == 1
     delivery = await stage.delivery()
     assert (delivery["status"], delivery["last_error"]) == ("failed", "the webhook is switched off")
-    back = (await ask(stage.user, "PUT", f"/user/webhooks/{stage.webhook_id}", {"is_active": True})).json()["webhook"]
+    back = (await ask(stage.user, "PUT", f"/user/webhooks/{stage.webhook_id}", {"is_active": True})).json()[
+        "webhook"
+    ]
     assert (back["is_active"], back["disabled_reason"]) == (True, None)
 
 
@@ -451,13 +507,19 @@ async def test_a_redirect_is_not_followed(stage: Stage) -> None:
     assert "redirects are not followed" in (await stage.delivery())["last_error"]
 
 
-async def test_a_receiver_that_does_not_answer_is_given_up_in_time(stage: Stage, trusting: Callable[..., Sender]) -> None:
+async def test_a_receiver_that_does_not_answer_is_given_up_in_time(
+    stage: Stage, trusting: Callable[..., Sender]
+) -> None:
     stage.receiver.silent = True
     stage.make = lambda: trusting(seconds=0.3)
     await stage.event()
     await stage.instance().deliver_due()
     delivery = await stage.delivery()
-    assert (delivery["status"], delivery["last_error"], delivery["last_status"]) == ("pending", "no answer in time", None)
+    assert (delivery["status"], delivery["last_error"], delivery["last_status"]) == (
+        "pending",
+        "no answer in time",
+        None,
+    )
 
 
 async def test_an_endless_answer_is_not_read(stage: Stage) -> None:
@@ -475,7 +537,9 @@ async def test_headers_without_end_are_not_read(stage: Stage) -> None:
     assert (await stage.delivery())["last_error"] == "the connection broke"
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(stage: Stage, trusting: Callable[..., Sender]) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_refused(
+    stage: Stage, trusting: Callable[..., Sender]
+) -> None:
     stage.make = lambda: trusting(tls=None)
     await stage.event()
     await stage.instance().deliver_due()
@@ -503,7 +567,9 @@ async def test_a_name_that_moves_to_a_private_address_after_it_was_checked_is_no
     assert receiver.got == []
 
 
-async def test_what_was_checked_is_what_is_connected_to(receiver: Receiver, names: Names, trusting: Callable[..., Sender]) -> None:
+async def test_what_was_checked_is_what_is_connected_to(
+    receiver: Receiver, names: Names, trusting: Callable[..., Sender]
+) -> None:
     """A second look-up, which could find another address, is never made."""
     names.answers = [["127.0.0.1"], ["127.0.0.2"]]
     seen: list[str] = []
@@ -523,11 +589,18 @@ async def test_one_private_address_among_public_ones_is_enough_to_refuse(
 ) -> None:
     names.answers = [["9.9.9.9", "127.0.0.1"]]
     async with sending(trusting, may_reach=is_public) as sender:
-        assert (await sender.post(receiver.url, b"{}", {})).error == "the host has an address that is not public"
+        assert (
+            await sender.post(receiver.url, b"{}", {})
+        ).error == "the host has an address that is not public"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.0.0.1", "%31%32%37.0.0.1"])
-async def test_an_address_in_the_url_is_checked_as_well(receiver: Receiver, trusting: Callable[..., Sender], host: str) -> None:
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.0.0.1", "%31%32%37.0.0.1"],
+)
+async def test_an_address_in_the_url_is_checked_as_well(
+    receiver: Receiver, trusting: Callable[..., Sender], host: str
+) -> None:
     async with sending(trusting, may_reach=is_public) as sender:
         attempt = await sender.post(f"https://{host}:{receiver.port}/", b"{}", {})
     assert not attempt.delivered
@@ -535,14 +608,18 @@ async def test_an_address_in_the_url_is_checked_as_well(receiver: Receiver, trus
     assert receiver.got == []
 
 
-async def test_each_send_looks_the_name_up_anew(receiver: Receiver, names: Names, trusting: Callable[..., Sender]) -> None:
+async def test_each_send_looks_the_name_up_anew(
+    receiver: Receiver, names: Names, trusting: Callable[..., Sender]
+) -> None:
     async with sending(trusting) as sender:
         for _ in range(3):
             assert (await sender.post(receiver.url, b"{}", {})).delivered
     assert names.asked == 3
 
 
-async def test_a_name_that_does_not_exist_is_said_so(receiver: Receiver, trusting: Callable[..., Sender]) -> None:
+async def test_a_name_that_does_not_exist_is_said_so(
+    receiver: Receiver, trusting: Callable[..., Sender]
+) -> None:
     async def nowhere(_host: str, _port: int) -> list[str]:
         raise OSError("no such name")
 
@@ -553,13 +630,21 @@ async def test_a_name_that_does_not_exist_is_said_so(receiver: Receiver, trustin
 async def test_a_budget_that_a_real_request_uses_up_is_told(stage: Stage) -> None:
     fixed = {"model": "sandbox/fixed-price", "user": "customer-17"}  # which costs what it holds
     budget = Decimal((await stage.user.chat(**fixed)).headers["x-gateway-cost"]) * Decimal("1.5")
-    order = {"end_user": "customer-17", "budget": str(budget.quantize(Decimal("1e-9"))), "budget_window": "month"}
+    order = {
+        "end_user": "customer-17",
+        "budget": str(budget.quantize(Decimal("1e-9"))),
+        "budget_window": "month",
+    }
     assert (await ask(stage.user, "POST", "/user/end-users", order)).status_code == 201
     sent = await stage.user.chat(**fixed)
     assert sent.status_code == 200, sent.text
     assert await stage.instance().deliver_due() == 1
     data = orjson.loads(stage.receiver.got[0][1])["data"]
-    assert (data["end_user"], data["request_id"], data["window"]) == ("customer-17", sent.headers["x-request-id"], "month")
+    assert (data["end_user"], data["request_id"], data["window"]) == (
+        "customer-17",
+        sent.headers["x-request-id"],
+        "month",
+    )
     assert (data["level"], Decimal(str(data["budget"]))) == (50, Decimal(order["budget"]))
     (event,) = (await ask(stage.user, "GET", "/user/budget-events")).json()["events"]
     assert (event["id"], event["level"], event["spent"]) == (data["event_id"], data["level"], data["spent"])
@@ -587,7 +672,14 @@ async def test_a_delivery_that_a_crash_left_behind_is_due_when_its_lease_ends(st
     assert await stage.instance().deliver_due() == 0, "somebody has it"
     assert 80 < await stage.due_again() <= 90
     assert await stage.instance().deliver_due() == 1
-    late = {"id": delivery_id, "attempt": claimed["attempts"], "status": 500, "error": "late", "delivered": False, "gone": True}
+    late = {
+        "id": delivery_id,
+        "attempt": claimed["attempts"],
+        "status": 500,
+        "error": "late",
+        "delivered": False,
+        "gone": True,
+    }
     assert await db.finish_delivery(client, {**late, "retry_seconds": None}) == {"outcome": "stale"}
     delivery = await stage.delivery()
     assert (delivery["status"], delivery["attempts"]) == ("delivered", 2)
@@ -635,7 +727,9 @@ async def test_deliveries_are_paged_and_shown_to_their_owner_only(stage: Stage) 
     seen: list[int] = []
     cursor = ""
     while cursor is not None:
-        page = (await ask(stage.user, "GET", f"/user/webhooks/deliveries?limit=2{cursor and '&cursor=' + cursor}")).json()
+        page = (
+            await ask(stage.user, "GET", f"/user/webhooks/deliveries?limit=2{cursor and '&cursor=' + cursor}")
+        ).json()
         seen += [delivery["id"] for delivery in page["deliveries"]]
         cursor = page["next_cursor"]
     assert seen == ids[::-1]

@@ -1,4 +1,6 @@
-"""Is each thing that the original system got wrong impossible here? Every one by name: with its test here, or where its test stands."""
+"""Is each thing that the original system got wrong impossible here? Every one by name: with its test here, or
+where its test stands.
+"""
 
 from __future__ import annotations
 
@@ -85,14 +87,18 @@ def test_each_has_its_test(item: str) -> None:
     for name in WRONG[item]:
         file, _, function = name.rpartition("::")
         tree = ast.parse((TESTS / (file or Path(__file__).name)).read_text())
-        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}, name
+        assert function in {
+            node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }, name
 
 
 # Keys.
 
 
 async def change_key(user: User, column: str, value: Any) -> None:
-    await user.gateway.database.value(f"update public.api_keys_new set {column} = $2 where user_id = $1", user.id, value)
+    await user.gateway.database.value(
+        f"update public.api_keys_new set {column} = $2 where user_id = $1", user.id, value
+    )
 
 
 async def test_an_expired_key_does_not_work(gateway: Gateway) -> None:
@@ -116,10 +122,14 @@ async def test_an_inactive_key_behind_a_thousand_others_does_not_pass(gateway: G
     assert (await last.chat()).status_code == 401
 
 
-async def test_no_full_key_in_logs_lists_or_any_row(start_gateway: Start, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_no_full_key_in_logs_lists_or_any_row(
+    start_gateway: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     gateway = await start_gateway(log_level="debug", log_format="json")
     user = await gateway.register(credits=1)
-    made = await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True})
+    made = await gateway.http.post(
+        "/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True}
+    )
     second = User(gateway, user.id, made.json()["api_key"])
     assert (await second.chat()).status_code == 200
     await gateway.http.get(f"/user/balance?key={second.key}")
@@ -131,8 +141,14 @@ async def test_no_full_key_in_logs_lists_or_any_row(start_gateway: Start, capsys
             ("/admin/usage/records?format=csv", ADMIN), ("/admin/audit-logs?format=csv", ADMIN),
         )
     ]  # fmt: skip
-    tables = await gateway.database.rows("select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'")
-    rows = [await gateway.database.value(f"select string_agg(t::text, ' ') from public.{table['relname']} t") or "" for table in tables]
+    tables = await gateway.database.rows(
+        "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'"
+    )
+    rows = [
+        await gateway.database.value(f"select string_agg(t::text, ' ') from public.{table['relname']} t")
+        or ""
+        for table in tables
+    ]
     logged = capsys.readouterr().out
     assert '"event":"request"' in logged and len(tables) > 10
     for key in (user.key, second.key):
@@ -146,7 +162,10 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 async def test_two_installations_store_one_key_differently(database: Database, start_gateway: Start) -> None:
     secrets = ("b2xk" + "A" * 39 + "=", "bmV3" + "A" * 39 + "=")
-    one, two = await start_gateway(key_hash_secrets=secrets[0]), await start_gateway(key_hash_secrets=secrets[1])
+    one, two = (
+        await start_gateway(key_hash_secrets=secrets[0]),
+        await start_gateway(key_hash_secrets=secrets[1]),
+    )
     user = await one.register()
     assert (await two.http.get("/user/balance", headers=user.headers)).status_code == 401
 
@@ -154,7 +173,11 @@ async def test_two_installations_store_one_key_differently(database: Database, s
 async def test_what_one_process_encrypted_another_can_read(start_gateway: Start) -> None:
     one, two = await start_gateway(), await start_gateway()
     user = await one.register()
-    made = (await one.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True})).json()
+    made = (
+        await one.http.post(
+            "/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True}
+        )
+    ).json()
     shown = await two.http.get(f"/user/api-keys/{made['key']['id']}/reveal", headers=user.headers)
     assert shown.json()["api_key"] == made["api_key"]
 
@@ -178,7 +201,9 @@ async def test_scopes_are_checked_on_chat(gateway: Gateway) -> None:
         (None, 403),
     ],
 )
-async def test_a_referer_is_not_matched_as_a_substring(gateway: Gateway, referer: str | None, status: int) -> None:
+async def test_a_referer_is_not_matched_as_a_substring(
+    gateway: Gateway, referer: str | None, status: int
+) -> None:
     user = await gateway.register(credits=1)
     await change_key(user, "domain_referrers", ["good.com"])
     headers = {**user.headers, **({"referer": referer} if referer else {})}
@@ -188,7 +213,9 @@ async def test_a_referer_is_not_matched_as_a_substring(gateway: Gateway, referer
 async def test_x_forwarded_for_is_neither_ignored_nor_trusted_blindly(start_gateway: Start) -> None:
     plain, behind_proxy = await start_gateway(), await start_gateway(trusted_proxies="127.0.0.0/8")
     user = await plain.register(credits=1)
-    await plain.database.value("update public.api_keys_new set ip_allowlist = '{203.0.113.0/24}' where user_id = $1", user.id)
+    await plain.database.value(
+        "update public.api_keys_new set ip_allowlist = '{203.0.113.0/24}' where user_id = $1", user.id
+    )
 
     async def status(gateway: Gateway, forwarded: str) -> int:
         headers = {**user.headers, "x-forwarded-for": forwarded}
@@ -206,7 +233,12 @@ async def test_usage_of_zero_tokens_is_recorded(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
     assert (await user.chat(scenario="cache-hit")).status_code == 200
     (record,) = await user.records()
-    assert (record["prompt_tokens"], record["completion_tokens"], record["cost"], record["status"]) == (0, 0, 0, "completed")
+    assert (record["prompt_tokens"], record["completion_tokens"], record["cost"], record["status"]) == (
+        0,
+        0,
+        0,
+        "completed",
+    )
     await gateway.database.assert_books_balance()
 
 
@@ -223,8 +255,12 @@ async def test_models_have_prices_of_their_own(gateway: Gateway) -> None:
 
 async def test_the_admin_s_limits_hold_for_new_keys(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    await gateway.admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_hour": 2}})
-    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})).json()
+    await gateway.admin(
+        "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_hour": 2}}
+    )
+    made = (
+        await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "second"})
+    ).json()
     second = User(gateway, user.id, made["api_key"])
     assert [(await each.chat()).status_code for each in (second, user, second, user)] == [200, 200, 429, 429]
 
@@ -237,7 +273,9 @@ async def test_two_chats_freeze_nothing(gateway: Gateway) -> None:
     chats = [asyncio.create_task(user.chat(scenario="slow;ms=100;tokens=20", stream=True)) for _ in range(2)]
     running = "select count(*) from public.usage_records where status = 'pending'"
     await eventually(lambda: gateway.database.value(running), lambda count: count == 2)
-    answers = await asyncio.gather(gateway.http.get("/health"), gateway.http.get("/user/balance", headers=user.headers), user.chat())
+    answers = await asyncio.gather(
+        gateway.http.get("/health"), gateway.http.get("/user/balance", headers=user.headers), user.chat()
+    )
     assert [answer.status_code for answer in answers] == [200, 200, 200]
     assert not any(chat.done() for chat in chats)
     assert [answer.status_code for answer in await asyncio.gather(*chats)] == [200, 200]
@@ -283,9 +321,15 @@ async def test_health_reports_a_dead_database(database: Database, start_gateway:
         assert (await gateway.http.get("/health")).json()["database"] == "connected"
         link.cut()
         answer = await gateway.http.get("/health")
-        assert (answer.status_code, answer.json()["status"], answer.json()["database"]) == (503, "unhealthy", "unavailable")
+        assert (answer.status_code, answer.json()["status"], answer.json()["database"]) == (
+            503,
+            "unhealthy",
+            "unavailable",
+        )
         link.mend()
-        recovered = await eventually(lambda: gateway.http.get("/health"), lambda answer: answer.status_code == 200)
+        recovered = await eventually(
+            lambda: gateway.http.get("/health"), lambda answer: answer.status_code == 200
+        )
         assert recovered.json()["database"] == "connected"
 
 
@@ -301,7 +345,9 @@ def test_every_test_is_run_before_a_change_lands() -> None:
     root = TESTS.parent
     assert "make test" in (root / ".ci" / "run").read_text().splitlines()
     assert "$(PY) -m pytest -q" in (root / "Makefile").read_text()
-    of_clients = TESTS / "clients" / "python"  # of other people's clients, which `make clients` runs: each needs its own packages
+    of_clients = (
+        TESTS / "clients" / "python"
+    )  # of other people's clients, which `make clients` runs: each needs its own packages
     ours = {path for path in TESTS.rglob("test_*.py") if path.parent != of_clients}
     assert {path.parent.name for path in ours} == {"tests", "sql", "embedded", "sandbox"}
     assert "make clients" in (root / ".ci" / "run").read_text().splitlines()

@@ -1,7 +1,8 @@
-"""Admission: asks for a hold, or finds a stored answer, in one round trip. Asks the database, and turns its refusals into errors.
+"""Admission: asks for a hold, or finds a stored answer, in one round trip. Asks the database, and turns its
+refusals into errors.
 
-Nothing is decided here: the answer comes from one SQL call that other requests share. It may be the answer of an earlier request:
-that of the same Idempotency-Key, or of the response cache.
+Nothing is decided here: the answer comes from one SQL call that other requests share. It may be the answer of
+an earlier request: that of the same Idempotency-Key, or of the response cache.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ MAX_CACHING_KEYS = 10_000
 class Order:
     """What one request asks of admission, besides who is asking.
 
-    `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt. `cache`: of a request that asks for
-    the cache; of one that says nothing, `default_cache` gives the place where its key uses it by default. Neither: it takes no part.
+    `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt.
+    `cache`: of a request that asks for the cache; of one that says nothing, `default_cache` gives the place
+    where its key uses it by default. Neither: it takes no part.
     """
 
     request_id: str
@@ -64,16 +66,30 @@ class Admission:
         self._queue = Queue(send, abandoned=lambda item, answer: _hand_over(abandoned, item, answer))
         self._raises = Queue(raise_holds)
         self._vault = vault
-        self._common = {"mode": mode, "markup": plain(markup), "ttl_seconds": hold_ttl_seconds, "resent": False, "byok": True}
+        self._common = {
+            "mode": mode,
+            "markup": plain(markup),
+            "ttl_seconds": hold_ttl_seconds,
+            "resent": False,
+            "byok": True,
+        }
         self._resolve_expired = resolve_expired
-        # Keys (their first hash) seen to use the cache by default. No more than a hint: of others no place is worked out before
-        # admission, which would cost every request the reading of its body, so their first request here is never a hit.
+        # Keys (their first hash) seen to use the cache by default. No more than a hint: of others no place is
+        # worked out before admission, which would cost every request the reading of its body, so their first
+        # request here is never a hit.
         self._caching: set[str] = set()
         self._strangers = Strangers()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
-        item = {**self._common, **credential.item(), "request_id": request_id, "verb": verb, "resource": resource, "holds": False}
+        item = {
+            **self._common,
+            **credential.item(),
+            "request_id": request_id,
+            "verb": verb,
+            "resource": resource,
+            "holds": False,
+        }
         answer = await self._queue.submit(item, group=credential.hashes[0])
         if answer["outcome"] != "verified":
             raise self._refusal(answer, credential, resource)
@@ -81,22 +97,29 @@ class Admission:
         return answer
 
     def is_stranger(self, credential: Credential) -> bool:
-        """Whether the key is to be verified before anything else: it is not known, and invented ones have come from its address lately."""
+        """Whether the key is to be verified before anything else: it is not known, and invented ones have
+        come from its address lately.
+        """
         return self._strangers.are(credential.address, credential.hashes[0])
 
-    def _refusal(self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None) -> GatewayError:
+    def _refusal(
+        self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None
+    ) -> GatewayError:
         if answer["outcome"] == "INVALID_KEY":
             self._strangers.note(credential.address)
         return refusal_error(answer, resource, own_limit=own_limit)
 
     async def admit(self, credential: Credential, order: Order) -> Hold | StoredReply:
-        """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then nothing was held and nothing may
-        be sent.
+        """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then
+        nothing was held and nothing may be sent.
 
-        Where holds of crashed requests stand in the way, they are resolved and the question is asked once more.
+        Where holds of crashed requests stand in the way, they are resolved and the question is asked once
+        more.
         """
         by_default = order.default_cache if order.cache is None else None
-        cache = by_default() if by_default is not None and credential.hashes[0] in self._caching else order.cache
+        cache = (
+            by_default() if by_default is not None and credential.hashes[0] in self._caching else order.cache
+        )
         item = {**self._common, **credential.item(), **_order_item(order, cache)}
         answer = await self._ask(item, credential)
         if answer["outcome"] in ("cached", "replayed"):
@@ -106,7 +129,11 @@ class Admission:
             if answer["outcome"] == "replayed":
                 raise refusal_error({**answer, "outcome": "idempotency_not_kept"}, order.resource)
             # What cannot be read is not there. This request's own id is on the record of the hit.
-            again = {"request_id": new_request_id(), "idempotency": None, "cache": {**item["cache"], "clear": True}}
+            again = {
+                "request_id": new_request_id(),
+                "idempotency": None,
+                "cache": {**item["cache"], "clear": True},
+            }
             answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
             raise self._refusal(answer, credential, order.resource, own_limit=order.bound.own_limit)
@@ -114,22 +141,30 @@ class Admission:
             cache = self._default_cache(credential, answer, cache, by_default)
         return _hold(answer, cache)
 
-    async def raise_hold(self, hold: Hold, bound: Bound, *, price_basis: Mapping[str, Any] | None = None) -> Hold:
-        """The hold for a running request that goes out again under another bound; it never falls. Raises what `admit` raises for money, and
-        then the hold stands as it was."""
+    async def raise_hold(
+        self, hold: Hold, bound: Bound, *, price_basis: Mapping[str, Any] | None = None
+    ) -> Hold:
+        """The hold for a running request that goes out again under another bound; it never falls. Raises what
+        `admit` raises for money, and then the hold stands as it was.
+        """
         item = {"request_id": hold.request_id, **_bound_item(bound), "price_basis": price_basis}
         answer = await self._raises.submit(item, group=hold.user_id)
         if answer["outcome"] != "raised":
             raise refusal_error(answer, "", own_limit=bound.own_limit)
         return replace(
-            hold, granted_output=answer["granted_output"], hold_nanos=answer["hold_nanos"], balance_nanos=answer["balance_nanos"]
+            hold,
+            granted_output=answer["granted_output"],
+            hold_nanos=answer["hold_nanos"],
+            balance_nanos=answer["balance_nanos"],
         )
 
     async def drain(self) -> None:
         await self._queue.drain()
         await self._raises.drain()
 
-    def _default_cache(self, credential: Credential, answer: Answer, known: Place | None, place: Callable[[], Place]) -> Place | None:
+    def _default_cache(
+        self, credential: Credential, answer: Answer, known: Place | None, place: Callable[[], Place]
+    ) -> Place | None:
         """Where this answer is to be cached, and what the next request of this key should know."""
         if answer.get("cache_ttl") is None:
             self._caching.discard(credential.hashes[0])

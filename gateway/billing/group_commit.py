@@ -1,7 +1,9 @@
-"""Queue: calls that arrive together share one round trip. Group commit: calls that arrive while a batch is in flight travel together in the next.
+"""Queue: calls that arrive together share one round trip. Group commit: calls that arrive while a batch is in
+flight travel together in the next.
 
-No timer, so nothing waits when idle. One batch is in flight per queue. A batch that is lost is sent again with the same ids; items whose
-user is locked elsewhere go again while their neighbours are served. It knows nothing of what it carries but `request_id`.
+No timer, so nothing waits when idle. One batch is in flight per queue. A batch that is lost is sent again
+with the same ids; items whose user is locked elsewhere go again while their neighbours are served. It knows
+nothing of what it carries but `request_id`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from common.errors import DatabaseUnavailable, GatewayError
 Item = dict[str, Any]
 Answer = dict[str, Any]
 
-# Larger batches make everybody walk in step: 64 requests at a time came through a fifth slower than 24 (benchmarks).
+# Larger batches make everybody walk in step: 64 requests at a time came through a fifth slower than 24
+# (benchmarks).
 BATCH_SIZE = 24
 BATCH_SIZE_PER_GROUP = 16
 # Bytes of stored answers that one round trip carries.
@@ -39,12 +42,15 @@ class _Waiting:
 class Queue:
     """A queue in front of one SQL function that takes and returns arrays.
 
-    `send` carries a batch and returns an answer for each item, matched by request_id. `abandoned` gets the answers that nobody waits for
-    any more, because their caller was cancelled meanwhile.
+    `send` carries a batch and returns an answer for each item, matched by request_id. `abandoned` gets the
+    answers that nobody waits for any more, because their caller was cancelled meanwhile.
     """
 
     def __init__(
-        self, send: Callable[[Sequence[Item]], Awaitable[list[Answer]]], *, abandoned: Callable[[Item, Answer], None] | None = None
+        self,
+        send: Callable[[Sequence[Item]], Awaitable[list[Answer]]],
+        *,
+        abandoned: Callable[[Item, Answer], None] | None = None,
     ) -> None:
         self._send = send
         self._abandoned = abandoned
@@ -52,7 +58,8 @@ class Queue:
         self._sender: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item, *, group: Hashable, weight: int = 0) -> Answer:
-        """The answer to one item; `group` is what at most 16 items of one batch may share (a key), `weight` what it carries, in bytes.
+        """The answer to one item; `group` is what at most 16 items of one batch may share (a key), `weight`
+        what it carries, in bytes.
 
         Raises DatabaseUnavailable when the batch was lost repeatedly, or the user stayed locked elsewhere.
         """
@@ -62,7 +69,8 @@ class Queue:
         try:
             return await waiting.future
         except asyncio.CancelledError:
-            # The future is cancelled with its caller, and `_deliver` sees that, unless the answer had just come.
+            # The future is cancelled with its caller, and `_deliver` sees that, unless the answer had just
+            # come.
             if not waiting.future.cancelled() and waiting.future.exception() is None:
                 self._hand_over(waiting, waiting.future.result())
             raise
@@ -84,7 +92,9 @@ class Queue:
     def _stopped(self, task: asyncio.Task[None]) -> None:
         self._sender = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            asyncio.get_running_loop().call_exception_handler({"message": "group commit failed", "exception": error, "task": task})
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "group commit failed", "exception": error, "task": task}
+            )
         if task.cancelled():
             # The loop is shutting down: nobody would send what waits.
             _fail(self._waiting, DatabaseUnavailable())
@@ -107,8 +117,9 @@ class Queue:
                 await asyncio.sleep(0.01)
 
     async def _carry(self, batch: list[_Waiting]) -> list[_Waiting]:
-        """Sends a batch and hands out the answers; returns what has to go again. One that is refused whole is sent in halves, so that the
-        item which cannot even be read fails alone."""
+        """Sends a batch and hands out the answers; returns what has to go again. One that is refused whole is
+        sent in halves, so that the item which cannot even be read fails alone.
+        """
         try:
             answers = await self._send_until_answered(batch)
         except DatabaseUnavailable as error:
@@ -129,7 +140,9 @@ class Queue:
         weight = 0
         while self._waiting and len(batch) < BATCH_SIZE:
             waiting = self._waiting.popleft()
-            if groups[waiting.group] < BATCH_SIZE_PER_GROUP and (not batch or weight + waiting.weight <= BATCH_WEIGHT):
+            if groups[waiting.group] < BATCH_SIZE_PER_GROUP and (
+                not batch or weight + waiting.weight <= BATCH_WEIGHT
+            ):
                 groups[waiting.group] += 1
                 weight += waiting.weight
                 batch.append(waiting)
@@ -166,7 +179,10 @@ class Queue:
             elif time.monotonic() - waiting.since < PATIENCE_SECONDS:
                 again.append(waiting)
             else:
-                _fail([waiting], DatabaseUnavailable("This account is busy with a change. Try again.", retry_after=1))
+                _fail(
+                    [waiting],
+                    DatabaseUnavailable("This account is busy with a change. Try again.", retry_after=1),
+                )
         return again
 
 

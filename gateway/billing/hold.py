@@ -15,8 +15,8 @@ Answer = Mapping[str, Any]
 class Hold:
     """An admitted request: its record is pending, and this much is held for it.
 
-    `byok`: it goes out under the user's own upstream key, `provider_key` (encrypted), and holds and costs nothing. `cache`: where its
-    answer is to be cached, as a settlement item takes it.
+    `byok`: it goes out under the user's own upstream key, `provider_key` (encrypted), and holds and costs
+    nothing. `cache`: where its answer is to be cached, as a settlement item takes it.
     """
 
     request_id: str
@@ -36,7 +36,8 @@ class Hold:
 class StoredReply:
     """An answer that was given before. Nothing is held, nothing may be sent, and there is nothing to settle.
 
-    `request_id` is whose charge is told: of a replay the first request's, of a cached answer this one's own, which cost nothing.
+    `request_id` is whose charge is told: of a replay the first request's, of a cached answer this one's own,
+    which cost nothing.
     """
 
     source: Literal["idempotency", "cache"]

@@ -36,7 +36,9 @@ class Journal:
         self._path(item).unlink(missing_ok=True)
 
     def read(self) -> list[Item]:
-        """What earlier processes left behind; a file that is no settlement is left where it is, and named in the log."""
+        """What earlier processes left behind; a file that is no settlement is left where it is, and named in
+        the log.
+        """
         found = []
         for path in sorted(self._folder.glob("*.json")) if self._folder.is_dir() else ():
             try:

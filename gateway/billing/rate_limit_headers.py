@@ -7,7 +7,9 @@ from typing import Any
 
 
 def limit_headers(limits: Mapping[str, Any]) -> dict[str, str]:
-    """The tightest limits in OpenAI's headers and in those of the IETF draft (draft-ietf-httpapi-ratelimit-headers)."""
+    """The tightest limits in OpenAI's headers and in those of the IETF draft
+    (draft-ietf-httpapi-ratelimit-headers).
+    """
     found: dict[str, str] = {}
     states, policies = [], []
     for unit, name in (("requests", "request"), ("tokens", "token")):

@@ -1,7 +1,7 @@
 """Our books beside the upstream's.
 
-Costs are compared for the UTC day, week and month, as OpenRouter counts them itself. They differ a little at any time: OpenRouter counts a
-request when it has ended, we by when it was admitted and once it is settled.
+Costs are compared for the UTC day, week and month, as OpenRouter counts them itself. They differ a little at
+any time: OpenRouter counts a request when it has ended, we by when it was admitted and once it is settled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ KINDS = ("expired", "unknown", "overrun")
 
 
 async def compare(client: AsyncClient, upstream: Upstream) -> dict[str, Any]:
-    """Our costs and the upstream's, window by window; `upstream` is null, with the reason, where it does not answer."""
+    """Our costs and the upstream's, window by window; `upstream` is null, with the reason, where it does not
+    answer.
+    """
     ours = await db.reconcile_costs(client)
     theirs, problem = await _account(upstream)
     return {
         "mode": ours["mode"],
         "upstream_problem": problem,
-        "upstream": None if theirs is None else {name: parse_amount(theirs.get(name)) for name in ("usage", "limit", "limit_remaining")},
+        "upstream": None
+        if theirs is None
+        else {name: parse_amount(theirs.get(name)) for name in ("usage", "limit", "limit_remaining")},
         "windows": {window: _window(window, ours[window], theirs) for window in WINDOWS},
     }
 
@@ -43,7 +47,9 @@ async def _account(upstream: Upstream) -> tuple[Mapping[str, Any] | None, str | 
 
 
 def _window(window: str, ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> dict[str, Any]:
-    cost, charged, overrun = (credits_from_nanos(int(ours[f"{name}_nanos"])) for name in ("upstream_cost", "charged", "overrun"))
+    cost, charged, overrun = (
+        credits_from_nanos(int(ours[f"{name}_nanos"])) for name in ("upstream_cost", "charged", "overrun")
+    )
     told = None if theirs is None else parse_amount(theirs.get(f"usage_{window}"))
     return {
         "start": ours["start"],
@@ -54,11 +60,15 @@ def _window(window: str, ours: Mapping[str, Any], theirs: Mapping[str, Any] | No
         "overrun": overrun,
         "upstream_says": told,
         "drift": None if told is None else told - cost,
-        "drift_percent": None if told is None or cost == 0 else (100 * (told - cost) / cost).quantize(Decimal("0.0001")),
+        "drift_percent": None
+        if told is None or cost == 0
+        else (100 * (told - cost) / cost).quantize(Decimal("0.0001")),
     }
 
 
-async def open_items(client: AsyncClient, kind: str, *, before: str | None, limit: int) -> list[dict[str, Any]]:
+async def open_items(
+    client: AsyncClient, kind: str, *, before: str | None, limit: int
+) -> list[dict[str, Any]]:
     """What of one kind is open, newest first, with amounts in credits."""
     await db.note_open_items(client)
     return [_shown(row) for row in await db.list_open_items(client, kind, before=before, limit=limit)]
@@ -80,10 +90,11 @@ def waiting_in(folder: Path) -> list[str]:
 
 
 async def resolve(client: AsyncClient, settlements: Settlements, request_id: str) -> dict[str, Any]:
-    """Asks the upstream again what a request cost that was settled without knowing it, and charges that: once.
+    """Asks the upstream again what a request cost that was settled without knowing it, and charges that:
+    once.
 
-    Raises NotFound where there is no such request or the upstream does not know it, Conflict where there is nothing to resolve,
-    UpstreamUnavailable.
+    Raises NotFound where there is no such request or the upstream does not know it, Conflict where there is
+    nothing to resolve, UpstreamUnavailable.
     """
     record = await db.get_record(client, request_id)
     if record is None:
@@ -91,10 +102,14 @@ async def resolve(client: AsyncClient, settlements: Settlements, request_id: str
     if record["settlement_source"] != "none":
         raise Conflict("The cost of this request is known, or it is still pending.", param="request_id")
     if record["generation_id"] is None or record["byok"]:
-        raise Conflict("The upstream cannot be asked about this request.", param="request_id", code="not_resolvable")
+        raise Conflict(
+            "The upstream cannot be asked about this request.", param="request_id", code="not_resolvable"
+        )
     found = await settlements.look_up(record, (0.0,))
     if found is None:
-        raise NotFound("The upstream does not know this generation.", param="request_id", code="generation_unknown")
+        raise NotFound(
+            "The upstream does not know this generation.", param="request_id", code="generation_unknown"
+        )
     status = "cancelled" if record["status"] == "expired" else record["status"]
     settled = await settlements.settle(settlement(request_id, status, "generation", found))
     if settled is None:

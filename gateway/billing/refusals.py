@@ -64,7 +64,9 @@ KEY_TROUBLE = {
 
 
 def refusal_error(answer: Answer, resource: str, *, own_limit: str | None = None) -> GatewayError:
-    """The error that a refusal of the database means. `own_limit`: the field in which the client set an output limit."""
+    """The error that a refusal of the database means. `own_limit`: the field in which the client set an
+    output limit.
+    """
     outcome = answer["outcome"]
     if outcome in KEY_TROUBLE:
         return InvalidKey(KEY_TROUBLE[outcome])
@@ -79,8 +81,12 @@ def refusal_error(answer: Answer, resource: str, *, own_limit: str | None = None
     if outcome in MONEY:
         return _money_error(answer, own_limit=own_limit)
     if outcome == "wrong_mode":
-        return Misconfigured("The database and this instance disagree on live or sandbox mode; restart the instance.")
-    log.error("admission_failed", outcome=outcome, sqlstate=answer.get("sqlstate"), reason=answer.get("message"))
+        return Misconfigured(
+            "The database and this instance disagree on live or sandbox mode; restart the instance."
+        )
+    log.error(
+        "admission_failed", outcome=outcome, sqlstate=answer.get("sqlstate"), reason=answer.get("message")
+    )
     return GatewayError()
 
 
@@ -103,8 +109,13 @@ def _limit_error(answer: Answer) -> GatewayError:
             code="token_limit_exceeded",
         )
     if answer["never"]:
-        return kind(f"The limit is {limit} {unit or 'requests'}: nothing is allowed.", headers={**headers, "x-should-retry": "false"})
-    return kind(message, retry_after=answer["retry_after"], headers=headers, window=window, unit=unit, limit=limit)
+        return kind(
+            f"The limit is {limit} {unit or 'requests'}: nothing is allowed.",
+            headers={**headers, "x-should-retry": "false"},
+        )
+    return kind(
+        message, retry_after=answer["retry_after"], headers=headers, window=window, unit=unit, limit=limit
+    )
 
 
 def _idempotency_error(answer: Answer) -> GatewayError:
@@ -112,7 +123,9 @@ def _idempotency_error(answer: Answer) -> GatewayError:
     if answer["outcome"] == "idempotency_conflict":
         return IdempotencyConflict(param="Idempotency-Key", original_request_id=first)
     if answer["outcome"] == "idempotency_running":
-        return IdempotencyRunning(param="Idempotency-Key", retry_after=answer["retry_after"], original_request_id=first)
+        return IdempotencyRunning(
+            param="Idempotency-Key", retry_after=answer["retry_after"], original_request_id=first
+        )
     cost = credits_from_nanos(answer["cost_nanos"])
     return AnswerNotKept(param="Idempotency-Key", original_request_id=first, cost=cost)
 

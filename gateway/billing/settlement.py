@@ -1,7 +1,9 @@
-"""Settlements: charges a request exactly once, retries, looks up late costs. Settles, tries again, asks the upstream what it cost.
+"""Settlements: charges a request exactly once, retries, looks up late costs. Settles, tries again, asks the
+upstream what it cost.
 
-A settlement that the database did not take is kept: retried with backoff and, where there is a disk, written to a journal that the next
-start reads. It is idempotent per request, so doing it twice is harmless; the hold protects the money meanwhile.
+A settlement that the database did not take is kept: retried with backoff and, where there is a disk, written
+to a journal that the next start reads. It is idempotent per request, so doing it twice is harmless; the hold
+protects the money meanwhile.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ SWEEP_BATCH = 64
 
 
 def settlement(request_id: str, status: str, source: str, usage: Usage, **rest: Any) -> Item:
-    """A settlement item: what the database is told about the end of a request. No known cost is a cost of zero, source `none`.
+    """A settlement item: what the database is told about the end of a request. No known cost is a cost of
+    zero, source `none`.
 
-    `stored_answer` (sealed) is kept for the request's idempotency key, and, where it completed, at `cache` (a Hold's). Without one the
-    idempotency key is free again if nothing was charged, and else refuses a second run.
+    `stored_answer` (sealed) is kept for the request's idempotency key, and, where it completed, at `cache` (a
+    Hold's). Without one the idempotency key is free again if nothing was charged, and else refuses a second
+    run.
     """
     return {
         "request_id": request_id,
@@ -82,7 +86,9 @@ class Settlements:
         task.add_done_callback(self._tasks.discard)
 
     async def settle(self, item: Item) -> Answer | None:
-        """The database's answer, or None when it does not take the settlement now: then it is kept and tried again."""
+        """The database's answer, or None when it does not take the settlement now: then it is kept and tried
+        again.
+        """
         try:
             return await self._submit(item)
         except asyncio.CancelledError:
@@ -96,20 +102,36 @@ class Settlements:
             return None
 
     def release(self, request_id: str) -> None:
-        """Settles an admission whose caller was gone before anything was sent: nothing happened, nothing is charged."""
+        """Settles an admission whose caller was gone before anything was sent: nothing happened, nothing is
+        charged.
+        """
         nothing = Usage(prompt_tokens=0, completion_tokens=0)
-        self.spawn(self.settle(settlement(request_id, "cancelled", "usage", nothing)), f"release of {request_id}")
+        self.spawn(
+            self.settle(settlement(request_id, "cancelled", "usage", nothing)), f"release of {request_id}"
+        )
 
     async def _submit(self, item: Item) -> Answer | None:
-        answer = await self._queue.submit(item, group=item["request_id"], weight=len(item.get("stored_answer") or ""))
+        answer = await self._queue.submit(
+            item, group=item["request_id"], weight=len(item.get("stored_answer") or "")
+        )
         if answer["outcome"] == "failed":
-            log.error("settlement_failed", request_id=item["request_id"], sqlstate=answer["sqlstate"], reason=answer["message"])
+            log.error(
+                "settlement_failed",
+                request_id=item["request_id"],
+                sqlstate=answer["sqlstate"],
+                reason=answer["message"],
+            )
             raise GatewayError()
         if answer["outcome"] == "unknown":
             log.error("settlement_of_unknown_request", request_id=item["request_id"])
             return None
         if answer.get("overrun_nanos") and answer["outcome"] == "settled":
-            log.error("overrun", request_id=item["request_id"], overrun_nanos=answer["overrun_nanos"], user_id=answer["user_id"])
+            log.error(
+                "overrun",
+                request_id=item["request_id"],
+                overrun_nanos=answer["overrun_nanos"],
+                user_id=answer["user_id"],
+            )
         return answer
 
     def _write(self, item: Item) -> None:
@@ -128,9 +150,12 @@ class Settlements:
             try:
                 settled = await self._submit(item)
             except Exception as error:  # noqa: BLE001  # it goes on until the database has it
-                log.warning("settlement_waits", request_id=item["request_id"], attempt=attempt, reason=str(error))
+                log.warning(
+                    "settlement_waits", request_id=item["request_id"], attempt=attempt, reason=str(error)
+                )
                 continue
-            # A request that this database does not know may be another one's: its file waits for a start on that.
+            # A request that this database does not know may be another one's: its file waits for a start on
+            # that.
             if self._journal is not None and settled is not None:
                 await asyncio.to_thread(self._journal.drop, item)
             return
@@ -143,10 +168,12 @@ class Settlements:
     # What the upstream knows.
 
     async def look_up(self, hold: Mapping[str, Any], delays: Sequence[float]) -> Usage | None:
-        """What the upstream says a generation cost, or None while it does not know it. Raises UpstreamUnavailable.
+        """What the upstream says a generation cost, or None while it does not know it. Raises
+        UpstreamUnavailable.
 
-        `hold`: mode, environment, generation_id, and, where the request went out under the user's own key, byok and provider_key
-        (encrypted). Without that key nobody is asked: the operator's would not know of it.
+        `hold`: mode, environment, generation_id, and, where the request went out under the user's own key,
+        byok and provider_key (encrypted). Without that key nobody is asked: the operator's would not know of
+        it.
         """
         upstream = self._upstream_for(hold["mode"], hold["environment"])
         if upstream is None:
@@ -173,7 +200,9 @@ class Settlements:
             return None
 
     def resolve_later(self, hold: Mapping[str, Any], item: Item) -> None:
-        """Goes on asking for the cost of a generation; in the end it settles what is known, or leaves the hold to the sweep."""
+        """Goes on asking for the cost of a generation; in the end it settles what is known, or leaves the
+        hold to the sweep.
+        """
         self.spawn(self._resolve_patiently(hold, item), f"lookup for {item['request_id']}")
 
     async def _resolve_patiently(self, hold: Mapping[str, Any], item: Item) -> None:
@@ -189,7 +218,9 @@ class Settlements:
             await self.settle(item)
 
     async def resolve_expired(self, holds: Sequence[Mapping[str, Any]]) -> None:
-        """Finishes expired holds: by what the upstream says of them, else at no charge. One that cannot be asked about now stays."""
+        """Finishes expired holds: by what the upstream says of them, else at no charge. One that cannot be
+        asked about now stays.
+        """
         await asyncio.gather(*(self._resolve_expired(hold) for hold in holds))
 
     async def _resolve_expired(self, hold: Mapping[str, Any]) -> bool:
@@ -201,14 +232,20 @@ class Settlements:
                 log.warning("expired_hold_kept", request_id=hold["request_id"], reason=error.message)
                 return False
         if found is None:
-            log.warning("expired_at_no_charge", request_id=hold["request_id"], generation_id=hold["generation_id"])
+            log.warning(
+                "expired_at_no_charge", request_id=hold["request_id"], generation_id=hold["generation_id"]
+            )
             item = settlement(hold["request_id"], "expired", "none", Usage(), error_code="lost")
         else:
             item = settlement(hold["request_id"], "cancelled", "generation", found)
         return await self.settle(item) is not None
 
-    async def sweep(self, list_expired: Callable[[int, int], Awaitable[Sequence[Mapping[str, Any]]]]) -> dict[str, int]:
-        """Resolves expired holds, batch after batch; returns counts; passes those that cannot be asked about now."""
+    async def sweep(
+        self, list_expired: Callable[[int, int], Awaitable[Sequence[Mapping[str, Any]]]]
+    ) -> dict[str, int]:
+        """Resolves expired holds, batch after batch; returns counts; passes those that cannot be asked about
+        now.
+        """
         found = resolved = 0
         while holds := await list_expired(SWEEP_BATCH, found - resolved):
             done = sum(await asyncio.gather(*(self._resolve_expired(hold) for hold in holds)))
@@ -227,7 +264,9 @@ class Settlements:
 
 
 def with_generation(item: Item, found: Usage) -> Item:
-    """A settlement with what the upstream says of its generation; tokens it does not name stay as they were known."""
+    """A settlement with what the upstream says of its generation; tokens it does not name stay as they were
+    known.
+    """
     known = {
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,

@@ -1,7 +1,9 @@
-"""Recording and sealing of answers for replay and cache. Places and fingerprints, the recording of an answer, and its sealed form.
+"""Recording and sealing of answers for replay and cache. Places and fingerprints, the recording of an answer,
+and its sealed form.
 
-An answer is kept as the client got it, but for the charge: of `gateway_usage` only the places are kept, and whoever gives the answer again
-writes there what holds then. It knows nothing of accounts, and nothing leaves it unencrypted.
+An answer is kept as the client got it, but for the charge: of `gateway_usage` only the places are kept, and
+whoever gives the answer again writes there what holds then. It knows nothing of accounts, and nothing leaves
+it unencrypted.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ MAX_KEY_LENGTH = 255
 IDEMPOTENCY_SECONDS = 24 * 3600
 # Larger ones are compressed and encrypted in a thread: a megabyte takes some 30 ms.
 ASIDE_BYTES = 64 * 1024
-# Stands where `gateway_usage` stands while an answer is recorded. Nobody outside this process can write it into one.
+# Stands where `gateway_usage` stands while an answer is recorded. Nobody outside this process can write it
+# into one.
 CHARGE_MARK = b'"' + secrets.token_hex(16).encode() + b'"'
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an answer is kept. `ttl_seconds` None: the API key's own `cache_ttl_seconds`; `clear`: what is there is removed first."""
+    """Where an answer is kept. `ttl_seconds` None: the API key's own `cache_ttl_seconds`; `clear`: what is
+    there is removed first.
+    """
 
     place: str
     fingerprint: str
@@ -59,8 +64,12 @@ def idempotency_place(mode: str, environment: str | None, path: str, key: str, r
     Gateway mode and the key's environment are part of it: a sandbox's answer is never given in live mode.
     """
     if not 1 <= len(key) <= MAX_KEY_LENGTH or not key.isprintable():
-        raise BadRequest(f"`Idempotency-Key` is 1 to {MAX_KEY_LENGTH} printable characters.", param="Idempotency-Key")
-    return Place(_digest("idempotency", mode, environment, path, key.encode()), fingerprint(raw), IDEMPOTENCY_SECONDS)
+        raise BadRequest(
+            f"`Idempotency-Key` is 1 to {MAX_KEY_LENGTH} printable characters.", param="Idempotency-Key"
+        )
+    return Place(
+        _digest("idempotency", mode, environment, path, key.encode()), fingerprint(raw), IDEMPOTENCY_SECONDS
+    )
 
 
 def cache_place(
@@ -74,12 +83,19 @@ def cache_place(
     ttl_seconds: int | None = None,
     clear: bool = False,
 ) -> Place:
-    """The place of a parsed body in the response cache, whatever the order of its fields; `variant` is what else decides the answer.
+    """The place of a parsed body in the response cache, whatever the order of its fields; `variant` is what
+    else decides the answer.
 
-    Its fingerprint is the key that the answer is sealed with: after a change of ENCRYPTION_KEYS it is answered anew.
+    Its fingerprint is the key that the answer is sealed with: after a change of ENCRYPTION_KEYS it is
+    answered anew.
     """
     canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-    return Place(_digest("cache", mode, environment, path + "\0" + variant, canonical), vault.current_id, ttl_seconds, clear)
+    return Place(
+        _digest("cache", mode, environment, path + "\0" + variant, canonical),
+        vault.current_id,
+        ttl_seconds,
+        clear,
+    )
 
 
 def _digest(kind: str, mode: str, environment: str | None, path: str, rest: bytes) -> str:
@@ -112,9 +128,11 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """An answer as the client got it. `headers`: those that are sent again (content-type, x-generation-id, ...).
+    """An answer as the client got it. `headers`: those that are sent again (content-type, x-generation-id,
+    ...).
 
-    `pieces` are the body, parted where `gateway_usage` stands; one piece has none. What was charged is not part of it: the books say that.
+    `pieces` are the body, parted where `gateway_usage` stands; one piece has none. What was charged is not
+    part of it: the books say that.
     """
 
     status: int

@@ -1,7 +1,9 @@
-"""Addresses that sent unknown keys lately: their next key is verified before the body is read. That of an address which has presented invented keys lately.
+"""Addresses that sent unknown keys lately: their next key is verified before the body is read. That of an
+address which has presented invented keys lately.
 
-To read and bound a large body takes far longer than to look a key up, and to look it up with the admission is one round trip less. So
-everybody is read first, except from where a key came that does not exist: one address cannot keep this process busy that way.
+To read and bound a large body takes far longer than to look a key up, and to look it up with the admission is
+one round trip less. So everybody is read first, except from where a key came that does not exist: one address
+cannot keep this process busy that way.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ MAX_REMEMBERED = 10_000
 
 
 class Strangers:
-    """The addresses, for a minute each; of more than ten thousand the latest. So are keys that were looked up there and found, since
-    honest ones may share an address with invented ones: they are looked up first once a minute."""
+    """The addresses, for a minute each; of more than ten thousand the latest. So are keys that were looked up
+    there and found, since honest ones may share an address with invented ones: they are looked up first once
+    a minute.
+    """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -1,7 +1,9 @@
-"""What one candidate model can charge for a body. Its rates for this body at the dearest, its prompt and its searches.
+"""What one candidate model can charge for a body. Its rates for this body at the dearest, its prompt and its
+searches.
 
-A router has no prices of its own: it is held at those that the client's `provider.max_price` lets through, and what lies
-beyond them, by the markups of the model list. Whatever has no price is refused, and never taken for free.
+A router has no prices of its own: it is held at those that the client's `provider.max_price` lets through,
+and what lies beyond them, by the markups of the model list. Whatever has no price is refused, and never taken
+for free.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ SELF_SEARCHES = 5  # what a model that searches by itself is held for: nothing d
 NATIVE_SEARCHERS = "anthropic/"
 ROUTED_ENDPOINTS = frozenset(("chat/completions", "responses"))
 
-# Of a second of sound: one for every 10 ms, the finest step in which an encoder listens. Documented are 10 (OpenAI) to 32 (Gemini).
+# Of a second of sound: one for every 10 ms, the finest step in which an encoder listens. Documented are 10
+# (OpenAI) to 32 (Gemini).
 AUDIO_TOKENS = 100
 
 # The most that is documented for one image: gpt-4o-mini, 2,833 + 8 tiles of 5,667.
@@ -40,26 +43,44 @@ class Reached:
     makes_images: bool = False  # unasked
 
 
-def reach(endpoint: str, name: str, ask: Ask, models: ModelIndex, *, more_suffixes: frozenset[str], free_models: bool) -> Reached:
-    """What the model of this name can charge. Raises ModelNotFound, UnboundedCost, or Forbidden (it is free, and those are off)."""
+def reach(
+    endpoint: str,
+    name: str,
+    ask: Ask,
+    models: ModelIndex,
+    *,
+    more_suffixes: frozenset[str],
+    free_models: bool,
+) -> Reached:
+    """What the model of this name can charge. Raises ModelNotFound, UnboundedCost, or Forbidden (it is free,
+    and those are off).
+    """
     model = models.resolve(name, more_suffixes=more_suffixes)
     if model is None:
-        raise ModelNotFound(f"The model {name!r} does not exist. GET /v1/models lists those that do.", param="model")
+        raise ModelNotFound(
+            f"The model {name!r} does not exist. GET /v1/models lists those that do.", param="model"
+        )
     if model.is_router and endpoint in ROUTED_ENDPOINTS and ask.own_max_price:
         return _reach_router(model, ask, models)
     if model.price is None or model.id.endswith(":batch"):
         raise UnboundedCost(_no_price(name, model, endpoint), param="model")
     if ask.native_turns and not model.id.startswith(NATIVE_SEARCHERS):
-        raise UnboundedCost(f"The search of {model.id!r} ignores `max_uses`. Use `openrouter:web_search`.", param="tools")
+        raise UnboundedCost(
+            f"The search of {model.id!r} ignores `max_uses`. Use `openrouter:web_search`.", param="tools"
+        )
     prompt_tokens = _prompt_tokens(model, ask, searches=model.searches)
     rates = _rates(model, model.price, prompt_tokens, ask)
     if not ask.is_text:
         _require_any_price(endpoint, model, rates, ask)
     if not free_models and _is_free(model, rates, ask):
-        message = f"{name!r} costs nothing, and free models are switched off on this gateway. Use a priced one."
+        message = (
+            f"{name!r} costs nothing, and free models are switched off on this gateway. Use a priced one."
+        )
         raise Forbidden(message, param="model", code="free_models_disabled")
     searches = _search_nanos(rates, ask, rates.web_search if model.searches else ZERO)
-    return Reached(model, rates, prompt_tokens, searches, _max_output(model, rates, ask), _makes_images(model, ask))
+    return Reached(
+        model, rates, prompt_tokens, searches, _max_output(model, rates, ask), _makes_images(model, ask)
+    )
 
 
 def _no_price(name: str, model: Model, endpoint: str) -> str:
@@ -69,8 +90,14 @@ def _no_price(name: str, model: Model, endpoint: str) -> str:
 
 
 def _is_free(model: Model, rates: Rates, ask: Ask) -> bool:
-    """Whether the model itself asks nothing for this body. The fee of a search plugin does not make it a priced one."""
-    fees = (rates.request, rates.image if ask.images or ask.made_images else ZERO, rates.web_search if model.searches else ZERO)
+    """Whether the model itself asks nothing for this body. The fee of a search plugin does not make it a
+    priced one.
+    """
+    fees = (
+        rates.request,
+        rates.image if ask.images or ask.made_images else ZERO,
+        rates.web_search if model.searches else ZERO,
+    )
     return not any((rates.input, rates.output, *fees))
 
 
@@ -92,10 +119,14 @@ def _prompt_tokens(model: Model, ask: Ask, *, searches: bool) -> int:
 
 
 def _unknown_context(model: Model, ask: Ask) -> int:
-    dearest = None if model.price is None else model.price.tiers[-1][1] if model.price.tiers else model.price.base
+    dearest = (
+        None if model.price is None else model.price.tiers[-1][1] if model.price.tiers else model.price.base
+    )
     if not ask.is_text and dearest is not None and not dearest.input and not dearest.audio:
         return 0  # only the request has a price
-    raise UnboundedCost(f"{model.id!r} has no known context length to bound files, audio and searches.", param="model")
+    raise UnboundedCost(
+        f"{model.id!r} has no known context length to bound files, audio and searches.", param="model"
+    )
 
 
 def _rates(model: Model, price: Price, prompt_tokens: int, ask: Ask) -> Rates:
@@ -104,7 +135,9 @@ def _rates(model: Model, price: Price, prompt_tokens: int, ask: Ask) -> Rates:
     media_out = outputs - {"text"}
     is_plain = ask.is_text and not ask.has_media and not media_out
     if price.unknown_features and not (is_plain and not ask.search_results and not ask.tool_steps):
-        raise UnboundedCost(f"{model.id!r} has prices for media or searches that are not known here.", param="model")
+        raise UnboundedCost(
+            f"{model.id!r} has prices for media or searches that are not known here.", param="model"
+        )
     if is_plain and ask.has_output:
         return found
     dear_input = max(found.input, found.image_token) if ask.has_media else found.input
@@ -138,7 +171,9 @@ def _require(rate: Decimal | None, model: Model, what: str, param: str) -> Decim
 
 
 def _require_any_price(endpoint: str, model: Model, rates: Rates, ask: Ask) -> None:
-    """A model of media or ranking that names no price for its work is billed in units that the list does not show."""
+    """A model of media or ranking that names no price for its work is billed in units that the list does not
+    show.
+    """
     priced: Mapping[str, tuple[Decimal, ...]] = {
         "images": (rates.output, rates.request, rates.image),
         "audio/speech": (rates.input, rates.output, rates.request),
@@ -168,7 +203,9 @@ def _search_nanos(rates: Rates, ask: Ask, own_fee: Decimal) -> Decimal:
     if ask.search_results:
         nanos = EXACT.add(nanos, search_nanos(rates, ask.search_results))
     if ask.tool_searches:
-        nanos = EXACT.add(nanos, EXACT.multiply(search_nanos(rates, ask.tool_results), Decimal(ask.tool_searches)))
+        nanos = EXACT.add(
+            nanos, EXACT.multiply(search_nanos(rates, ask.tool_results), Decimal(ask.tool_searches))
+        )
     return nanos
 
 
@@ -179,7 +216,9 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
     own = ask.own_max_price
     for name in ("prompt", "completion", *(("image",) if ask.images else ())):
         if name not in own:
-            raise UnboundedCost(f"{model.id!r} needs `provider.max_price.{name}` to have a bound.", param="provider.max_price")
+            raise UnboundedCost(
+                f"{model.id!r} needs `provider.max_price.{name}` to have a bound.", param="provider.max_price"
+            )
     if ask.has_audio or (ask.modalities is not None and ask.modalities != {"text"}):
         raise UnboundedCost(f"{model.id!r} has a bound for text, images and files only.", param="model")
     if model.context_length is None:
@@ -191,11 +230,18 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
         image=own.get("image", ZERO).scaleb(9, EXACT),
     )
     _restrict(ask, models)
-    return Reached(model, rates, _prompt_tokens(model, ask, searches=False), _search_nanos(rates, ask, ZERO), model.max_output)
+    return Reached(
+        model,
+        rates,
+        _prompt_tokens(model, ask, searches=False),
+        _search_nanos(rates, ask, ZERO),
+        model.max_output,
+    )
 
 
 def _restrict(ask: Ask, models: ModelIndex) -> None:
-    """Keep the router to endpoints that know output limits (others would ignore them), and off models beyond any cap.
+    """Keep the router to endpoints that know output limits (others would ignore them), and off models beyond
+    any cap.
 
     Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
     """

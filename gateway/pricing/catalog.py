@@ -1,4 +1,5 @@
-"""The model list in memory, refreshed by one fetch at a time. OpenRouter's model list, kept in memory and fetched by one at a time.
+"""The model list in memory, refreshed by one fetch at a time. OpenRouter's model list, kept in memory and
+fetched by one at a time.
 
 It must never let one odd entry hide the other models, and never make a request wait while it has a list.
 """
@@ -28,8 +29,8 @@ MAX_TOKENS = 2**31 - 1
 # Source: https://openrouter.ai/docs/guides/routing/model-variants/overview
 ROUTING_SUFFIXES = frozenset(("nitro", "floor", "exacto", "online"))
 
-# Its endpoints are those of the one model that it picks, and `provider.max_price` filters them; other routers ask several.
-# Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
+# Its endpoints are those of the one model that it picks, and `provider.max_price` filters them; other routers
+# ask several. Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
 ROUTER = "openrouter/auto"
 
 
@@ -81,20 +82,28 @@ class ModelIndex:
     def markups(self) -> Markups:
         """How far the bill of any model can exceed the prices that can be capped: what a router may meet."""
         if self._markups is None:
-            text = (model for model in self._by_id.values() if "text" in (model.output_modalities or ("text",)))
+            text = (
+                model for model in self._by_id.values() if "text" in (model.output_modalities or ("text",))
+            )
             self._markups = markups(model.price for model in text if model.price is not None)
         return self._markups
 
     @property
     def uncapped(self) -> list[str]:
-        """The ids of the models for text that no price cap bounds: they search by themselves, or may put out media too."""
-        return [model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)]
+        """The ids of the models for text that no price cap bounds: they search by themselves, or may put out
+        media too.
+        """
+        return [
+            model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)
+        ]
 
     def page(self, offset: int, limit: int | None, path: str) -> bytes:
         """A part of the list as JSON, with the path and query of the next one, if there is one."""
         end = len(self.raw) if limit is None else offset + limit
         following = f"{path}?offset={end}&limit={limit}" if end < len(self.raw) else None
-        return upstream_json({"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}})
+        return upstream_json(
+            {"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}}
+        )
 
     def entry(self, model_id: str) -> dict[str, Any] | None:
         """The model of exactly this id, as the upstream wrote it."""
@@ -108,25 +117,31 @@ class ModelIndex:
         return self._by_id.get(model_id)
 
     def resolve(self, name: str, *, more_suffixes: frozenset[str] = frozenset()) -> Model | None:
-        """The model that serves a name: the one of exactly this id, else of the id without its routing suffixes.
+        """The model that serves a name: the one of exactly this id, else of the id without its routing
+        suffixes.
 
-        Suffixes that are models of their own (`:free`, `:thinking`, `:extended`) never fall back to the plain model.
+        Suffixes that are models of their own (`:free`, `:thinking`, `:extended`) never fall back to the plain
+        model.
         """
         found = self._by_id.get(name)
         if found is not None or ":" not in name:
             return found
         base, *suffixes = name.split(":")
-        kept = [suffix for suffix in suffixes if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes]
+        kept = [
+            suffix
+            for suffix in suffixes
+            if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes
+        ]
         return self._by_id.get(":".join((base, *kept)))
 
 
 class Catalog:
     """The current model list. `fetch` returns the body of GET /models?output_modalities=all.
 
-    One fetch runs at a time and everybody waits for the same one; a waiter that is cancelled leaves it running for the
-    others. A list older than `ttl_seconds` is still served while it is replaced in the background. A refresh that
-    failed is recorded in `last_error` and not repeated for RETRY_SECONDS (or the time to live, if shorter) as long as
-    there is a list to serve.
+    One fetch runs at a time and everybody waits for the same one; a waiter that is cancelled leaves it
+    running for the others. A list older than `ttl_seconds` is still served while it is replaced in the
+    background. A refresh that failed is recorded in `last_error` and not repeated for RETRY_SECONDS (or the
+    time to live, if shorter) as long as there is a list to serve.
     """
 
     def __init__(
@@ -167,7 +182,9 @@ class Catalog:
         try:
             return await asyncio.shield(self._start())
         except (GatewayError, OSError, ValueError, RecursionError) as exc:
-            raise UpstreamUnavailable("The model list of the upstream cannot be fetched now. Try again.") from exc
+            raise UpstreamUnavailable(
+                "The model list of the upstream cannot be fetched now. Try again."
+            ) from exc
 
     async def refresh_within(self, seconds: float) -> ModelIndex:
         """The same where nobody has called this for so long; else the list that is held or under way."""
@@ -220,7 +237,9 @@ class Catalog:
         else:
             self._retry_at = self._clock() + min(self._ttl, RETRY_SECONDS)
             cause = self.last_error.__cause__ or self.last_error
-            log.warning("The model list cannot be refreshed: %s: %s", type(cause).__name__, cause.__cause__ or cause)
+            log.warning(
+                "The model list cannot be refreshed: %s: %s", type(cause).__name__, cause.__cause__ or cause
+            )
 
 
 def read_models(payload: bytes) -> ModelIndex:
@@ -237,17 +256,24 @@ def read_models(payload: bytes) -> ModelIndex:
 
 
 def upstream_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of what an upstream wrote. Not orjson: it refuses lone surrogates and long integers: one entry must not take others along."""
+    """JSON of what an upstream wrote. Not orjson: it refuses lone surrogates and long integers: one entry
+    must not take others along.
+    """
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def parse_model(entry: Mapping[str, Any]) -> Model | None:
-    """A model out of its entry, or None without an id. Parts that cannot be read are unknown, the rest still counts."""
+    """A model out of its entry, or None without an id. Parts that cannot be read are unknown, the rest still
+    counts.
+    """
     model_id = entry.get("id")
     if not isinstance(model_id, str) or not model_id:
         return None
     provider = _object(entry.get("top_provider"))
-    context = max(filter(None, map(_tokens, (entry.get("context_length"), provider.get("context_length")))), default=None)
+    context = max(
+        filter(None, map(_tokens, (entry.get("context_length"), provider.get("context_length")))),
+        default=None,
+    )
     parameters = _strings(entry.get("supported_parameters")) or frozenset()
     price = parse_price(entry.get("pricing"))
     return Model(

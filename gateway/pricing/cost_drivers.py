@@ -17,11 +17,13 @@ from gateway.pricing.catalog import LIMIT_FIELDS, Model
 CHAT_LIMITS = tuple(sorted(LIMIT_FIELDS))
 MODALITIES = frozenset(("text", "image", "audio"))
 
-# Tokens that the provider's side adds: templates and default system prompts; once and for each tool; for a schema.
+# Tokens that the provider's side adds: templates and default system prompts; once and for each tool; for a
+# schema.
 REQUEST_TOKENS, MESSAGE_TOKENS, TOOLS_TOKENS, TOOL_TOKENS, SCHEMA_TOKENS = 256, 16, 1_024, 64, 1_024
 
-# Output tokens of one image. Images priced by their size are listed by the token, 4,096 to a megapixel, and have 4.2
-# megapixels at most unless asked for; the others stay below: gemini-2.5-flash-image 1,290, gpt-image about 6,240.
+# Output tokens of one image. Images priced by their size are listed by the token, 4,096 to a megapixel, and
+# have 4.2 megapixels at most unless asked for; the others stay below: gemini-2.5-flash-image 1,290, gpt-image
+# about 6,240.
 TOKENS_PER_MEGAPIXEL = 4_096
 IMAGE_OUTPUT_TOKENS = 5 * TOKENS_PER_MEGAPIXEL
 LARGE_IMAGE_OUTPUT_TOKENS = 17 * TOKENS_PER_MEGAPIXEL  # 4096 x 4096 pixels, or a size that is not understood
@@ -32,7 +34,9 @@ class Ask:
     """What a body of `raw_size` bytes asks for, as far as it costs money."""
 
     raw_size: int
-    limit_names: tuple[str, ...] = CHAT_LIMITS  # the endpoint's output limits; none: the models write what they can
+    limit_names: tuple[str, ...] = (
+        CHAT_LIMITS  # the endpoint's output limits; none: the models write what they can
+    )
     has_output: bool = True
     is_text: bool = True  # priced by tokens of a context: never more of them than the context length
     choices: int = 1
@@ -78,7 +82,9 @@ class Ask:
 
     @property
     def turns(self) -> int:
-        """How often the model may be called. When a loop ends, calls that are pending still run, and a last turn follows."""
+        """How often the model may be called. When a loop ends, calls that are pending still run, and a last
+        turn follows.
+        """
         return max(self.native_turns, self.tool_steps + 2) if self.tool_steps else 1
 
     @property
@@ -88,7 +94,13 @@ class Ask:
     @property
     def is_hidden(self) -> bool:
         """Whether the prompt may hold more than the body shows, up to the context length."""
-        return self.has_files or self.has_audio or self.fills_context or self.search_results > 0 or self.tool_steps > 0
+        return (
+            self.has_files
+            or self.has_audio
+            or self.fills_context
+            or self.search_results > 0
+            or self.tool_steps > 0
+        )
 
 
 def wrong(param: str, must: str) -> BadRequest:
@@ -127,7 +139,12 @@ def integer(body: Mapping[str, Any], name: str, high: int | None = None, prefix:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < 1
+        or (high is not None and value > high)
+    ):
         raise wrong(prefix + name, f"an integer from 1 to {high}" if high else "an integer of at least 1")
     return value
 
@@ -150,5 +167,7 @@ def price_of(value: object, param: str) -> Decimal:
 
 def choice_of(value: object, known: frozenset[str], what: str, param: str) -> str:
     if not isinstance(value, str) or value not in known:
-        raise UnboundedCost(f"{what} must be one of {', '.join(sorted(known))}: others have no bound.", param=param)
+        raise UnboundedCost(
+            f"{what} must be one of {', '.join(sorted(known))}: others have no bound.", param=param
+        )
     return value

@@ -1,4 +1,5 @@
-"""OpenRouter's pricing object as exact rates, at the dearest reading. OpenRouter's `pricing` object, read for upper bounds.
+"""OpenRouter's pricing object as exact rates, at the dearest reading. OpenRouter's `pricing` object, read for
+upper bounds.
 
 No float ever passes through here, and nothing that we fail to understand is ever taken for free.
 """
@@ -18,8 +19,9 @@ _SMALLEST_DOLLARS = Decimal("1e-18")
 _MAX_DOLLARS = Decimal(1_000_000)
 _ROUND_UP = Context(prec=50, rounding=ROUND_CEILING)
 
-# The dearest search engine with a documented price is Exa's deep-reasoning mode, 10 results included. An older page
-# of the same documentation (features/web-search) has four dollars for a thousand results: the dearer of both counts.
+# The dearest search engine with a documented price is Exa's deep-reasoning mode, 10 results included. An
+# older page of the same documentation (features/web-search) has four dollars for a thousand results: the
+# dearer of both counts.
 _SEARCH_NANOS = Decimal(15_000_000)
 _INCLUDED_RESULTS = 10
 _EXTRA_RESULT_NANOS = Decimal(1_000_000)
@@ -27,7 +29,15 @@ _OLD_RESULT_NANOS = Decimal(4_000_000)
 
 _INPUT = ("prompt", "input_cache_read", "input_cache_write", "input_cache_write_1h")
 _OUTPUT = ("completion", "internal_reasoning")
-_FEATURES = ("image", "image_token", "image_output", "audio", "audio_output", "input_audio_cache", "web_search")
+_FEATURES = (
+    "image",
+    "image_token",
+    "image_output",
+    "audio",
+    "audio_output",
+    "input_audio_cache",
+    "web_search",
+)
 _KNOWN = frozenset((*_INPUT, *_OUTPUT, *_FEATURES, "request"))
 _NOT_A_PRICE = frozenset(("discount", "overrides"))
 _CONDITIONS = frozenset(("min_prompt_tokens", "utc_start", "utc_end", "utc_days"))
@@ -55,20 +65,26 @@ class Rates:
     image_token: Decimal  # per prompt token of an image
     web_search: Decimal  # per search
     audio: Decimal | None  # per prompt token of audio
-    image_output: Decimal | None  # per output token; documented per image too, which is never more than per token
+    image_output: (
+        Decimal | None
+    )  # per output token; documented per image too, which is never more than per token
     audio_output: Decimal | None  # per output token
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """A model's rates: `base`, and dearer ones (`tiers`, ascending) for prompts longer than a threshold of tokens."""
+    """A model's rates: `base`, and dearer ones (`tiers`, ascending) for prompts longer than a threshold of
+    tokens.
+    """
 
     base: Rates
     tiers: tuple[tuple[int, Rates], ...] = ()
     unknown_features: bool = False  # media, files or searches have a price that we cannot read
 
     def rates_for(self, prompt_tokens: int) -> Rates:
-        """The dearest rates that a prompt of at most this many tokens can meet (thresholds are strictly exceeded)."""
+        """The dearest rates that a prompt of at most this many tokens can meet (thresholds are strictly
+        exceeded).
+        """
         found = self.base
         for threshold, rates in self.tiers:
             if prompt_tokens > threshold:
@@ -77,12 +93,13 @@ class Price:
 
 
 def parse_price(pricing: object) -> Price | None:
-    """The price of a model out of its `pricing` (JSON parsed with `parse_float=Decimal`), or None: it has no bound.
+    """The price of a model out of its `pricing` (JSON parsed with `parse_float=Decimal`), or None: it has no
+    bound.
 
-    Units and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as decimal
-    strings. No bound have: a missing `prompt` or `completion`, and any price that is negative ("-1" marks routers),
-    not a number or absurd (above a million dollars a unit). Where the documentation leaves room, the dearest reading
-    is taken:
+    Units and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as
+    decimal strings. No bound have: a missing `prompt` or `completion`, and any price that is negative ("-1"
+    marks routers), not a number or absurd (above a million dollars a unit). Where the documentation leaves
+    room, the dearest reading is taken:
 
     - `discount` lowers nothing (listed prices may or may not contain it); a negative one raises every price.
     - `overrides` by time of day or week count at any time, since a request may run across the boundary and clocks
@@ -103,7 +120,9 @@ def parse_price(pricing: object) -> Price | None:
 
 def dearest(first: Rates, second: Rates) -> Rates:
     """The dearer of two, component by component; a price that only one of them names counts."""
-    rates: dict[str, Any] = {name: _dearer(getattr(first, name), getattr(second, name)) for name in _RATE_NAMES}
+    rates: dict[str, Any] = {
+        name: _dearer(getattr(first, name), getattr(second, name)) for name in _RATE_NAMES
+    }
     return Rates(**rates)
 
 
@@ -120,8 +139,9 @@ def search_nanos(rates: Rates, results: int) -> Decimal:
 def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
     """These rates in the units of `provider.max_price`.
 
-    Dollars per million prompt and completion tokens, and per request, image and audio unit (which is taken for the unit
-    of the model list, a token). Source: https://openrouter.ai/docs/guides/routing/provider-selection#max-price
+    Dollars per million prompt and completion tokens, and per request, image and audio unit (which is taken
+    for the unit of the model list, a token). Source:
+    https://openrouter.ai/docs/guides/routing/provider-selection#max-price
     """
     caps = {
         "prompt": rates.prompt.scaleb(-3, EXACT),
@@ -136,7 +156,9 @@ def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
 
 
 def max_price(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[str, str]:
-    """`provider.max_price` to send: what is held, or the client's own limits where they are lower; decimal strings, never floats."""
+    """`provider.max_price` to send: what is held, or the client's own limits where they are lower; decimal
+    strings, never floats.
+    """
     if own:
         held = {**own, **{name: min(price, own.get(name, price)) for name, price in held.items()}}
     return {name: plain(price) for name, price in held.items()}
@@ -144,10 +166,11 @@ def max_price(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Markups:
-    """How far a bill can exceed the prices that `provider.max_price` is compared with, over all models of a list.
+    """How far a bill can exceed the prices that `provider.max_price` is compared with, over all models of a
+    list.
 
-    Cache writes, tokens of images, long prompts and reasoning may cost more than the listed `prompt` and `completion`,
-    by these factors; `free_*` are nano-dollars per token where the listed price is zero.
+    Cache writes, tokens of images, long prompts and reasoning may cost more than the listed `prompt` and
+    `completion`, by these factors; `free_*` are nano-dollars per token where the listed price is zero.
     """
 
     input: Decimal = Decimal(1)
@@ -186,7 +209,9 @@ def markups(prices: Iterable[Price]) -> Markups:
     return found
 
 
-def _markup(name: str, listed: Decimal, billed: Decimal, factor: Decimal, free: Decimal) -> dict[str, Decimal]:
+def _markup(
+    name: str, listed: Decimal, billed: Decimal, factor: Decimal, free: Decimal
+) -> dict[str, Decimal]:
     if listed:
         return {name: max(factor, _ROUND_UP.divide(billed, listed))}
     return {f"free_{name}": max(free, billed)}
@@ -212,7 +237,11 @@ def _parse(pricing: Mapping[str, Any]) -> Price:
 def _surcharge(discount: object) -> Decimal:
     if discount is None:
         return Decimal(1)
-    if isinstance(discount, bool) or not isinstance(discount, int | Decimal) or not Decimal(discount).is_finite():
+    if (
+        isinstance(discount, bool)
+        or not isinstance(discount, int | Decimal)
+        or not Decimal(discount).is_finite()
+    ):
         raise _Unpriced
     return EXACT.subtract(Decimal(1), min(Decimal(discount), ZERO))
 
@@ -274,10 +303,16 @@ def _nanos(value: object, surcharge: Decimal) -> Decimal:
         raise _Unpriced
     nanos = charged.quantize(_SMALLEST_DOLLARS, ROUND_CEILING, EXACT).scaleb(9, EXACT)
     # `normalize` alone would write 500000000 as 5E+8.
-    return nanos.quantize(Decimal(1), context=EXACT) if nanos == nanos.to_integral_value() else nanos.normalize(EXACT)
+    return (
+        nanos.quantize(Decimal(1), context=EXACT)
+        if nanos == nanos.to_integral_value()
+        else nanos.normalize(EXACT)
+    )
 
 
-def _tiers(base: dict[str, Decimal], conditional: list[tuple[int, dict[str, Decimal]]]) -> Iterable[tuple[int, dict[str, Decimal]]]:
+def _tiers(
+    base: dict[str, Decimal], conditional: list[tuple[int, dict[str, Decimal]]]
+) -> Iterable[tuple[int, dict[str, Decimal]]]:
     reached = base
     for threshold, prices in sorted(conditional, key=lambda entry: entry[0]):
         reached = _merged(reached, prices)

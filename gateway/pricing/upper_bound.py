@@ -1,6 +1,8 @@
-"""Bound: what a request can cost at most, and the caps that make it so. An upper bound of what OpenRouter can bill, and the caps that make it one.
+"""Bound: what a request can cost at most, and the caps that make it so. An upper bound of what OpenRouter can
+bill, and the caps that make it one.
 
-It must never be too low, never raise anything but a GatewayError whatever the body holds, and never touch the network.
+It must never be too low, never raise anything but a GatewayError whatever the body holds, and never touch the
+network.
 
 - Prompt tokens: at most one for each byte of the JSON body. A tokenizer never yields more tokens than its text has
   UTF-8 bytes, and JSON never writes text in fewer bytes than its UTF-8: an escape takes 2 bytes for 1, or 6 (12) for at
@@ -56,7 +58,9 @@ MEDIUM_ESTIMATE = 1_000  # a usual medium, for rate limits
 
 @dataclass(frozen=True, slots=True)
 class BoundPolicy:
-    """The operator's part. `any_suffix`: the sandbox's scenarios, which may follow any model's id after a colon."""
+    """The operator's part. `any_suffix`: the sandbox's scenarios, which may follow any model's id after a
+    colon.
+    """
 
     default_max_output_tokens: int
     free_models: bool
@@ -65,10 +69,11 @@ class BoundPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An upper bound, for admission to turn into a hold: ceil((fixed_nanos + output_nanos x granted) x markup).
+    """An upper bound, for admission to turn into a hold: ceil((fixed_nanos + output_nanos x granted) x
+    markup).
 
-    Amounts are nano-dollars without markup. Output limits are tokens of one choice, and `output_nanos` is the price of
-    one such token in every choice. Where the client has set a limit, `min_output == max_output`.
+    Amounts are nano-dollars without markup. Output limits are tokens of one choice, and `output_nanos` is the
+    price of one such token in every choice. Where the client has set a limit, `min_output == max_output`.
     """
 
     models: tuple[str, ...]  # every model id that the body can reach, as asked
@@ -78,12 +83,17 @@ class Bound:
     max_output: int
     prompt_estimate: int  # tokens, for rate limits; not a bound
     patch: Mapping[str, Any]  # body fields to replace, whatever is granted
-    max_price: Mapping[str, str]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
-    own_limit_excludes: bool  # a price cap of the client's own is the one that goes out: a refusal for it is the client's doing
+    max_price: Mapping[
+        str, str
+    ]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
+    # a price cap of the client's own is the one that goes out: a refusal for it is the client's doing
+    own_limit_excludes: bool
     listed: Rates  # the dearest of all models, for quotes
     requests: int  # how often the fee for a request falls due
     choices: int  # in which output may come; 0: there is none
-    limits: tuple[tuple[str, int | None], ...] = ()  # output limit fields to send, with the client's own number
+    limits: tuple[
+        tuple[str, int | None], ...
+    ] = ()  # output limit fields to send, with the client's own number
 
     @property
     def price_basis(self) -> dict[str, Any]:
@@ -93,32 +103,46 @@ class Bound:
 
     @property
     def own_limit(self) -> str | None:
-        """The field of the client's own output limit, which is all that may be granted; None where less will do."""
+        """The field of the client's own output limit, which is all that may be granted; None where less will
+        do.
+        """
         own = next((name for name, limit in self.limits if limit is not None), "max_tokens")
         return own if self.min_output == self.max_output else None
 
     def apply(self, granted_output: int) -> dict[str, Any]:
         """The top-level fields to set in the body, so that the upstream keeps to what was granted."""
-        caps = {name: granted_output if own is None else min(own, granted_output) for name, own in self.limits}
+        caps = {
+            name: granted_output if own is None else min(own, granted_output) for name, own in self.limits
+        }
         return {**self.patch, **caps}
 
     def typical_nanos(self, output_tokens: int) -> Decimal:
-        """Roughly what it costs with so much output, for a quote: listed prices, no cache, no media, no searches, one turn."""
+        """Roughly what it costs with so much output, for a quote: listed prices, no cache, no media, no
+        searches, one turn.
+        """
         prompt = EXACT.multiply(self.listed.prompt, Decimal(self.prompt_estimate))
         output = EXACT.multiply(self.listed.completion, Decimal(self.choices * output_tokens))
-        return EXACT.add(EXACT.add(prompt, output), EXACT.multiply(self.listed.request, Decimal(self.requests)))
+        return EXACT.add(
+            EXACT.add(prompt, output), EXACT.multiply(self.listed.request, Decimal(self.requests))
+        )
 
 
 def bound_request(
-    endpoint: str, body: Mapping[str, Any], raw_size: int, models: ModelIndex, policy: BoundPolicy, *, seconds: int | None = None
+    endpoint: str,
+    body: Mapping[str, Any],
+    raw_size: int,
+    models: ModelIndex,
+    policy: BoundPolicy,
+    *,
+    seconds: int | None = None,
 ) -> Bound:
     """The bound of a parsed body of `raw_size` bytes.
 
     Endpoints: "chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "images",
-    "audio/speech" and "audio/transcriptions". For a form, the body is its text fields and `raw_size` the whole form's;
-    `seconds` is the most that a recording to be transcribed lasts, where that is known.
-    Raises BadRequest (a field that we bill or route on is wrong), UnboundedCost, ModelNotFound, or Forbidden (a model
-    without a price while free models are off). Each names its `param`.
+    "audio/speech" and "audio/transcriptions". For a form, the body is its text fields and `raw_size` the
+    whole form's; `seconds` is the most that a recording to be transcribed lasts, where that is known. Raises
+    BadRequest (a field that we bill or route on is wrong), UnboundedCost, ModelNotFound, or Forbidden (a
+    model without a price while free models are off). Each names its `param`.
     """
     names = _model_names(body)
     suffixes_asked = {suffix for name in names if ":" in name for suffix in name.split(":")[1:]}
@@ -126,13 +150,18 @@ def bound_request(
     suffixes, free = policy.any_suffix, policy.free_models
     reached = [reach(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free) for name in names]
     if ask.routing is not None and not any(each.model.is_router for each in reached):
-        raise UnboundedCost("The plugin `auto-router` is bounded together with the model `openrouter/auto` only.", param="plugins")
+        raise UnboundedCost(
+            "The plugin `auto-router` is bounded together with the model `openrouter/auto` only.",
+            param="plugins",
+        )
     rates = reduce(dearest, (each.rates for each in reached)) if len(reached) > 1 else reached[0].rates
     low, high, limits = _output_limits(reached, ask, policy)
     caps = max_price(_caps(rates, ask), ask.own_max_price) if ask.takes_provider else {}
     turn, output = _turn_nanos(reached, rates, ask), EXACT.multiply(rates.output, Decimal(ask.choices))
     turns, once = _turns(ask, turn, output, high)
-    once = EXACT.add(once, max(each.search_nanos for each in reached) if len(reached) > 1 else reached[0].search_nanos)
+    once = EXACT.add(
+        once, max(each.search_nanos for each in reached) if len(reached) > 1 else reached[0].search_nanos
+    )
     if any(each.makes_images for each in reached):  # one for each choice, beyond its limit
         once = EXACT.add(once, EXACT.multiply(output, Decimal(turns * ask.image_tokens)))
     return Bound(
@@ -142,7 +171,9 @@ def bound_request(
         min_output=low,
         max_output=high,
         prompt_estimate=_estimate(ask),
-        patch={**ask.patch, "provider": {**ask.provider, "max_price": caps}} if ask.takes_provider else ask.patch,
+        patch={**ask.patch, "provider": {**ask.provider, "max_price": caps}}
+        if ask.takes_provider
+        else ask.patch,
         max_price=caps,
         own_limit_excludes=bool(ask.own_max_price) and _excludes(reached, ask),
         listed=rates,
@@ -163,7 +194,9 @@ def _model_names(body: Mapping[str, Any]) -> tuple[str, ...]:
         entries = list_of(body, param)
         if len(entries) > MAX_MODELS:
             raise wrong(param, f"a list of at most {MAX_MODELS} model ids")
-        names += (_model_name(entry.get("model") if isinstance(entry, dict) else entry, param) for entry in entries)
+        names += (
+            _model_name(entry.get("model") if isinstance(entry, dict) else entry, param) for entry in entries
+        )
     if not names:
         raise BadRequest("`model` is missing. GET /v1/models lists those that exist.", param="model")
     return tuple(dict.fromkeys(names)) if len(names) > 1 else (names[0],)
@@ -173,7 +206,9 @@ def _model_name(value: object, param: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_MODEL_LENGTH:
         raise BadRequest(f"A model id is a string of 1 to {MAX_MODEL_LENGTH} characters.", param=param)
     if not value.isprintable():  # which the database would not take, behind a colon
-        raise ModelNotFound("No model has a name like this. GET /v1/models lists those that exist.", param=param)
+        raise ModelNotFound(
+            "No model has a name like this. GET /v1/models lists those that exist.", param=param
+        )
     if "@preset" in value:
         raise UnboundedCost(UNBOUNDED_FIELDS["preset"], param=param)
     return value
@@ -183,7 +218,9 @@ def _model_name(value: object, param: str) -> str:
 
 
 def _turn_nanos(reached: list[Reached], rates: Rates, ask: Ask) -> Decimal:
-    """Everything but the output, the searches and what images come on top: prompt, fees for requests and images."""
+    """Everything but the output, the searches and what images come on top: prompt, fees for requests and
+    images.
+    """
     prompt = EXACT.multiply(rates.input, Decimal(max(each.prompt_tokens for each in reached)))
     fees = EXACT.multiply(rates.request, Decimal(ask.requests))
     if ask.images or ask.made_images:
@@ -208,9 +245,12 @@ def _caps(rates: Rates, ask: Ask) -> dict[str, Decimal]:
 
 
 def _excludes(reached: list[Reached], ask: Ask) -> bool:
-    """Whether a cap of the client's own is what goes out for some model: it lies no higher than what is held, or nothing is. A router has
-    none but those."""
-    return any(each.model.is_router or _is_capped(_caps(each.rates, ask), ask.own_max_price) for each in reached)
+    """Whether a cap of the client's own is what goes out for some model: it lies no higher than what is held,
+    or nothing is. A router has none but those.
+    """
+    return any(
+        each.model.is_router or _is_capped(_caps(each.rates, ask), ask.own_max_price) for each in reached
+    )
 
 
 def _is_capped(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> bool:
@@ -225,7 +265,9 @@ def _estimate(ask: Ask) -> int:
 # How much may come out.
 
 
-def _output_limits(reached: list[Reached], ask: Ask, policy: BoundPolicy) -> tuple[int, int, tuple[tuple[str, int | None], ...]]:
+def _output_limits(
+    reached: list[Reached], ask: Ask, policy: BoundPolicy
+) -> tuple[int, int, tuple[tuple[str, int | None], ...]]:
     """The smallest and largest output to grant, and the limit fields to send.
 
     Models that list no limit among their parameters may write as much as they can, whatever is sent.
@@ -233,7 +275,9 @@ def _output_limits(reached: list[Reached], ask: Ask, policy: BoundPolicy) -> tup
     if not ask.has_output:
         return 0, 0, ()
     capped = [each.model for each in reached if each.model.limit_fields and ask.limit_names]
-    free_running = [_require_max_output(each) for each in reached if not (each.model.limit_fields and ask.limit_names)]
+    free_running = [
+        _require_max_output(each) for each in reached if not (each.model.limit_fields and ask.limit_names)
+    ]
     high = max((_wanted_output(capped, ask, policy), *free_running)) if capped else max(free_running)
     open_ended = not ask.limits and not free_running
     return min(MIN_OUTPUT_TOKENS, high) if open_ended else high, high, _limit_fields(capped, ask)
@@ -241,14 +285,22 @@ def _output_limits(reached: list[Reached], ask: Ask, policy: BoundPolicy) -> tup
 
 def _require_max_output(each: Reached) -> int:
     if each.max_output is None:
-        raise UnboundedCost(f"{each.model.id!r} takes no output limit and has no known maximum.", param="model")
+        raise UnboundedCost(
+            f"{each.model.id!r} takes no output limit and has no known maximum.", param="model"
+        )
     return each.max_output
 
 
 def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
-    """The client's limit as far as one of the models can reach it, else what all of them can and the default allows."""
+    """The client's limit as far as one of the models can reach it, else what all of them can and the default
+    allows.
+    """
     maxima = [model.max_output or MAX_TOKENS for model in capped]
-    return min(max(ask.limits.values()), max(maxima)) if ask.limits else min(policy.default_max_output_tokens, *maxima)
+    return (
+        min(max(ask.limits.values()), max(maxima))
+        if ask.limits
+        else min(policy.default_max_output_tokens, *maxima)
+    )
 
 
 def _limit_fields(capped: list[Model], ask: Ask) -> tuple[tuple[str, int | None], ...]:
@@ -258,5 +310,7 @@ def _limit_fields(capped: list[Model], ask: Ask) -> tuple[tuple[str, int | None]
         return tuple((fields or dict.fromkeys(ask.limit_names if capped else ())).items())
     for model in sorted(capped, key=lambda model: len(model.limit_fields)):
         if model.limit_fields.isdisjoint(fields):
-            fields[max(model.limit_fields)] = max(ask.limits.values(), default=None)  # "max_tokens" if it lists both
+            fields[max(model.limit_fields)] = max(
+                ask.limits.values(), default=None
+            )  # "max_tokens" if it lists both
     return tuple(fields.items())

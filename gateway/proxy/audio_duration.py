@@ -1,6 +1,8 @@
-"""An upper bound of a recording's length. As its bytes say, where no reader can take them for more; else nothing is said.
+"""An upper bound of a recording's length. As its bytes say, where no reader can take them for more; else
+nothing is said.
 
-A header is the client's own word, so it counts only where every reader must agree with it, and then the longest reading counts:
+A header is the client's own word, so it counts only where every reader must agree with it, and then the
+longest reading counts:
 
 - WAV of plain samples (PCM, float, A-law, mu-law), whose header agrees with itself: decoders play samples of this size at this rate,
   and nothing else can be in it. The whole file is counted as samples, or what the header claims, if that is more: a tool may believe
@@ -20,13 +22,25 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SAMPLES = {1: (8, 16, 24, 32), 3: (32, 64), 6: (8,), 7: (8,)}  # bits by format tag: PCM, IEEE float, A-law, mu-law
+SAMPLES = {
+    1: (8, 16, 24, 32),
+    3: (32, 64),
+    6: (8,),
+    7: (8,),
+}  # bits by format tag: PCM, IEEE float, A-law, mu-law
 EXTENSIBLE, EXTENSION = 0xFFFE, bytes.fromhex("000000001000800000aa00389b71")
 RATES = range(8_000, 192_001)
 MAX_CHUNKS = 64
 # MPEG audio and AAC, LATM, AC-3: what a coded stream begins with; the words of DTS, in any of its orders.
 SYNC = re.compile(rb"\xff[\xe0-\xff]|\x56[\xe0-\xff]|\x0b\x77|\x77\x0b")
-DTS = (b"\x7f\xfe\x80\x01", b"\xfe\x7f\x01\x80", b"\x1f\xff\xe8\x00", b"\xff\x1f\x00\xe8", b"\x64\x58\x20\x25", b"\x58\x64\x25\x20")
+DTS = (
+    b"\x7f\xfe\x80\x01",
+    b"\xfe\x7f\x01\x80",
+    b"\x1f\xff\xe8\x00",
+    b"\xff\x1f\x00\xe8",
+    b"\x64\x58\x20\x25",
+    b"\x58\x64\x25\x20",
+)
 
 MP3_BYTES_PER_SECOND = 1_000
 FRAMES = 8  # in a row, so that nobody takes the file for something else
@@ -48,7 +62,9 @@ ANY_TYPE = "application/octet-stream"
 def seconds_of_file(content: bytes, name: str, content_type: str) -> int | None:
     """Whole seconds that a file lasts at most, None where it does not say so."""
     kind = name.rpartition(".")[2].lower()
-    return _seconds(content, kind) if content_type in KINDS.get(kind, ()) or content_type == ANY_TYPE else None
+    return (
+        _seconds(content, kind) if content_type in KINDS.get(kind, ()) or content_type == ANY_TYPE else None
+    )
 
 
 def seconds_of_audio(audio: Mapping[str, Any]) -> int | None:
@@ -67,7 +83,11 @@ def _seconds(content: bytes, kind: str) -> int | None:
 
 
 def _of_wave(content: bytes) -> int | None:
-    if content[:4] != b"RIFF" or content[8:16] != b"WAVEfmt " or any(content.count(name) != 1 for name in (b"fmt ", b"data")):
+    if (
+        content[:4] != b"RIFF"
+        or content[8:16] != b"WAVEfmt "
+        or any(content.count(name) != 1 for name in (b"fmt ", b"data"))
+    ):
         return None
     chunks = dict(_chunks(content))
     rate = _sample_rate(content, chunks[b"fmt "][0])
@@ -104,7 +124,11 @@ def _sample_rate(content: bytes, place: int) -> tuple[int, int] | None:
     if tag == EXTENSIBLE and content[place + 26 : place + 40] == EXTENSION:
         (tag,) = struct.unpack_from("<H", content, place + 24)
     plain = bits in SAMPLES.get(tag, ()) and 1 <= channels <= 8 and rate in RATES
-    return (per_second, bits // 8) if plain and block == channels * bits // 8 and per_second == rate * block else None
+    return (
+        (per_second, bits // 8)
+        if plain and block == channels * bits // 8 and per_second == rate * block
+        else None
+    )
 
 
 def _looks_coded(content: bytes, start: int) -> bool:
@@ -127,12 +151,18 @@ def _of_mp3(content: bytes) -> int | None:
     if b"VBRI" in head:
         return None
     counted = next((head.find(name) for name in (b"Xing", b"Info") if name in head), -1)
-    frames = struct.unpack_from(">I", head, counted + 8)[0] if counted >= 0 and len(head) >= counted + 12 and head[counted + 7] & 1 else 0
+    frames = (
+        struct.unpack_from(">I", head, counted + 8)[0]
+        if counted >= 0 and len(head) >= counted + 12 and head[counted + 7] & 1
+        else 0
+    )
     return max(-(-len(content) // MP3_BYTES_PER_SECOND), -(-frames * LONGEST_FRAME // first[1]))
 
 
 def _after_tag(content: bytes) -> int:
-    """Where the first frame stands: after an ID3v2 tag (https://id3.org/id3v2.4.0-structure), or at the start."""
+    """Where the first frame stands: after an ID3v2 tag (https://id3.org/id3v2.4.0-structure), or at the
+    start.
+    """
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     return 10 + sum((byte & 127) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))

@@ -1,8 +1,9 @@
-"""Anthropic beta features that may pass. Those that change neither what it can cost nor whose data it reaches.
+"""Anthropic beta features that may pass. Those that change neither what it can cost nor whose data it
+reaches.
 
-OpenRouter takes their names in `x-anthropic-beta` (its guide to provider routing), Anthropic's own clients send `anthropic-beta`. A name
-that is not here is left out, as if it had not been sent: files and skills would be those of the operator's account, containers cost by
-the hour, and of a feature that is new nobody knows.
+OpenRouter takes their names in `x-anthropic-beta` (its guide to provider routing), Anthropic's own clients
+send `anthropic-beta`. A name that is not here is left out, as if it had not been sent: files and skills would
+be those of the operator's account, containers cost by the hour, and of a feature that is new nobody knows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ DATED = re.compile(r"([a-z-]{1,64})-\d{4}-?\d{2}-?\d{2}")
 
 def beta_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The beta headers of a request, as they go on to the upstream."""
-    found = {name: ",".join(filter(_may_pass, headers[name].replace(" ", "").split(","))) for name in HEADERS if name in headers}
+    found = {
+        name: ",".join(filter(_may_pass, headers[name].replace(" ", "").split(",")))
+        for name in HEADERS
+        if name in headers
+    }
     return {name: value for name, value in found.items() if value}
 
 

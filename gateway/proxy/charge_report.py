@@ -9,8 +9,12 @@ from common.money import plain_credits
 
 
 def gateway_usage(request_id: str, tokens: int, settled: Mapping[str, Any] | None) -> bytes:
-    """The JSON object that every completion carries; `settled` is the database's answer, None while the charge is open."""
-    cost, balance = (plain_credits(settled[name]) if settled else "null" for name in ("cost_nanos", "balance_nanos"))
+    """The JSON object that every completion carries; `settled` is the database's answer, None while the
+    charge is open.
+    """
+    cost, balance = (
+        plain_credits(settled[name]) if settled else "null" for name in ("cost_nanos", "balance_nanos")
+    )
     pending = "" if settled else ',"settlement":"pending"'
     return f'{{"request_id":"{request_id}","tokens_charged":{tokens},"cost":{cost},"user_balance_after":{balance}{pending}}}'.encode()
 

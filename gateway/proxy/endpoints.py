@@ -1,6 +1,7 @@
 """The billable endpoints. Every one that is goes through the same gate.
 
-What exists at OpenAI or OpenRouter and is not offered here is refused by its name, so that nobody takes it for a typing error of theirs.
+What exists at OpenAI or OpenRouter and is not offered here is refused by its name, so that nobody takes it
+for a typing error of theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ PREFIXES = ("/v1", OPENROUTER_PREFIX)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One billable endpoint. `name` is its path here and upstream, what records call it, and what decides how its cost is bounded."""
+    """One billable endpoint. `name` is its path here and upstream, what records call it, and what decides how
+    its cost is bounded.
+    """
 
     name: str
     resource: str  # what a key's scopes call it
@@ -36,7 +39,9 @@ class Endpoint:
         return tuple(f"{prefix}/{path}" for path in (self.name, *self.paths) for prefix in PREFIXES)
 
     def at(self, path: str) -> Endpoint:
-        """The same as it is served at this path: OpenRouter's clients are told of errors in OpenRouter's form."""
+        """The same as it is served at this path: OpenRouter's clients are told of errors in OpenRouter's
+        form.
+        """
         return replace(self, dialect=FOR_OPENROUTER[self.dialect]) if is_openrouter(path) else self
 
 

@@ -1,8 +1,8 @@
 """Exchange: one proxied request, bound to settlement, on every ending. Bound, admit, forward, relay, settle.
 
-From admission on this module owns the hold, and settles it on every ending: answer, error, timeout, a client that leaves before the
-first byte or in mid-stream, shutdown. The work runs in a task of its own, so that no client's leaving cancels it half-way, and nothing
-relies on a generator having started.
+From admission on this module owns the hold, and settles it on every ending: answer, error, timeout, a client
+that leaves before the first byte or in mid-stream, shutdown. The work runs in a task of its own, so that no
+client's leaving cancels it half-way, and nothing relies on a generator having started.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
 
 @dataclass(slots=True)
 class Exchange:
-    """One proxied request on its way. `run` is awaited in a task of its own; `client_left` tells it that nobody waits any more."""
+    """One proxied request on its way. `run` is awaited in a task of its own; `client_left` tells it that
+    nobody waits any more.
+    """
 
     runtime: Runtime
     request: Proxied
@@ -69,9 +71,13 @@ class Exchange:
     _sealing: asyncio.Task[dict[str, Any]] | None = None
 
     async def run(self) -> None:
-        """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is settled then, too."""
+        """Does all of it. Raises GatewayError only while no byte of an answer has been sent; the hold is
+        settled then, too.
+        """
         self._upstream = self.runtime.upstream(self.request.credential.environment)
-        self._delivery = Delivery(self.client, self.runtime.settlements.spawn, self.runtime.keep_alive_seconds)
+        self._delivery = Delivery(
+            self.client, self.runtime.settlements.spawn, self.runtime.keep_alive_seconds
+        )
         await self._read_and_bound()
         admitted = await self.runtime.admission.admit(self.request.credential, self._order())
         if isinstance(admitted, StoredReply):
@@ -85,8 +91,11 @@ class Exchange:
             hold = self.hold  # it may have been raised
             self.settled = await self._settle(hold)
         except BaseException:
-            # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is not.
-            self.runtime.settlements.spawn(self._settle(self.hold or hold), f"settlement of {hold.request_id}")
+            # Also where the settlement itself was cancelled: doing it twice is harmless, and not at all is
+            # not.
+            self.runtime.settlements.spawn(
+                self._settle(self.hold or hold), f"settlement of {hold.request_id}"
+            )
             raise
         finally:
             self._delivery.quiet()
@@ -102,14 +111,18 @@ class Exchange:
     # Before the upstream.
 
     async def _read_and_bound(self) -> None:
-        """The body, bounded. What is wrong with it is said only to those whose key is right, and only they have models fetched."""
+        """The body, bounded. What is wrong with it is said only to those whose key is right, and only they
+        have models fetched.
+        """
         request, catalog = self.request, self.runtime.catalog(self.request.credential.environment)
         if self.runtime.admission.is_stranger(request.credential):
             await self._verify()
         try:
             self._asked = read_request(request.endpoint, request.body, request.content_type)
             self._keeping = read_keeping(request, self._asked, self.runtime)
-            self._end_user = end_user_of(request.endpoint, self._asked.fields, request.headers.get("x-end-user"))
+            self._end_user = end_user_of(
+                request.endpoint, self._asked.fields, request.headers.get("x-end-user")
+            )
             if catalog.is_fresh:
                 self._bound = self._bound_with(await catalog.models())
                 return
@@ -121,14 +134,25 @@ class Exchange:
 
     def _bound_with(self, models: ModelIndex) -> Bound:
         settings = self.runtime.settings
-        policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes)
+        policy = BoundPolicy(
+            settings.default_max_output_tokens, settings.free_models, self._upstream.suffixes
+        )
         asked = self._asked
-        return bound_request(self.request.endpoint.name, asked.fields, len(self.request.body), models, policy, seconds=asked.seconds)
+        return bound_request(
+            self.request.endpoint.name,
+            asked.fields,
+            len(self.request.body),
+            models,
+            policy,
+            seconds=asked.seconds,
+        )
 
     async def _verify(self) -> None:
         if not self._verified:
             request, resource = self.request, self.request.endpoint.resource
-            await self.runtime.admission.verify(request.credential, request_id=request.request_id, verb="write", resource=resource)
+            await self.runtime.admission.verify(
+                request.credential, request_id=request.request_id, verb="write", resource=resource
+            )
             self._verified = True
 
     def _order(self) -> Order:
@@ -186,7 +210,9 @@ class Exchange:
         except GatewayError as refusal:
             if not is_price_change(refusal):
                 raise
-            raised = await reprice(self.runtime, self.request.credential.environment, hold, self._bound, self._bound_with)
+            raised = await reprice(
+                self.runtime, self.request.credential.environment, hold, self._bound, self._bound_with
+            )
             if raised is None or self.client.gone:
                 raise
             self.hold, self._bound = raised
@@ -197,9 +223,16 @@ class Exchange:
     async def _send(self, hold: Hold) -> None:
         endpoint, scenario = self.request.endpoint, self.request.scenario
         body, headers = write_request(
-            endpoint, self._asked, self._bound.apply(hold.granted_output), lambda text: self.runtime.pseudonym(hold.user_id, text)
+            endpoint,
+            self._asked,
+            self._bound.apply(hold.granted_output),
+            lambda text: self.runtime.pseudonym(hold.user_id, text),
         )
-        said = {"x-sandbox-scenario": scenario} if scenario and scenario.isascii() and self._upstream.suffixes else {}
+        said = (
+            {"x-sandbox-scenario": scenario}
+            if scenario and scenario.isascii() and self._upstream.suffixes
+            else {}
+        )
         headers = {**headers, **said, **beta_headers(self.request.headers)}
         answer = await self._upstream.send("/" + endpoint.name, body, headers, api_key=self._own_key(hold))
         try:
@@ -212,28 +245,38 @@ class Exchange:
                 await self._pass_bytes(hold, answer)
             else:
                 raw, invented = await answer.read(), bool(self._upstream.suffixes)
-                self._plain = read_answer(raw, endpoint.dialect, self.ending, invented=invented, own_key=hold.byok)
+                self._plain = read_answer(
+                    raw, endpoint.dialect, self.ending, invented=invented, own_key=hold.byok
+                )
         finally:
             await answer.aclose()
 
     def _own_key(self, hold: Hold) -> str | None:
-        """The user's own upstream key, where the request goes out under it: never under the operator's instead."""
+        """The user's own upstream key, where the request goes out under it: never under the operator's
+        instead.
+        """
         if not hold.byok:
             return None
         key = self.runtime.vault.decrypt(hold.provider_key) if hold.provider_key is not None else None
         if key is None:
             self.ending.refused = True
-            raise ProviderKeyRefused("The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key.")
+            raise ProviderKeyRefused(
+                "The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key."
+            )
         return key
 
     async def _read_refusal(self, hold: Hold, answer: Answer) -> None:
         self.ending.refused = answer.is_refusal
         raw, invented = await answer.read(), bool(self._upstream.suffixes)
         own_limit = self._bound.own_limit_excludes
-        raise error_of(answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok)
+        raise error_of(
+            answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok
+        )
 
     async def _relay(self, hold: Hold, answer: Answer) -> None:
-        stream = self._stream = Stream(sanitised_error, self.request.endpoint.dialect, choices=self._bound.choices)
+        stream = self._stream = Stream(
+            sanitised_error, self.request.endpoint.dialect, choices=self._bound.choices
+        )
         delivery = self._delivery
         self._reader = asyncio.current_task()
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
@@ -275,11 +318,17 @@ class Exchange:
         return self._stream is not None and stops_on_abort(self._stream.provider)
 
     def _learn_generation(self, hold: Hold, generation_id: str | None) -> None:
-        """A request that is still running in two seconds has its generation id stored, so that any instance can finish it."""
+        """A request that is still running in two seconds has its generation id stored, so that any instance
+        can finish it.
+        """
         self.ending.generation_id = generation_id
         if generation_id is not None:
             note = self.runtime.note_generation
-            self._timers.append(asyncio.get_running_loop().call_later(NOTE_GENERATION_SECONDS, note, hold.request_id, generation_id))
+            self._timers.append(
+                asyncio.get_running_loop().call_later(
+                    NOTE_GENERATION_SECONDS, note, hold.request_id, generation_id
+                )
+            )
 
     def _forget_generation(self) -> None:
         for timer in self._timers:
@@ -289,16 +338,24 @@ class Exchange:
     # The end.
 
     async def _settle(self, hold: Hold) -> dict[str, Any] | None:
-        """Charges what the request cost. None while that is open: the cost is not known yet, or the database does not answer."""
+        """Charges what the request cost. None while that is open: the cost is not known yet, or the database
+        does not answer.
+        """
         self._delivery.quiet()
         ending, stream = self.ending, self._stream
         if stream is not None:
             ending.learn(stream)
         item = {**self._settlement(hold), **await self._kept(hold)}
-        said_all = stream is None or stream.is_whole  # in a stream that broke off, usage may be a running count
+        said_all = (
+            stream is None or stream.is_whole
+        )  # in a stream that broke off, usage may be a running count
         if ending.generation_id is None or (item["source"] != "none" and said_all):
             return await self.runtime.settlements.settle(item)
-        place: dict[str, Any] = {"mode": self.runtime.mode, "environment": hold.environment, "generation_id": ending.generation_id}
+        place: dict[str, Any] = {
+            "mode": self.runtime.mode,
+            "environment": hold.environment,
+            "generation_id": ending.generation_id,
+        }
         place |= {"byok": hold.byok, "provider_key": hold.provider_key}
         found = await self.runtime.settlements.look_up_now(place)
         if found is None:
@@ -307,7 +364,9 @@ class Exchange:
             self.runtime.settlements.resolve_later(place, item)
             return None
         item = with_generation(item, found)
-        ending.usage = replace(found, prompt_tokens=item["prompt_tokens"], completion_tokens=item["completion_tokens"])
+        ending.usage = replace(
+            found, prompt_tokens=item["prompt_tokens"], completion_tokens=item["completion_tokens"]
+        )
         return await self.runtime.settlements.settle(item)
 
     def _settlement(self, hold: Hold) -> dict[str, Any]:
@@ -316,7 +375,9 @@ class Exchange:
         usage = ending.usage or (NOTHING_USED if ending.refused else Usage())
         status = "cancelled" if self.client.gone else "completed" if ending.completed else "failed"
         failure = ending.failure.code if ending.failure else None
-        stream_error = self._stream.error.get("code") if self._stream is not None and self._stream.error else None
+        stream_error = (
+            self._stream.error.get("code") if self._stream is not None and self._stream.error else None
+        )
         return settlement(
             hold.request_id,
             status,
@@ -332,19 +393,29 @@ class Exchange:
         )
 
     async def _kept(self, hold: Hold) -> dict[str, Any]:
-        """The answer as it is kept to be given again, where that was asked for and it is whole: the same, however often it is settled."""
+        """The answer as it is kept to be given again, where that was asked for and it is whole: the same,
+        however often it is settled.
+        """
         recording, ending = self._delivery.recording, self.ending
         if recording is None or not ending.completed:
             return {}
         if self._sealing is None:
             recording.add(self._last_bytes(hold, CHARGE_MARK))
             content_type = EVENTS if self._stream is not None else self._content_type
-            self._sealing = asyncio.create_task(keep(recording, content_type, ending.generation_id, self.runtime.vault))
+            self._sealing = asyncio.create_task(
+                keep(recording, content_type, ending.generation_id, self.runtime.vault)
+            )
         kept = await asyncio.shield(self._sealing)
-        return {**kept, "cache": hold.cache} if kept and hold.cache is not None and not self._is_cut(hold) else kept
+        return (
+            {**kept, "cache": hold.cache}
+            if kept and hold.cache is not None and not self._is_cut(hold)
+            else kept
+        )
 
     def _is_cut(self, hold: Hold) -> bool:
-        """Whether it was the account's money that ended the answer: with more of it another one would be given."""
+        """Whether it was the account's money that ended the answer: with more of it another one would be
+        given.
+        """
         used = self.ending.usage.completion_tokens if self.ending.usage else None
         return hold.granted_output < self._bound.max_output and (used is None or used >= hold.granted_output)
 

@@ -1,4 +1,6 @@
-"""Sends a request upstream and relays a plain, binary or streamed answer. JSON in, the same bytes out unless something must be hidden."""
+"""Sends a request upstream and relays a plain, binary or streamed answer. JSON in, the same bytes out unless
+something must be hidden.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,13 @@ BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octe
 ANY_BYTES = "application/octet-stream"
 
 
-def read_answer(raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool, own_key: bool = False) -> bytes:
+def read_answer(
+    raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool, own_key: bool = False
+) -> bytes:
     """The answer as the client gets it; notes in `ending` what it says of itself.
 
-    Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means (see `error_of`).
+    Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means (see
+    `error_of`).
     """
     raw = raw.removeprefix(BOM)
     try:

@@ -1,6 +1,7 @@
 """Multipart forms, the file to the byte. Its text fields are read, its one file stays as it is, to the byte.
 
-RFC 7578. The file itself is never parsed: a delimiter cannot occur in it (RFC 2046, 5.1.1), so the body is cut at the delimiters.
+RFC 7578. The file itself is never parsed: a delimiter cannot occur in it (RFC 2046, 5.1.1), so the body is
+cut at the delimiters.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ MAX_NAME_LENGTH = 128
 MAX_CONTAINERS = 100  # in a field that is an object: reading takes more nesting than writing does
 FILE = "file"
 OBJECTS = frozenset(("provider",))  # fields that are objects, written as JSON
-# OpenAI's lists. No other name has brackets: some servers would read `models[]` or `provider[order]` as what nobody has bounded here.
-LISTS = frozenset(("timestamp_granularities[]", "include[]", "known_speaker_names[]", "known_speaker_references[]"))
+# OpenAI's lists. No other name has brackets: some servers would read `models[]` or `provider[order]` as what
+# nobody has bounded here.
+LISTS = frozenset(
+    ("timestamp_granularities[]", "include[]", "known_speaker_names[]", "known_speaker_references[]")
+)
 PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
-# The same for every form, so that they share what the upstream's client builds once; random, so that no file can hold it.
+# The same for every form, so that they share what the upstream's client builds once; random, so that no file
+# can hold it.
 BOUNDARY = "gateway-" + secrets.token_hex(16)
 CONTENT_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -79,9 +84,18 @@ def write_form(fields: Mapping[str, Any], file: FormFile) -> bytes:
     for name, value in fields.items():
         for each in value if isinstance(value, list) else [value]:
             text = each if isinstance(each, str) else orjson.dumps(each, default=str).decode()
-            parts.append(f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n{text}\r\n'.encode())
+            parts.append(
+                f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n{text}\r\n'.encode()
+            )
     about = f'Content-Disposition: form-data; name="{FILE}"; filename="{_quoted(file.name)}"\r\nContent-Type: {file.content_type}'
-    return b"".join((*parts, f"--{BOUNDARY}\r\n{about}\r\n\r\n".encode(), file.content, f"\r\n--{BOUNDARY}--\r\n".encode()))
+    return b"".join(
+        (
+            *parts,
+            f"--{BOUNDARY}\r\n{about}\r\n\r\n".encode(),
+            file.content,
+            f"\r\n--{BOUNDARY}--\r\n".encode(),
+        )
+    )
 
 
 def _boundary(content_type: str) -> bytes:
@@ -101,7 +115,10 @@ def _parts(raw: bytes, boundary: bytes) -> list[tuple[Message, bytes]]:
         raise BadRequest(f"The form has more than {MAX_PARTS} fields.", param="fields")
     _, *sections = whole.split(delimiter)
     if not sections or not sections[-1].startswith(b"--"):
-        raise BadRequest("The body is no form with the `boundary` that its Content-Type names, or breaks off.", param="content-type")
+        raise BadRequest(
+            "The body is no form with the `boundary` that its Content-Type names, or breaks off.",
+            param="content-type",
+        )
     return [_part(section) for section in sections[:-1]]
 
 
@@ -109,24 +126,37 @@ def _part(section: bytes) -> tuple[Message, bytes]:
     start, _, rest = section.partition(b"\r\n")
     head, blank, content = rest.partition(b"\r\n\r\n")
     if start.strip(b" \t") or not blank or len(head) > MAX_HEAD_BYTES:
-        raise BadRequest("A field of the form does not begin with its headers and a blank line.", param="content-type")
+        raise BadRequest(
+            "A field of the form does not begin with its headers and a blank line.", param="content-type"
+        )
     _check_parameters(head.count(b";"))
     return HeaderParser().parsestr(head.decode("utf-8", "replace")), content
 
 
 def _check_parameters(semicolons: int) -> None:
     if semicolons > MAX_PARAMETERS:
-        raise BadRequest(f"A header of the form has more than {MAX_PARAMETERS} semicolons.", param="content-type")
+        raise BadRequest(
+            f"A header of the form has more than {MAX_PARAMETERS} semicolons.", param="content-type"
+        )
 
 
 def _name(head: Message) -> str:
     name = head.get_param("name", header="content-disposition")
-    if head.get_content_disposition() != "form-data" or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
-        raise BadRequest("Every field of a form has a `name` in its Content-Disposition.", param="content-disposition")
+    if (
+        head.get_content_disposition() != "form-data"
+        or not isinstance(name, str)
+        or not 0 < len(name) <= MAX_NAME_LENGTH
+    ):
+        raise BadRequest(
+            "Every field of a form has a `name` in its Content-Disposition.", param="content-disposition"
+        )
     if not name.isprintable():
         raise BadRequest("The name of a field is not printable.", param="content-disposition")
     if ("[" in name or "]" in name) and name not in LISTS:
-        raise BadRequest(f"`{name}` is no field here. Lists are {', '.join(sorted(LISTS))}; an object is JSON in one field.", param=name)
+        raise BadRequest(
+            f"`{name}` is no field here. Lists are {', '.join(sorted(LISTS))}; an object is JSON in one field.",
+            param=name,
+        )
     if str(head.get("content-transfer-encoding", "")).strip().lower() not in PLAIN_ENCODINGS:
         raise BadRequest(f"`{name}` has a Content-Transfer-Encoding, which forms do not have.", param=name)
     return name
@@ -137,7 +167,9 @@ def _file(head: Message, content: bytes) -> FormFile:
         raise BadRequest("`file` is empty.", param=FILE)
     named = "".join(c for c in head.get_filename() or FILE if c.isprintable())[-256:]
     kind = head.get_content_type() if "content-type" in head else "application/octet-stream"
-    return FormFile(named, kind if kind.isascii() and kind.isprintable() else "application/octet-stream", content)
+    return FormFile(
+        named, kind if kind.isascii() and kind.isprintable() else "application/octet-stream", content
+    )
 
 
 def _value(name: str, content: bytes) -> Any:

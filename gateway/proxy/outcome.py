@@ -38,4 +38,9 @@ class Ending:
 
     def learn(self, said: Said) -> None:
         """Takes over what the answer says of itself."""
-        self.usage, self.finish_reason, self.model, self.provider = said.usage, said.finish_reason, said.model, said.provider
+        self.usage, self.finish_reason, self.model, self.provider = (
+            said.usage,
+            said.finish_reason,
+            said.model,
+            said.provider,
+        )

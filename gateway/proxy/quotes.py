@@ -1,4 +1,6 @@
-"""The bound of a body without sending it. The proxy's own bound of it, without sending, counting or holding anything."""
+"""The bound of a body without sending it. The proxy's own bound of it, without sending, counting or holding
+anything.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,15 @@ ESTIMATE = "An estimate of this moment: nothing is held or counted, and rate lim
 
 
 def bound_of(endpoint: Endpoint, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
-    """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest, ModelNotFound, ..."""
+    """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest,
+    ModelNotFound, ...
+    """
     try:
         raw = orjson.dumps(body, default=_as_written)
     except TypeError as error:
-        raise BadRequest(f"The request body cannot be read: {error}.", param="body", code="invalid_json") from None
+        raise BadRequest(
+            f"The request body cannot be read: {error}.", param="body", code="invalid_json"
+        ) from None
     asked = read_request(endpoint, raw, "application/json")
     return bound_request(endpoint.name, asked.fields, len(raw), models, policy)
 
@@ -50,7 +56,9 @@ def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
     }
 
 
-def answer(bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_tokens: int | None) -> dict[str, Any]:
+def answer(
+    bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_tokens: int | None
+) -> dict[str, Any]:
     """The fields of a Quote; `found` is what the database says of it."""
     granted, short = found["outcome"] == "granted", found["outcome"] in MONEY
     most = found["granted_output"] if granted else bound.max_output

@@ -1,7 +1,9 @@
-"""Idempotency-Key and cache headers; sends a stored answer. Reads what a request says of it, and sends what was kept.
+"""Idempotency-Key and cache headers; sends a stored answer. Reads what a request says of it, and sends what
+was kept.
 
-`Idempotency-Key` asks for one run, however often it is sent; the cache headers for an answer that somebody of this account has had.
-OpenRouter's own cache headers are taken for ours: its cache is the operator's account's, and would be shared by all tenants.
+`Idempotency-Key` asks for one run, however often it is sent; the cache headers for an answer that somebody of
+this account has had. OpenRouter's own cache headers are taken for ours: its cache is the operator's
+account's, and would be shared by all tenants.
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ log = structlog.get_logger("keeping")
 
 MAX_CACHE_SECONDS = 86_400
 DEFAULT_CACHE_SECONDS = 300
-CACHE, CACHE_TTL, CACHE_CLEAR = ((f"x-gateway-{name}", f"x-openrouter-{name}") for name in ("cache", "cache-ttl", "cache-clear"))
+CACHE, CACHE_TTL, CACHE_CLEAR = (
+    (f"x-gateway-{name}", f"x-openrouter-{name}") for name in ("cache", "cache-ttl", "cache-clear")
+)
 HIT, MISS = ({"x-gateway-cache": said, "x-openrouter-cache-status": said} for said in ("HIT", "MISS"))
 EVENTS = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """Where this request's answer may be found, and is to be kept. `default_cache`: where its key uses the cache by default."""
+    """Where this request's answer may be found, and is to be kept. `default_cache`: where its key uses the
+    cache by default.
+    """
 
     idempotency: Place | None = None
     cache: Place | None = None
@@ -48,27 +54,44 @@ def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
     """What the request's headers ask for. Raises BadRequest."""
     headers, environment = request.headers, request.credential.environment
     key = headers.get("idempotency-key")
-    idempotency = None if key is None else idempotency_place(runtime.mode, environment, request.endpoint.name, key, _said(request, asked))
+    idempotency = (
+        None
+        if key is None
+        else idempotency_place(runtime.mode, environment, request.endpoint.name, key, _said(request, asked))
+    )
     wanted = _switch(headers, CACHE)
     if wanted is False:
         return Keeping(idempotency)
     place = partial(_cache_place, request, asked, runtime)
     if wanted is None:
-        return Keeping(idempotency, default_cache=partial(place, clear=_switch(headers, CACHE_CLEAR) or False))
-    return Keeping(idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False))
+        return Keeping(
+            idempotency, default_cache=partial(place, clear=_switch(headers, CACHE_CLEAR) or False)
+        )
+    return Keeping(
+        idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False)
+    )
 
 
 def _said(request: Proxied, asked: Request) -> bytes:
-    """What must be the same where a request is repeated: of a form its contents, as clients part it anew each time they send it."""
+    """What must be the same where a request is repeated: of a form its contents, as clients part it anew each
+    time they send it.
+    """
     if asked.file is None:
         return request.body
     return orjson.dumps(
-        [asked.fields, asked.file.name, asked.file.content_type, hashlib.sha256(asked.file.content).hexdigest()],
+        [
+            asked.fields,
+            asked.file.name,
+            asked.file.content_type,
+            hashlib.sha256(asked.file.content).hexdigest(),
+        ],
         option=orjson.OPT_SORT_KEYS,
     )
 
 
-def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False) -> Place:
+def _cache_place(
+    request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False
+) -> Place:
     variant = hashlib.sha256(asked.file.content).hexdigest() if asked.file is not None else ""
     name, environment = request.endpoint.name, request.credential.environment
     # What decides the answer, too: the scenario of the sandbox, and features that stand in no body.
@@ -86,7 +109,9 @@ def _cache_place(request: Proxied, asked: Request, runtime: Runtime, *, ttl_seco
 
 
 def _named(headers: Mapping[str, str], names: tuple[str, str]) -> tuple[str, str] | None:
-    return next(((name, value.strip().lower()) for name in names if (value := headers.get(name)) is not None), None)
+    return next(
+        ((name, value.strip().lower()) for name in names if (value := headers.get(name)) is not None), None
+    )
 
 
 def _switch(headers: Mapping[str, str], names: tuple[str, str]) -> bool | None:
@@ -127,8 +152,12 @@ async def give_again(stored: StoredReply, client: Client, more_headers: Mapping[
     await client.send(body, more=False)
 
 
-async def keep(recording: Recording, content_type: str, generation_id: str | None, vault: Vault) -> dict[str, Any]:
-    """The answer as a settlement item carries it to be kept; empty where it is too large, or cannot be sealed."""
+async def keep(
+    recording: Recording, content_type: str, generation_id: str | None, vault: Vault
+) -> dict[str, Any]:
+    """The answer as a settlement item carries it to be kept; empty where it is too large, or cannot be
+    sealed.
+    """
     pieces = recording.pieces()
     if pieces is None:
         return {}

@@ -1,6 +1,8 @@
-"""Raises a hold when prices changed in flight. Prices have changed: the model list is read anew, the hold raised.
+"""Raises a hold when prices changed in flight. Prices have changed: the model list is read anew, the hold
+raised.
 
-Where a client's own `provider.max_price` excludes (`Bound.own_limit_excludes`) it is not asked: that is the client's to change.
+Where a client's own `provider.max_price` excludes (`Bound.own_limit_excludes`) it is not asked: that is the
+client's to change.
 """
 
 from __future__ import annotations
@@ -22,9 +24,14 @@ REFRESH_SECONDS = 5.0
 
 
 async def reprice(
-    runtime: Runtime, environment: str | None, hold: Hold, bound: Bound, bound_with: Callable[[ModelIndex], Bound]
+    runtime: Runtime,
+    environment: str | None,
+    hold: Hold,
+    bound: Bound,
+    bound_with: Callable[[ModelIndex], Bound],
 ) -> tuple[Hold, Bound] | None:
-    """The raised hold and the bound at today's prices; None where they are those that were held, or cannot be had.
+    """The raised hold and the bound at today's prices; None where they are those that were held, or cannot be
+    had.
 
     Raises InsufficientCredits or BudgetExceeded where the account does not cover them.
     """

@@ -1,4 +1,5 @@
-"""Reads a request and writes what goes upstream. Everything the client said, but for what would cross tenants or reach the operator's account.
+"""Reads a request and writes what goes upstream. Everything the client said, but for what would cross tenants
+or reach the operator's account.
 
 Fields that we do not know pass. What cannot be honoured is refused by its name, before anything is held.
 """
@@ -41,7 +42,12 @@ NO_JOBS = "The gateway keeps no answers to be fetched later: leave it out, or st
 
 
 REFUSED = {
-    "responses": {"previous_response_id": STORED, "conversation": STORED, "background": NO_JOBS, "prompt": "The gateway keeps no prompts."},
+    "responses": {
+        "previous_response_id": STORED,
+        "conversation": STORED,
+        "background": NO_JOBS,
+        "prompt": "The gateway keeps no prompts.",
+    },
     "messages": {"container": "The gateway keeps no containers."},
 }
 
@@ -57,7 +63,9 @@ JSON_FORMATS = (None, "json", "verbose_json")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it was understood: its fields, the file of a form, and the most seconds of sound in it where that is known."""
+    """A request as it was understood: its fields, the file of a form, and the most seconds of sound in it
+    where that is known.
+    """
 
     fields: dict[str, Any]
     file: FormFile | None = None
@@ -85,7 +93,9 @@ def read_request(endpoint: Endpoint, raw: bytes, content_type: str) -> Request:
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """The parsed body. Raises BadRequest; before parsing where that would take more memory and time than any honest body."""
+    """The parsed body. Raises BadRequest; before parsing where that would take more memory and time than any
+    honest body.
+    """
     if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_VALUES:
         raise BadRequest("The request body has too many parts.", code="invalid_json")
     if not raw:
@@ -93,14 +103,18 @@ def read_json(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The request body is not valid JSON ({error}). Send {OBJECT}.", code="invalid_json") from None
+        raise BadRequest(
+            f"The request body is not valid JSON ({error}). Send {OBJECT}.", code="invalid_json"
+        ) from None
     if not isinstance(body, dict):
         raise BadRequest(f"The request body must be {OBJECT}.", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
         try:
             orjson.dumps(body)  # which takes less nesting than reading does
         except orjson.JSONEncodeError as error:
-            raise BadRequest(f"The request body is nested too deeply: {error}.", code="invalid_json") from None
+            raise BadRequest(
+                f"The request body is nested too deeply: {error}.", code="invalid_json"
+            ) from None
     return body
 
 
@@ -111,13 +125,17 @@ def _refuse(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
     if not endpoint.may_stream and fields.get("stream") not in (None, False, "false"):
         raise BadRequest("This endpoint does not stream.", param="stream")
     if endpoint.takes_forms and fields.get("response_format") not in JSON_FORMATS:
-        raise BadRequest("`response_format` is `json` or `verbose_json`: the upstream writes no others.", param="response_format")
+        raise BadRequest(
+            "`response_format` is `json` or `verbose_json`: the upstream writes no others.",
+            param="response_format",
+        )
 
 
 def write_request(
     endpoint: Endpoint, request: Request, caps: Mapping[str, Any], pseudonym: Callable[[str], str]
 ) -> tuple[bytes, Mapping[str, str]]:
-    """Body and headers for the upstream: capped to what was granted, and with nothing in it that crosses tenants.
+    """Body and headers for the upstream: capped to what was granted, and with nothing in it that crosses
+    tenants.
 
     `pseudonym` makes a name that is the tenant's own out of one of the client's.
     """
@@ -135,7 +153,9 @@ def write_request(
 
 
 def end_user_of(endpoint: Endpoint, fields: Mapping[str, Any], header: str | None) -> str | None:
-    """The customer of our user that a request is for: `x-end-user`, else what each API names them by. Raises BadRequest."""
+    """The customer of our user that a request is for: `x-end-user`, else what each API names them by. Raises
+    BadRequest.
+    """
     if header is not None:
         return _end_user(_header_text(header), "x-end-user")
     about = fields.get("metadata") if endpoint.name == "messages" else fields
@@ -148,19 +168,26 @@ def end_user_of(endpoint: Endpoint, fields: Mapping[str, Any], header: str | Non
 
 def _end_user(name: str, param: str) -> str:
     if not (1 <= len(name) <= MAX_END_USER_LENGTH and name.isprintable()):
-        raise BadRequest(f"`{param}`: an end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.", param=param)
+        raise BadRequest(
+            f"`{param}`: an end user is named by 1 to {MAX_END_USER_LENGTH} printable characters.",
+            param=param,
+        )
     return name
 
 
 def _header_text(value: str) -> str:
-    """A header as its sender meant it: HTTP knows no characters beyond Latin-1, and most who need them send UTF-8."""
+    """A header as its sender meant it: HTTP knows no characters beyond Latin-1, and most who need them send
+    UTF-8.
+    """
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:
         return value
 
 
-def _identity(endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable[[str], str]) -> dict[str, Any]:
+def _identity(
+    endpoint: Endpoint, fields: Mapping[str, Any], pseudonym: Callable[[str], str]
+) -> dict[str, Any]:
     """Who asks, where each API wants to be told: never the client's own words for it."""
     if endpoint.name == "messages":
         given = fields.get("metadata")

@@ -1,4 +1,6 @@
-"""Sends headers and body to the client, with keep-alives. Its head once, its body as it comes, and a sign of life while a stream is silent."""
+"""Sends headers and body to the client, with keep-alives. Its head once, its body as it comes, and a sign of
+life while a stream is silent.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class Delivery:
         self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._tick)
 
     def _tick(self) -> None:
-        """A comment after so many seconds of silence, so that nothing between us and the client takes the stream for dead."""
+        """A comment after so many seconds of silence, so that nothing between us and the client takes the
+        stream for dead.
+        """
         if self.client.gone:
             return
         if time.monotonic() - self._silent_since >= self.keep_alive_seconds:

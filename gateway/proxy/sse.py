@@ -24,7 +24,9 @@ def first_end(chunk: bytes) -> int:
 
 
 def event_end(buffer: bytearray, start: int, has_returns: bool) -> int:
-    """Where the first event after `start` ends, with its blank line; 0 while it is incomplete. Lines end with LF, CRLF or CR."""
+    """Where the first event after `start` ends, with its blank line; 0 while it is incomplete. Lines end with
+    LF, CRLF or CR.
+    """
     start = max(0, start)
     if has_returns:
         found = BLANK_LINE.search(buffer, start)
@@ -54,7 +56,9 @@ def is_done(event: bytes) -> bool:
 
 
 def data_of(event: bytes) -> Any:
-    """The parsed data, or None where it is no JSON (some middlemen send comments as data). Exact where money may be in it."""
+    """The parsed data, or None where it is no JSON (some middlemen send comments as data). Exact where money
+    may be in it.
+    """
     payload = payload_of(event)
     if b'"usage"' not in payload:
         try:
@@ -68,7 +72,9 @@ def data_of(event: bytes) -> Any:
 
 
 def next_number(latest: bytes) -> int:
-    """The `sequence_number` after the last one in a piece of a stream, 0 without one. Some clients drop an event that has none."""
+    """The `sequence_number` after the last one in a piece of a stream, 0 without one. Some clients drop an
+    event that has none.
+    """
     numbers = SEQUENCE_NUMBER.findall(latest)
     return int(numbers[-1]) + 1 if numbers else 0
 
@@ -84,4 +90,6 @@ def with_field(json_object: bytes, name: str, value: bytes) -> bytes:
 def with_charge(event: bytes, gateway_usage: bytes) -> bytes:
     """The event with `gateway_usage` in its data."""
     # Line breaks in JSON stand between tokens, where a space does as well.
-    return with_payload(event, with_field(payload_of(event).replace(b"\n", b" "), "gateway_usage", gateway_usage))
+    return with_payload(
+        event, with_field(payload_of(event).replace(b"\n", b" "), "gateway_usage", gateway_usage)
+    )

@@ -1,8 +1,9 @@
-"""Stream: events pass unchanged; the one with the bill waits. Split, watched, and held back where money is due.
+"""Stream: events pass unchanged; the one with the bill waits. Split, watched, and held back where money is
+due.
 
-Events go on as they came, comments and keep-alives included. The event that carries the bill waits: another data event releases it
-unchanged, the end hands it to whoever settles. Errors lose what must not be shown. What says which is its dialect. It knows nothing of
-accounts or databases.
+Events go on as they came, comments and keep-alives included. The event that carries the bill waits: another
+data event releases it unchanged, the end hands it to whoever settles. Errors lose what must not be shown.
+What says which is its dialect. It knows nothing of accounts or databases.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from dataclasses import dataclass, field
 from common.errors import GatewayError
 from gateway.proxy.dialects.base import Place, Said, Sanitise
 from gateway.proxy.dialects.chat import CHAT, Dialect
-from gateway.proxy.sse import BOM, DONE, NUMBERED, data_of, event_end, first_end, has_data, is_done, payload_of, with_payload
+from gateway.proxy.sse import (
+    BOM,
+    DONE,
+    NUMBERED,
+    data_of,
+    event_end,
+    first_end,
+    has_data,
+    is_done,
+    payload_of,
+    with_payload,
+)
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024
 SHORTCUTS = 4
@@ -26,7 +38,9 @@ class EventTooLarge(Exception):
 
 @dataclass(slots=True)
 class Stream(Said):
-    """One stream on its way through. `sanitise` turns an upstream's `error` object into one that clients may see."""
+    """One stream on its way through. `sanitise` turns an upstream's `error` object into one that clients may
+    see.
+    """
 
     sanitise: Sanitise
     dialect: Dialect = CHAT
@@ -53,7 +67,9 @@ class Stream(Said):
         passed: list[bytes] = []
         if NUMBERED in chunk:
             self.latest = chunk
-        if 0 < len(self._rest) < SHORT and not self._has_returns:  # the beginning of an event goes before the rest of it
+        if (
+            0 < len(self._rest) < SHORT and not self._has_returns
+        ):  # the beginning of an event goes before the rest of it
             chunk, self._scanned = bytes(self._rest) + chunk, 0
             self._rest.clear()
         for _ in range(SHORTCUTS):
@@ -81,14 +97,18 @@ class Stream(Said):
         return passed
 
     def end(self) -> bytes:
-        """What goes on when the upstream has ended: a last event that lacked its blank line is completed, half a one is not data."""
+        """What goes on when the upstream has ended: a last event that lacked its blank line is completed,
+        half a one is not data.
+        """
         rest, self._rest = bytes(self._rest).strip(b"\r\n"), bytearray()
         if not has_data(rest) or not (is_done(rest) or data_of(rest) is not None):
             return b""
         return b"".join(self._pass(rest + b"\n\n"))
 
     def tail(self, gateway_usage: bytes, failure: GatewayError | None, request_id: str) -> bytes:
-        """The last bytes, once it is settled: what was held, with `gateway_usage`, and our error where there is one."""
+        """The last bytes, once it is settled: what was held, with `gateway_usage`, and our error where there
+        is one.
+        """
         last = self.last + (DONE if self.done else b"")
         return self.dialect.tail(self, self.held, last, gateway_usage, failure, request_id)
 

@@ -8,7 +8,9 @@ from gateway.runtime.service import Service
 JSON = "-H 'Content-Type: application/json'"
 KEY_ONLY = """sed -E 's/.*"api_key":"([^"]*)".*/\\1/'"""
 NEW_USER = """'{{"username": "me-'$(date +%s)'", "email": "me-'$(date +%s)'@example.com"}}'"""
-REGISTER = "API_KEY=$(curl -s {url}/auth/register {admin}{json} -d " + NEW_USER + ' | {key_only}); echo "$API_KEY"'
+REGISTER = (
+    "API_KEY=$(curl -s {url}/auth/register {admin}{json} -d " + NEW_USER + ' | {key_only}); echo "$API_KEY"'
+)
 COMPLETE = (
     """curl -s {url}/v1/chat/completions -H "Authorization: Bearer $API_KEY" {json} """
     """-d '{{"model": "openai/gpt-4o-mini", "messages": [{{"role": "user", "content": "Say hello."}}]}}'"""
@@ -29,12 +31,22 @@ def welcome(service: Service) -> str:
     runtime = service.runtime
     if runtime is None:
         reason = service.problem.message if service.problem else "unknown"
-        return "\n".join(["", "The gateway is up, but cannot serve:", *(f"  {line}" for line in reason.splitlines()), ""])
+        return "\n".join(
+            ["", "The gateway is up, but cannot serve:", *(f"  {line}" for line in reason.splitlines()), ""]
+        )
     mode = f"  mode         {MODES[runtime.mode]}{WENT_LIVE if runtime.goes_live else ''}"
     url = service.url
     if url is None:
         return "\n".join(["", "AI Gateway", mode, *_admin_key(runtime), ""])
-    about = ["", "AI Gateway", f"  base URL     {url}/v1", mode, f"  API docs     {url}/docs", *_admin_key(runtime), ""]
+    about = [
+        "",
+        "AI Gateway",
+        f"  base URL     {url}/v1",
+        mode,
+        f"  API docs     {url}/docs",
+        *_admin_key(runtime),
+        "",
+    ]
     return "\n".join(about + _lines_to_paste(runtime, url))
 
 

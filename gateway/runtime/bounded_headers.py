@@ -1,4 +1,6 @@
-"""Uvicorn's parser with a limit on request headers. uvicorn's faster parser asks nobody, and keeps a header of any length in memory."""
+"""Uvicorn's parser with a limit on request headers. uvicorn's faster parser asks nobody, and keeps a header
+of any length in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Runtime: the clients, queues and caches of one running instance. Clients, queues and caches, opened in order and closed in reverse.
+"""Runtime: the clients, queues and caches of one running instance. Clients, queues and caches, opened in
+order and closed in reverse.
 
-`Service` is what the app holds: it opens a `Runtime` as soon as the configuration and the database allow, and says in one sentence why
-not until then.
+`Service` is what the app holds: it opens a `Runtime` as soon as the configuration and the database allow, and
+says in one sentence why not until then.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class Runtime:
             journal=_journal(settings),
         )
         self.deliveries = Deliveries(
-            lambda only: db.claim_deliveries(client, limit=BATCH, lease_seconds=LEASE_SECONDS, delivery_id=only),
+            lambda only: db.claim_deliveries(
+                client, limit=BATCH, lease_seconds=LEASE_SECONDS, delivery_id=only
+            ),
             lambda order: db.finish_delivery(client, order),
             decrypt=self.vault.decrypt,
         )
@@ -107,7 +110,9 @@ class Runtime:
         kind = self._kind(self.mode, environment)
         if kind not in self._catalogs:
             upstream = self._open(kind)
-            self._catalogs[kind] = Catalog(upstream.fetch_models, ttl_seconds=self.settings.model_cache_ttl_seconds)
+            self._catalogs[kind] = Catalog(
+                upstream.fetch_models, ttl_seconds=self.settings.model_cache_ttl_seconds
+            )
         return self._catalogs[kind]
 
     def endpoint_lists(self, environment: str | None) -> EndpointLists:
@@ -120,7 +125,9 @@ class Runtime:
 
     def _open(self, kind: str) -> Upstream:
         if kind not in self._upstreams:
-            self._upstreams[kind] = open_live(self.settings) if kind == "live" else open_sandbox(for_test_keys=kind == "test")
+            self._upstreams[kind] = (
+                open_live(self.settings) if kind == "live" else open_sandbox(for_test_keys=kind == "test")
+            )
         return self._upstreams[kind]
 
     def _upstream_for(self, mode: str, environment: str) -> Upstream | None:
@@ -134,16 +141,22 @@ class Runtime:
         return await self.admission.verify(credential, request_id=request_id, verb=verb, resource=resource)
 
     async def note_wrong_secret(self, attempt: dict[str, Any]) -> dict[str, Any]:
-        """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too many."""
+        """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too
+        many.
+        """
         return await db_security.note_wrong_secret(self.client, attempt)
 
     async def check(self) -> None:
-        """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance took the database live."""
+        """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance
+        took the database live.
+        """
         if await db.get_mode(self.client) != self.mode:
             raise refusal_error({"outcome": "wrong_mode"}, "")
 
     async def count_users(self) -> int:
-        """How many accounts there are, at most ten seconds ago: a health check must not count a large table each time."""
+        """How many accounts there are, at most ten seconds ago: a health check must not count a large table
+        each time.
+        """
         async with self._counting:
             if time.monotonic() - self._counted_at >= COUNT_SECONDS:
                 self._user_count = await db.count_users(self.client)
@@ -163,15 +176,21 @@ class Runtime:
 
     def note_generation(self, request_id: str, generation_id: str) -> None:
         """Stores the generation id of a request that is still running."""
-        self.settlements.spawn(self._note({"request_id": request_id, "generation_id": generation_id}), f"note for {request_id}")
+        self.settlements.spawn(
+            self._note({"request_id": request_id, "generation_id": generation_id}), f"note for {request_id}"
+        )
 
     async def keep_generation(self, request_id: str, generation_id: str) -> None:
-        """The same, done when it returns or given up after two seconds: on a serverless platform nothing may run after the answer."""
+        """The same, done when it returns or given up after two seconds: on a serverless platform nothing may
+        run after the answer.
+        """
         try:
             async with asyncio.timeout(KEEP_SECONDS):
                 await self._note({"request_id": request_id, "generation_id": generation_id})
         except TimeoutError:
-            log.warning("generation_not_noted", request_id=request_id, reason="the database did not answer in time")
+            log.warning(
+                "generation_not_noted", request_id=request_id, reason="the database did not answer in time"
+            )
 
     async def _note(self, item: dict[str, Any]) -> None:
         try:
@@ -185,8 +204,12 @@ class Runtime:
         return _journal_folder(self.settings)
 
     async def sweep(self) -> dict[str, int]:
-        """Finishes what crashed instances left behind, sends what webhooks are waiting for, and forgets answers whose time is over."""
-        found = await self.settlements.sweep(lambda limit, skip: db.list_expired_holds(self.client, limit, skip))
+        """Finishes what crashed instances left behind, sends what webhooks are waiting for, and forgets
+        answers whose time is over.
+        """
+        found = await self.settlements.sweep(
+            lambda limit, skip: db.list_expired_holds(self.client, limit, skip)
+        )
         await self.deliveries.deliver_due()
         for _ in range(SWEEP_ROUNDS):
             if not await db.delete_expired_answers(self.client):

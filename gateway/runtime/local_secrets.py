@@ -23,7 +23,9 @@ class Secrets:
 
 
 def keep_secrets(data_dir: Path) -> Secrets:
-    """The secrets of this data folder; of several processes that start at once, one makes them. Raises OSError."""
+    """The secrets of this data folder; of several processes that start at once, one makes them. Raises
+    OSError.
+    """
     path = data_dir / FILE
     is_new = not path.exists() and _create(path)
     found = json.loads(path.read_text())
@@ -36,7 +38,12 @@ def _create(path: Path) -> bool:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(
-            {"key_hash_secret": _secret(), "encryption_key": _secret(), "admin_api_key": "gw_admin_" + secrets.token_urlsafe(32)}, file
+            {
+                "key_hash_secret": _secret(),
+                "encryption_key": _secret(),
+                "admin_api_key": "gw_admin_" + secrets.token_urlsafe(32),
+            },
+            file,
         )
         file.flush()
         os.fsync(file.fileno())

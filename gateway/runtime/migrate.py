@@ -1,4 +1,6 @@
-"""`python -m gateway.runtime.migrate`. Applies the migrations that it lacks: to DATABASE_URL, or to the embedded database."""
+"""`python -m gateway.runtime.migrate`. Applies the migrations that it lacks: to DATABASE_URL, or to the
+embedded database.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Uvicorn on 127.0.0.1, for `make run`. On 127.0.0.1 and PORT, or one sentence why not.
 
-Under somebody else's server a wrong setting becomes an answer; here it ends the process, since nobody but its starter can put it right.
+Under somebody else's server a wrong setting becomes an answer; here it ends the process, since nobody but its
+starter can put it right.
 """
 
 from __future__ import annotations
@@ -21,30 +22,44 @@ HOST = "127.0.0.1"
 
 
 def serve(app: FastAPI, service: Service) -> None:
-    """Serves until it is interrupted. Ends the process with a sentence where a setting is wrong or the port cannot be had."""
+    """Serves until it is interrupted. Ends the process with a sentence where a setting is wrong or the port
+    cannot be had.
+    """
     if service.configuration.problems:
         sys.exit("\n".join(service.configuration.problems))
     listener = _listen(service.settings.port)
     service.url = f"http://{HOST}:{listener.getsockname()[1]}"
-    from gateway.runtime.bounded_headers import BoundedHeads  # where it is served by somebody else, its parser may not be there
+    from gateway.runtime.bounded_headers import (
+        BoundedHeads,
+    )  # where it is served by somebody else, its parser may not be there
 
-    config = uvicorn.Config(app, http=BoundedHeads, proxy_headers=False, access_log=False, log_level="warning")
+    config = uvicorn.Config(
+        app, http=BoundedHeads, proxy_headers=False, access_log=False, log_level="warning"
+    )
     # After an orderly end uvicorn raises the signal once more.
     with suppress(KeyboardInterrupt):
         _Server(config).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says what an interrupt waits for. A second one ends it at once, and without a traceback for everything that it drops."""
+    """Says what an interrupt waits for. A second one ends it at once, and without a traceback for everything
+    that it drops.
+    """
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         running = len(self.server_state.tasks)
         if self.should_exit and sig == signal.SIGINT:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-            print("Stopped. What was running is charged when it is known what it cost, by the sweep.", file=sys.stderr, flush=True)
+            print(
+                "Stopped. What was running is charged when it is known what it cost, by the sweep.",
+                file=sys.stderr,
+                flush=True,
+            )
         elif running:
             print(
-                f"Waiting for {running} that {'is' if running == 1 else 'are'} running. Ctrl-C stops at once.", file=sys.stderr, flush=True
+                f"Waiting for {running} that {'is' if running == 1 else 'are'} running. Ctrl-C stops at once.",
+                file=sys.stderr,
+                flush=True,
             )
         super().handle_exit(sig, frame)
 
@@ -56,6 +71,8 @@ def _listen(port: int) -> socket.socket:
     try:
         listener.bind((HOST, port))
     except OSError as error:
-        sys.exit(f"Port {port} of {HOST} cannot be used ({error.strerror}). Choose another one: PORT={port + 1} make run")
+        sys.exit(
+            f"Port {port} of {HOST} cannot be used ({error.strerror}). Choose another one: PORT={port + 1} make run"
+        )
     listener.listen(2048)
     return listener

@@ -49,7 +49,9 @@ class Service:
             self._tried_at = time.monotonic()
 
     async def ready(self) -> Runtime:
-        """The runtime. Raises Misconfigured or DatabaseUnavailable while there is none; tries once a second at most to open it."""
+        """The runtime. Raises Misconfigured or DatabaseUnavailable while there is none; tries once a second
+        at most to open it.
+        """
         if self.runtime is not None:
             return self.runtime
         async with self._starting:
@@ -88,9 +90,13 @@ class Service:
         try:
             return keep_secrets(self.settings.gateway_data_dir)
         except (ValueError, KeyError) as error:
-            raise Misconfigured(f"secrets.json in {self.settings.gateway_data_dir} is damaged: restore it from a backup.") from error
+            raise Misconfigured(
+                f"secrets.json in {self.settings.gateway_data_dir} is damaged: restore it from a backup."
+            ) from error
         except OSError as error:
-            raise Misconfigured(f"The data folder {self.settings.gateway_data_dir} cannot be used: {error.strerror}.") from error
+            raise Misconfigured(
+                f"The data folder {self.settings.gateway_data_dir} cannot be used: {error.strerror}."
+            ) from error
 
     async def _sweep_for_ever(self, runtime: Runtime) -> None:
         while True:

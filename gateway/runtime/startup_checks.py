@@ -15,15 +15,21 @@ log = structlog.get_logger("runtime")
 
 
 async def check_database(runtime: Runtime) -> None:
-    """Refuses a database that is older than the code, of another mode, or with keys that our secrets cannot recognise."""
+    """Refuses a database that is older than the code, of another mode, or with keys that our secrets cannot
+    recognise.
+    """
     settings = runtime.settings
     version = await db.get_schema_version(runtime.client)
     if version < SCHEMA_VERSION:
         command = "supabase db push" if settings.database == "hosted" else "make migrate"
-        raise Misconfigured(f"The database's schema is at version {version}, this code needs {SCHEMA_VERSION}. Run: {command}")
+        raise Misconfigured(
+            f"The database's schema is at version {version}, this code needs {SCHEMA_VERSION}. Run: {command}"
+        )
     missing = await db_security.list_key_secrets_in_use(runtime.client) - set(runtime.keyring.ids)
     if missing:
-        raise Misconfigured("KEY_HASH_SECRETS lacks a secret that stored API keys still need: put the old one back, after the new one.")
+        raise Misconfigured(
+            "KEY_HASH_SECRETS lacks a secret that stored API keys still need: put the old one back, after the new one."
+        )
     runtime.goes_live = runtime.mode == "live" and await db.get_mode(runtime.client) != "live"
     if runtime.goes_live:
         await _check_upstream_key(runtime)
@@ -43,11 +49,15 @@ async def _check_upstream_key(runtime: Runtime) -> None:
     except UpstreamUnavailable:
         return
     if account is None:
-        raise Misconfigured("OpenRouter refuses OPENROUTER_API_KEY. The database stays in sandbox mode until it takes the key.")
+        raise Misconfigured(
+            "OpenRouter refuses OPENROUTER_API_KEY. The database stays in sandbox mode until it takes the key."
+        )
 
 
 def for_operator(problem: GatewayError, settings: Settings) -> GatewayError:
-    """What a database that does not answer at the start means to whoever set it up; the reason may hold names and goes to the log."""
+    """What a database that does not answer at the start means to whoever set it up; the reason may hold names
+    and goes to the log.
+    """
     if not isinstance(problem, DatabaseUnavailable):
         return problem
     cause = problem.__cause__
@@ -57,4 +67,6 @@ def for_operator(problem: GatewayError, settings: Settings) -> GatewayError:
         "url": "Check DATABASE_URL; a database that is new needs: make migrate.",
         "embedded": "The log in GATEWAY_DATA_DIR may say why.",
     }
-    return DatabaseUnavailable(f"The gateway's database cannot be used yet. {advice[settings.database]} The gateway's log has the reason.")
+    return DatabaseUnavailable(
+        f"The gateway's database cannot be used yet. {advice[settings.database]} The gateway's log has the reason."
+    )

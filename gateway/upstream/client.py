@@ -1,7 +1,7 @@
 """Upstream: OpenRouter or the sandbox; sends once, looks up models, generations and accounts.
 
-The only importer of `openai`. Requests go out through the SDK's client as bytes, once: no retries, no redirects. Answers come back as
-bytes. Errors are mapped to GatewayErrors without the operator's secrets.
+The only importer of `openai`. Requests go out through the SDK's client as bytes, once: no retries, no
+redirects. Answers come back as bytes. Errors are mapped to GatewayErrors without the operator's secrets.
 """
 
 from __future__ import annotations
@@ -49,10 +49,14 @@ class Upstream:
         self._client = client
         self.suffixes = suffixes
 
-    async def send(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> Answer:
-        """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no answer at all.
+    async def send(
+        self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
+    ) -> Answer:
+        """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no
+        answer at all.
 
-        An answer with an error status is an answer. `api_key`: the user's own account, instead of the operator's.
+        An answer with an error status is an answer. `api_key`: the user's own account, instead of the
+        operator's.
         """
         sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
@@ -65,10 +69,14 @@ class Upstream:
         """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
         return await self._get("/models", {"output_modalities": "all"})
 
-    async def find_generation(self, generation_id: str, *, api_key: str | None = None) -> Mapping[str, Any] | None:
-        """What the upstream says of a generation, None while it knows nothing (yet). Raises UpstreamUnavailable.
+    async def find_generation(
+        self, generation_id: str, *, api_key: str | None = None
+    ) -> Mapping[str, Any] | None:
+        """What the upstream says of a generation, None while it knows nothing (yet). Raises
+        UpstreamUnavailable.
 
-        `api_key`: the account that it was made under, where that is not the operator's; one that is refused by now knows nothing.
+        `api_key`: the account that it was made under, where that is not the operator's; one that is refused
+        by now knows nothing.
         """
         try:
             raw = await self._get("/generation", {"id": generation_id}, api_key)
@@ -79,7 +87,9 @@ class Upstream:
         return _data_of(raw)
 
     async def find_endpoints(self, model_id: str) -> bytes | None:
-        """The body of GET /models/{id}/endpoints, None for a model that the upstream does not know. Raises UpstreamUnavailable."""
+        """The body of GET /models/{id}/endpoints, None for a model that the upstream does not know. Raises
+        UpstreamUnavailable.
+        """
         try:
             return await self._get(f"/models/{quote(model_id, safe='/:')}/endpoints", {})
         except UpstreamRefused as refusal:
@@ -88,7 +98,9 @@ class Upstream:
             raise UpstreamUnavailable() from refusal
 
     async def read_account(self, *, api_key: str | None = None) -> Mapping[str, Any] | None:
-        """The `data` of GET /key, of the operator's key or of `api_key`; None for a key that is refused. Raises UpstreamUnavailable."""
+        """The `data` of GET /key, of the operator's key or of `api_key`; None for a key that is refused.
+        Raises UpstreamUnavailable.
+        """
         try:
             raw = await self._get("/key", {}, api_key)
         except UpstreamRefused as refusal:
@@ -101,14 +113,25 @@ class Upstream:
         return data
 
     async def _get(self, path: str, query: Mapping[str, str], api_key: str | None = None) -> bytes:
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {api_key}"} if api_key is not None else {})}
+        headers = {
+            "Accept-Encoding": "identity",
+            **({"Authorization": f"Bearer {api_key}"} if api_key is not None else {}),
+        }
         options: Any = {"params": dict(query), "timeout": httpx2.Timeout(LOOKUP_SECONDS), "headers": headers}
         response: Any
         try:
-            response = await self._client.get(path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=AsyncStream[Any])
+            response = await self._client.get(
+                path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=AsyncStream[Any]
+            )
         except APIStatusError as error:
             raise UpstreamRefused(status=error.status_code) from error
-        except (APIConnectionError, httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
+        except (
+            APIConnectionError,
+            httpx2.HTTPError,
+            httpx2.StreamError,
+            aiohttp.ClientError,
+            OSError,
+        ) as error:
             raise UpstreamUnavailable() from error
         answer = Answer(response.status_code, response.headers, response)
         try:
@@ -133,10 +156,15 @@ def _data_of(raw: bytes) -> Mapping[str, Any] | None:
 
 
 def _no_answer(error: Exception) -> UpstreamError:
-    """Raised before an answer began; whether the request arrived is unknown unless the connection itself could not be made."""
-    # The aiohttp transport calls both a refused and a broken connection ConnectTimeout; what it was is the cause of that.
+    """Raised before an answer began; whether the request arrived is unknown unless the connection itself
+    could not be made.
+    """
+    # The aiohttp transport calls both a refused and a broken connection ConnectTimeout; what it was is the
+    # cause of that.
     root = error.__cause__
-    if isinstance(error, httpx2.ConnectError) or isinstance(root, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+    if isinstance(error, httpx2.ConnectError) or isinstance(
+        root, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
+    ):
         return Unreachable()
     if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
         return UpstreamTimeout()
@@ -147,7 +175,9 @@ def open_live(settings: Settings) -> Upstream:
     """OpenRouter under the operator's key. Needs OPENROUTER_API_KEY."""
     key = settings.openrouter_api_key.get_secret_value() if settings.openrouter_api_key else ""
     timeout = httpx2.Timeout(settings.upstream_timeout_seconds, connect=CONNECT_SECONDS)
-    http = DefaultAioHttpClient(follow_redirects=False, timeout=timeout, event_hooks={"response": [bound_error]})
+    http = DefaultAioHttpClient(
+        follow_redirects=False, timeout=timeout, event_hooks={"response": [bound_error]}
+    )
     named = {"HTTP-Referer": settings.openrouter_site_url, "X-Title": settings.openrouter_site_name}
     return Upstream(
         OpenRouterClient(
@@ -165,7 +195,17 @@ def open_sandbox(*, for_test_keys: bool) -> Upstream:
     """The built-in simulator, in process; for test keys with bounded answers."""
     from sandbox import SCENARIOS, SandboxTransport, create_app  # most live instances never need it
 
-    app = create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS) if for_test_keys else create_app()
+    app = (
+        create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS)
+        if for_test_keys
+        else create_app()
+    )
     http = httpx2.AsyncClient(transport=SandboxTransport(app), follow_redirects=False)
-    client = OpenRouterClient(api_key="sandbox", base_url="http://sandbox.invalid/api/v1", max_retries=0, timeout=300, http_client=http)
+    client = OpenRouterClient(
+        api_key="sandbox",
+        base_url="http://sandbox.invalid/api/v1",
+        max_retries=0,
+        timeout=300,
+        http_client=http,
+    )
     return Upstream(client, suffixes=frozenset(SCENARIOS))

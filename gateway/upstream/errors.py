@@ -1,4 +1,6 @@
-"""Upstream failures as GatewayErrors, without the operator's secrets. Statuses and error objects become GatewayErrors without the operator's secrets."""
+"""Upstream failures as GatewayErrors, without the operator's secrets. Statuses and error objects become
+GatewayErrors without the operator's secrets.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,30 @@ def sanitised(text: object) -> str:
 
 
 def sanitised_error(error: Mapping[str, Any]) -> dict[str, Any]:
-    """An `error` object of a stream or body, as clients may see it: message, type, param, code, and the upstream's error_type."""
+    """An `error` object of a stream or body, as clients may see it: message, type, param, code, and the
+    upstream's error_type.
+    """
     metadata = error.get("metadata")
     kind = metadata.get("error_type") if isinstance(metadata, dict) else error.get("error_type")
     code = error.get("code")
-    if _is_of_account(error_status({"error": error}), error) or kind in ("authentication", "payment_required"):
-        return {"message": Unavailable.__doc__, "type": "api_error", "param": None, "code": "upstream_unavailable"}
+    if _is_of_account(error_status({"error": error}), error) or kind in (
+        "authentication",
+        "payment_required",
+    ):
+        return {
+            "message": Unavailable.__doc__,
+            "type": "api_error",
+            "param": None,
+            "code": "upstream_unavailable",
+        }
     return {
         "message": sanitised(error.get("message")),
         "type": "rate_limit_error" if code == 429 else "api_error",
         "param": None,
         "code": code if _is_code(code) else "upstream_error",
-        **({"metadata": {"error_type": kind}} if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else {}),
+        **(
+            {"metadata": {"error_type": kind}} if isinstance(kind, str) and ERROR_CODE.fullmatch(kind) else {}
+        ),
     }
 
 
@@ -56,11 +70,17 @@ def _is_of_account(status: int | None, error: Mapping[str, Any]) -> bool:
 
 
 def _is_code(code: object) -> bool:
-    return ERROR_CODE.fullmatch(code) is not None if isinstance(code, str) else type(code) is int and 100 <= code <= 999
+    return (
+        ERROR_CODE.fullmatch(code) is not None
+        if isinstance(code, str)
+        else type(code) is int and 100 <= code <= 999
+    )
 
 
 def error_status(body: object) -> int | None:
-    """The status inside an error body (`code`, or `http_status`, as a number or a text of one), None where there is none."""
+    """The status inside an error body (`code`, or `http_status`, as a number or a text of one), None where
+    there is none.
+    """
     error = body.get("error") if isinstance(body, dict) else None
     for value in (error.get("code"), error.get("http_status")) if isinstance(error, dict) else ():
         if isinstance(value, str) and value.isascii() and value.isdigit():
@@ -71,12 +91,19 @@ def error_status(body: object) -> int | None:
 
 
 def error_of(
-    status: int, headers: Mapping[str, str], raw: bytes, *, invented: bool = False, own_limit: bool = False, own_key: bool = False
+    status: int,
+    headers: Mapping[str, str],
+    raw: bytes,
+    *,
+    invented: bool = False,
+    own_limit: bool = False,
+    own_key: bool = False,
 ) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms nobody.
+    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms
+    nobody.
 
-    `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price is no news of prices.
-    `own_key`: it went out under the user's own key, whose troubles are the user's.
+    `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price
+    is no news of prices. `own_key`: it went out under the user's own key, whose troubles are the user's.
     """
     try:
         body = orjson.loads(raw)
@@ -87,10 +114,19 @@ def error_of(
     message = sanitised(error.get("message"))
     if _is_of_account(status, error):
         if own_key:
-            return ProviderKeyRefused(f"OpenRouter refuses the key that you have stored ({status}): {message}")
+            return ProviderKeyRefused(
+                f"OpenRouter refuses the key that you have stored ({status}): {message}"
+            )
         if not invented:
-            log.error("upstream_refuses_operator", status=status, reason=message, action="check the OpenRouter account's key and credits")
-        return UpstreamUnavailable("The gateway's account at the model provider cannot serve requests now. The operator has been told.")
+            log.error(
+                "upstream_refuses_operator",
+                status=status,
+                reason=message,
+                action="check the OpenRouter account's key and credits",
+            )
+        return UpstreamUnavailable(
+            "The gateway's account at the model provider cannot serve requests now. The operator has been told."
+        )
     if not 400 <= status < 600:
         return UpstreamError(f"The model provider answered with the unexpected status {status}.")
     if status in TIMEOUT_STATUSES:
@@ -102,9 +138,16 @@ def error_of(
         return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
     if _is_price_change(status, error) and not own_limit:
         # By then the model list may be read anew for a changed price (repricing.REFRESH_SECONDS).
-        return UpstreamUnavailable("The provider's prices have just changed. Try again.", code="price_changed", retry_after=5)
+        return UpstreamUnavailable(
+            "The provider's prices have just changed. Try again.", code="price_changed", retry_after=5
+        )
     fallback = "rate_limit_exceeded" if status == 429 else "upstream_refused"
-    return UpstreamRefused(message, status=status, code=_code(error, fallback), retry_after=retry or (1 if status == 429 else None))
+    return UpstreamRefused(
+        message,
+        status=status,
+        code=_code(error, fallback),
+        retry_after=retry or (1 if status == 429 else None),
+    )
 
 
 def is_price_change(error: GatewayError) -> bool:
@@ -113,9 +156,9 @@ def is_price_change(error: GatewayError) -> bool:
 
 
 def _is_price_change(status: int, error: Mapping[str, Any]) -> bool:
-    availability = error.get("availability") or (error.get("metadata") or {} if isinstance(error.get("metadata"), dict) else {}).get(
-        "availability"
-    )
+    availability = error.get("availability") or (
+        error.get("metadata") or {} if isinstance(error.get("metadata"), dict) else {}
+    ).get("availability")
     excluded = availability.get("excluded_by") if isinstance(availability, dict) else None
     return status == 404 and isinstance(excluded, list) and "max_price" in excluded
 

@@ -1,6 +1,8 @@
-"""Cached lists of a model's provider endpoints. The upstream's lists, kept in memory for a while and fetched by one at a time.
+"""Cached lists of a model's provider endpoints. The upstream's lists, kept in memory for a while and fetched
+by one at a time.
 
-Only ever asked for models of the catalog: strangers must not choose what we fetch. It holds a bounded number of lists.
+Only ever asked for models of the catalog: strangers must not choose what we fetch. It holds a bounded number
+of lists.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ UNREADABLE = "The list of this model's endpoints cannot be had from the upstream
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A list as the upstream wrote it; None where it knows no such model, or where it did not answer (`failed`)."""
+    """A list as the upstream wrote it; None where it knows no such model, or where it did not answer
+    (`failed`).
+    """
 
     found: bytes | None
     until: float
@@ -32,7 +36,9 @@ class _Kept:
 
 
 class EndpointLists:
-    """`fetch` returns the body of GET /models/{id}/endpoints. A failure is remembered for RETRY_SECONDS, a list for `ttl_seconds`."""
+    """`fetch` returns the body of GET /models/{id}/endpoints. A failure is remembered for RETRY_SECONDS, a
+    list for `ttl_seconds`.
+    """
 
     def __init__(
         self,
@@ -62,7 +68,9 @@ class EndpointLists:
             return kept.found
         task = self._fetching.get(model_id)
         if task is None:
-            task = self._fetching[model_id] = asyncio.create_task(self._load(model_id), name=f"endpoints of {model_id}")
+            task = self._fetching[model_id] = asyncio.create_task(
+                self._load(model_id), name=f"endpoints of {model_id}"
+            )
             task.add_done_callback(lambda done: self._keep(model_id, done))
         return await asyncio.shield(task)
 
@@ -92,7 +100,9 @@ class EndpointLists:
         if task.cancelled():
             return
         error = task.exception()
-        if error is not None and not isinstance(error, GatewayError):  # a fault of ours, which its waiters see
+        if error is not None and not isinstance(
+            error, GatewayError
+        ):  # a fault of ours, which its waiters see
             return
         found = None if error is not None else task.result()
         seconds = self._ttl if error is None else min(self._ttl, RETRY_SECONDS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Providers that stop generating, and billing, when the connection is closed (OpenRouter's documentation, "Stream cancellation").
+# Providers that stop generating, and billing, when the connection is closed (OpenRouter's documentation,
+# "Stream cancellation").
 STOPS_ON_ABORT = frozenset(
     [
         "openai",

@@ -50,7 +50,9 @@ class Answer:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when it breaks off."""
+        """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when
+        it breaks off.
+        """
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         stream = self._response.stream
         plain = encoding in ("", "identity") and isinstance(stream, httpx2.AsyncByteStream)
@@ -59,14 +61,18 @@ class Answer:
                 if piece:
                     yield piece
         except httpx2.TimeoutException as error:
-            if isinstance(error, httpx2.ConnectTimeout):  # what the aiohttp transport makes of a connection that broke
+            if isinstance(
+                error, httpx2.ConnectTimeout
+            ):  # what the aiohttp transport makes of a connection that broke
                 raise UpstreamError(BROKEN) from error
             raise UpstreamTimeout("The model provider fell silent in mid-answer.") from error
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise UpstreamError(BROKEN) from error
 
     async def read(self) -> bytes:
-        """The whole body, decoded; of an error as much as its message needs. Raises UpstreamError beyond MAX_ANSWER_BYTES."""
+        """The whole body, decoded; of an error as much as its message needs. Raises UpstreamError beyond
+        MAX_ANSWER_BYTES.
+        """
         body = bytearray()
         async for piece in self.chunks():
             body += piece

@@ -17,7 +17,12 @@ class _Repeated(httpx2.Request):
     """The first request of its kind with another body; its content-length is the transport's to say."""
 
     def __init__(self, first: httpx2.Request, body: bytes, api_key: str | None) -> None:
-        self.method, self.url, self.headers, self.extensions = first.method, first.url, first.headers, first.extensions
+        self.method, self.url, self.headers, self.extensions = (
+            first.method,
+            first.url,
+            first.headers,
+            first.extensions,
+        )
         if api_key is not None:
             self.headers = first.headers.copy()  # the others keep the operator's
             self.headers["Authorization"] = f"Bearer {api_key}"  # in its place, whatever its case
@@ -26,16 +31,20 @@ class _Repeated(httpx2.Request):
 
 
 class OpenRouterClient(AsyncOpenAI):
-    """The SDK's client with a shorter way for requests whose body is bytes, which are sent once and whose answers nobody parses.
+    """The SDK's client with a shorter way for requests whose body is bytes, which are sent once and whose
+    answers nobody parses.
 
-    Of the requests to one path with the same headers the SDK builds the first, with all that it adds; the others are that one with another
-    body. They go out through the SDK's own transport. (docs/decisions/0006)
+    Of the requests to one path with the same headers the SDK builds the first, with all that it adds; the
+    others are that one with another body. They go out through the SDK's own transport. (docs/decisions/0006)
     """
 
     _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
 
-    async def transmit(self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None) -> httpx2.Response:
-        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread. Raises httpx2's errors.
+    async def transmit(
+        self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
+    ) -> httpx2.Response:
+        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread.
+        Raises httpx2's errors.
 
         `api_key`: an account's that is not the operator's.
         """
@@ -45,7 +54,9 @@ class OpenRouterClient(AsyncOpenAI):
             if len(known) >= MAX_BUILT:
                 known.clear()
             as_json = {**headers, "Content-Type": JSON}  # a form it would build itself, out of fields
-            built = self._build_request(FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json))
+            built = self._build_request(
+                FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json)
+            )
             built.headers.pop("content-length", None)
             built.headers["Content-Type"] = headers["Content-Type"]
             known[key] = built, self._client._transport_for_url(built.url)

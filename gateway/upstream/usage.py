@@ -1,4 +1,5 @@
-"""Usage: tokens and exact cost, as every API reports them. Reads usage objects and generation records into exact numbers.
+"""Usage: tokens and exact cost, as every API reports them. Reads usage objects and generation records into
+exact numbers.
 
 What cannot be trusted (null, negative, NaN, absurd) is unknown, and unknown is never zero.
 """
@@ -14,7 +15,8 @@ from typing import Any
 from common.money import EXACT, parse_amount
 
 MAX_TOKENS = 2**53
-# No single answer costs a million dollars: a larger number is a fault, and would only overflow what it is stored in.
+# No single answer costs a million dollars: a larger number is a fault, and would only overflow what it is
+# stored in.
 MAX_COST = Decimal(1_000_000)
 # Finer costs are rounded up here: an exponent like 1e-999999 would otherwise be written out in full.
 FINEST_COST = Decimal("1e-30")
@@ -43,7 +45,9 @@ class Usage:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON in UTF-8 with exact decimals; NaN, infinities and absurdly long integers read as null. Raises ValueError for anything else."""
+    """JSON in UTF-8 with exact decimals; NaN, infinities and absurdly long integers read as null. Raises
+    ValueError for anything else.
+    """
     try:
         return EXACT_JSON.decode(raw.decode().removeprefix("\ufeff"))
     except RecursionError as error:
@@ -51,7 +55,9 @@ def parse_json(raw: bytes) -> Any:
 
 
 def read_text(value: object) -> str | None:
-    """A short text as it may be stored and logged: without control characters and lone surrogates, which PostgreSQL refuses."""
+    """A short text as it may be stored and logged: without control characters and lone surrogates, which
+    PostgreSQL refuses.
+    """
     if not isinstance(value, str):
         return None
     text = value[: 4 * MAX_TEXT]
@@ -67,7 +73,14 @@ def _decimal(text: str) -> Decimal | None:
 
 def read_generation_id(value: object) -> str | None:
     """The id of an answer's body where it is one that GET /generation knows."""
-    return value if isinstance(value, str) and value.startswith("gen-") and len(value) <= MAX_TEXT and value.isprintable() else None
+    return (
+        value
+        if isinstance(value, str)
+        and value.startswith("gen-")
+        and len(value) <= MAX_TEXT
+        and value.isprintable()
+        else None
+    )
 
 
 def read_integer(text: str) -> int | None:
@@ -89,7 +102,11 @@ def read_usage(value: object) -> Usage | None:
         completion_tokens=_tokens(value.get("completion_tokens", value.get("output_tokens"))),
         cached_tokens=_tokens(prompt.get("cached_tokens")),
         reasoning_tokens=_tokens(completion.get("reasoning_tokens")),
-        cost=_cost(value.get("cost"), value.get("is_byok"), _object(value.get("cost_details")).get("upstream_inference_cost")),
+        cost=_cost(
+            value.get("cost"),
+            value.get("is_byok"),
+            _object(value.get("cost_details")).get("upstream_inference_cost"),
+        ),
     )
 
 
@@ -115,7 +132,11 @@ def _cost(cost: object, is_byok: object, inference: object) -> Decimal | None:
 
 def _amount(value: object) -> Decimal | None:
     amount = parse_amount(value)
-    return None if amount is None or amount > MAX_COST else max(amount, amount.quantize(FINEST_COST, ROUND_CEILING, EXACT))
+    return (
+        None
+        if amount is None or amount > MAX_COST
+        else max(amount, amount.quantize(FINEST_COST, ROUND_CEILING, EXACT))
+    )
 
 
 def _first(value: Mapping[str, Any], *names: str) -> int | None:

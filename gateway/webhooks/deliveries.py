@@ -1,7 +1,9 @@
-"""Claims due deliveries and sends them until they arrive. Signed deliveries of events to their webhooks, again and again until they arrive or are given up.
+"""Claims due deliveries and sends them until they arrive. Signed deliveries of events to their webhooks,
+again and again until they arrive or are given up.
 
-Signed by the Standard Webhooks specification (https://www.standardwebhooks.com). What is due stands in the database; any instance may
-send it, under a lease, so that two never send one delivery at a time and a crash only delays it. An answer's body is never read.
+Signed by the Standard Webhooks specification (https://www.standardwebhooks.com). What is due stands in the
+database; any instance may send it, under a lease, so that two never send one delivery at a time and a crash
+only delays it. An answer's body is never read.
 """
 
 from __future__ import annotations
@@ -67,10 +69,17 @@ def payload_of(delivery: Mapping[str, Any]) -> bytes:
 
 
 class Deliveries:
-    """Sends what is due. `claim` leases due deliveries (or the one that is named), `finish` says what became of them."""
+    """Sends what is due. `claim` leases due deliveries (or the one that is named), `finish` says what became
+    of them.
+    """
 
     def __init__(
-        self, claim: Claim, finish: Finish, *, decrypt: Callable[[str], str | None], open_sender: Callable[[], Sender] = Sender
+        self,
+        claim: Claim,
+        finish: Finish,
+        *,
+        decrypt: Callable[[str], str | None],
+        open_sender: Callable[[], Sender] = Sender,
     ) -> None:
         self._claim = claim
         self._finish = finish
@@ -97,13 +106,17 @@ class Deliveries:
 
         found = await asyncio.gather(*(one(delivery) for delivery in due), return_exceptions=True)
         for outcome in found:
-            if isinstance(outcome, BaseException):  # all have ended; those that were not noted are due again when the lease ends
+            if isinstance(
+                outcome, BaseException
+            ):  # all have ended; those that were not noted are due again when the lease ends
                 raise outcome
         return sum(outcome is True for outcome in found)
 
     async def _send(self, sender: Sender, delivery: Row) -> bool:
         attempt = await self._attempt(sender, delivery)
-        retry = RETRY_SECONDS[delivery["attempts"] - 1] if delivery["attempts"] <= len(RETRY_SECONDS) else None
+        retry = (
+            RETRY_SECONDS[delivery["attempts"] - 1] if delivery["attempts"] <= len(RETRY_SECONDS) else None
+        )
         await self._finish(
             {
                 "id": delivery["id"],
@@ -116,14 +129,25 @@ class Deliveries:
             }
         )
         if not attempt.delivered:
-            log.info("webhook_not_delivered", delivery_id=delivery["id"], attempt=delivery["attempts"], reason=attempt.error)
+            log.info(
+                "webhook_not_delivered",
+                delivery_id=delivery["id"],
+                attempt=delivery["attempts"],
+                reason=attempt.error,
+            )
         return attempt.delivered
 
     async def _attempt(self, sender: Sender, delivery: Row) -> Attempt:
         tokens = [delivery["encrypted_secret"], delivery["previous_encrypted_secret"]]
-        keys = [secret for token in tokens if token is not None and (secret := self._decrypt(token)) is not None]
+        keys = [
+            secret for token in tokens if token is not None and (secret := self._decrypt(token)) is not None
+        ]
         if not keys:
-            log.error("webhook_secret_unreadable", webhook_id=delivery["webhook_id"], action="put back the encryption key")
+            log.error(
+                "webhook_secret_unreadable",
+                webhook_id=delivery["webhook_id"],
+                action="put back the encryption key",
+            )
             return Attempt(None, "the gateway cannot read this webhook's secret; rotate it")
         payload, message_id, now = payload_of(delivery), f"msg_{delivery['id']}", int(time.time())
         headers = {

@@ -1,8 +1,9 @@
-"""SSRF guard: which URLs and addresses may be reached. To public addresses of the internet only, looked up again right before each send.
+"""SSRF guard: which URLs and addresses may be reached. To public addresses of the internet only, looked up
+again right before each send.
 
-A name may be given another address at any time, so what was checked when it was stored is worth nothing: the resolver of the connection
-itself checks, and what it has checked is what is connected to. Sources: IANA's registries of special-purpose addresses (RFC 6890), the
-OWASP cheat sheet on server-side request forgery.
+A name may be given another address at any time, so what was checked when it was stored is worth nothing: the
+resolver of the connection itself checks, and what it has checked is what is connected to. Sources: IANA's
+registries of special-purpose addresses (RFC 6890), the OWASP cheat sheet on server-side request forgery.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ MAX_URL = 2000
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# What is not for the public: this host, private networks, carriers' networks, links, documentation, benchmarks, multicast, the reserved
-# rest; tunnels and translations, which hide another address; and the one address of a cloud's own services that looks public.
+# What is not for the public: this host, private networks, carriers' networks, links, documentation,
+# benchmarks, multicast, the reserved rest; tunnels and translations, which hide another address; and the one
+# address of a cloud's own services that looks public.
 CLOSED_V4 = tuple(
     map(
         ipaddress.IPv4Network,
@@ -44,7 +46,9 @@ class NotPublic(OSError):
 
 
 def is_public(address: Address) -> bool:
-    """Whether anybody on the internet could reach this address; of a translated one, whether the one behind it is public."""
+    """Whether anybody on the internet could reach this address; of a translated one, whether the one behind
+    it is public.
+    """
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in CLOSED_V4)
     if address.scope_id is not None:
@@ -65,7 +69,9 @@ def literal(host: str) -> Address | None:
 
 
 def problem_of(url: str) -> str | None:
-    """Why this URL cannot be a destination, None where it may. Names are looked up when something is sent, not here."""
+    """Why this URL cannot be a destination, None where it may. Names are looked up when something is sent,
+    not here.
+    """
     if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         return f"takes at most {MAX_URL} printable ASCII characters, without spaces and backslashes"
     try:
@@ -93,13 +99,17 @@ async def look_up(host: str, port: int) -> list[str]:
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks names up for a connection, and refuses a name of whose addresses a single one `may_reach` refuses."""
+    """Looks names up for a connection, and refuses a name of whose addresses a single one `may_reach`
+    refuses.
+    """
 
     def __init__(self, look_up: Lookup, may_reach: Callable[[Address], bool]) -> None:
         self._look_up = look_up
         self._may_reach = may_reach
 
-    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
         found = [ipaddress.ip_address(text) for text in await self._look_up(host, port)]
         for address in found:
             self.check(address)
@@ -113,7 +123,9 @@ class CheckedResolver(AbstractResolver):
     def _result(self, host: str, port: int, address: Address) -> ResolveResult:
         family: Any = socket.AF_INET if address.version == 4 else socket.AF_INET6
         flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        return ResolveResult(hostname=host, host=str(address), port=port, family=family, proto=socket.IPPROTO_TCP, flags=flags)
+        return ResolveResult(
+            hostname=host, host=str(address), port=port, family=family, proto=socket.IPPROTO_TCP, flags=flags
+        )
 
     async def close(self) -> None:
         """There is nothing to close."""

@@ -12,7 +12,15 @@ import aiohttp
 from aiohttp.connector import AddrInfoType
 from yarl import URL
 
-from gateway.webhooks.public_addresses import Address, CheckedResolver, Lookup, NotPublic, is_public, literal, look_up
+from gateway.webhooks.public_addresses import (
+    Address,
+    CheckedResolver,
+    Lookup,
+    NotPublic,
+    is_public,
+    literal,
+    look_up,
+)
 
 SEND_SECONDS = 10.0
 
@@ -44,7 +52,9 @@ class Attempt:
 
 
 class Sender:
-    """POSTs to users' URLs. `look_up` and `may_reach` decide which addresses a name has and which of them may be connected to."""
+    """POSTs to users' URLs. `look_up` and `may_reach` decide which addresses a name has and which of them may
+    be connected to.
+    """
 
     def __init__(
         self,
@@ -65,7 +75,9 @@ class Sender:
         )
         timeout = aiohttp.ClientTimeout(total=seconds)
         jar = aiohttp.DummyCookieJar()
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=jar, auto_decompress=False)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, cookie_jar=jar, auto_decompress=False
+        )
 
     async def post(self, url: str, payload: bytes, headers: Mapping[str, str]) -> Attempt:
         """Sends once. Follows no redirect and reads no body."""
@@ -73,7 +85,9 @@ class Sender:
         try:
             if (address := literal(target.host or "")) is not None:  # which no resolver is asked for
                 self._resolver.check(address)
-            async with self._session.post(target, data=payload, headers=headers, allow_redirects=False) as answer:
+            async with self._session.post(
+                target, data=payload, headers=headers, allow_redirects=False
+            ) as answer:
                 # Leaving without reading closes the connection, whatever is still to come.
                 return Attempt(answer.status, None if 200 <= answer.status < 300 else _reason(answer.status))
         except TimeoutError:
@@ -92,7 +106,11 @@ class Sender:
 
 
 def _reason(status: int) -> str:
-    return f"redirects are not followed (status {status})" if 300 <= status < 400 else f"the receiver answered with status {status}"
+    return (
+        f"redirects are not followed (status {status})"
+        if 300 <= status < 400
+        else f"the receiver answered with status {status}"
+    )
 
 
 def _trouble(error: Exception) -> str:

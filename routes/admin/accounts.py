@@ -12,7 +12,17 @@ import db_security
 from common.errors import BadRequest, Conflict, NotFound
 from common.money import credits_from_nanos, nanos_from_credits, plain
 from gateway.runtime.instance import Runtime
-from models import CreditGrant, CreditsGranted, LimitOrder, LimitsSet, PlanAssigned, PlanOrder, RateLimits, Target, errors_of
+from models import (
+    CreditGrant,
+    CreditsGranted,
+    LimitOrder,
+    LimitsSet,
+    PlanAssigned,
+    PlanOrder,
+    RateLimits,
+    Target,
+    errors_of,
+)
 from routes.account import shown_metrics
 from routes.dependencies import AdminOnly, Declared
 from routes.http.json_body import ExactRoute
@@ -65,7 +75,9 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
     return Reply(
         CreditsGranted(
             status="success",
-            message=f"Added {plain(order.credits)} credits" if found["outcome"] == "granted" else "Was granted before; nothing added",
+            message=f"Added {plain(order.credits)} credits"
+            if found["outcome"] == "granted"
+            else "Was granted before; nothing added",
             new_balance=credits_from_nanos(found["balance_nanos"]),
             user_id=found["user_id"],
             transaction_id=found["transaction_id"],
@@ -78,11 +90,17 @@ async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> R
     runtime: Runtime = await request.app.state.runtime.ready()
     limits = order.rate_limits.model_dump(exclude_unset=True)
     subject = "user" if order.api_key is None else "key"
-    found = await db.set_rate_limits(runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits})
+    found = await db.set_rate_limits(
+        runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits}
+    )
     require_found(found, _named(order))
     current = {name: found["limits"][name] for name in RateLimits.model_fields}
     message = f"Limits of this {subject} are set"
-    return Reply(LimitsSet(status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)))
+    return Reply(
+        LimitsSet(
+            status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)
+        )
+    )
 
 
 @router.post("/assign-plan", summary="Give a user a plan, from now on", response_model=PlanAssigned)
@@ -136,9 +154,14 @@ async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
         },
     )
     if found["outcome"] == "not_found":
-        raise NotFound("There is no request with this id. It is the `x-request-id` of the request's answer.", param="request_id")
+        raise NotFound(
+            "There is no request with this id. It is the `x-request-id` of the request's answer.",
+            param="request_id",
+        )
     if found["outcome"] == "not_settled":
-        message = "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
+        message = (
+            "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
+        )
         raise Conflict(message, param="request_id")
     if found["outcome"] == "too_much":
         raise await _too_much_to_refund(runtime, order, found["refundable_nanos"])
@@ -151,12 +174,22 @@ async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) 
     cost = credits_from_nanos(row["cost_nanos"] if row else 0)
     if left_nanos:
         left = plain(credits_from_nanos(left_nanos))
-        return BadRequest(f"`credits`: at most {left} of the {plain(cost)} that this request cost can still be refunded.", param="credits")
+        return BadRequest(
+            f"`credits`: at most {left} of the {plain(cost)} that this request cost can still be refunded.",
+            param="credits",
+        )
     if not cost:
-        return BadRequest("Nothing was charged for this request, so there is nothing to refund.", param="request_id")
+        return BadRequest(
+            "Nothing was charged for this request, so there is nothing to refund.", param="request_id"
+        )
     if row and row["mode"] != runtime.mode:
-        return BadRequest("This request was paid with play credits of the sandbox, which are not refunded.", param="request_id")
-    return BadRequest(f"All {plain(cost)} credits that this request cost have been refunded already.", param="request_id")
+        return BadRequest(
+            "This request was paid with play credits of the sandbox, which are not refunded.",
+            param="request_id",
+        )
+    return BadRequest(
+        f"All {plain(cost)} credits that this request cost have been refunded already.", param="request_id"
+    )
 
 
 def _raise_correction_refusal(found: db.Row) -> None:
@@ -167,7 +200,9 @@ def _raise_correction_refusal(found: db.Row) -> None:
         raise BadRequest(TOO_LARGE, param="credits")
     if outcome == "too_much":
         most = plain(credits_from_nanos(found["available_nanos"]))
-        message = f"`credits`: at most {most} can be taken from this account; what running requests hold cannot."
+        message = (
+            f"`credits`: at most {most} can be taken from this account; what running requests hold cannot."
+        )
         raise BadRequest(message, param="credits")
 
 
@@ -217,7 +252,9 @@ async def set_user(request: Request, user_id: PathId, order: UserChange, admin: 
 
 
 @router.get("/balance", summary="Every account's balance")
-async def read_balances(request: Request, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None) -> Response:
+async def read_balances(
+    request: Request, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
     keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])

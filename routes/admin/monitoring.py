@@ -1,4 +1,6 @@
-"""Everybody's usage, keys and audit log; the model cache. Monitoring, usage, keys, the audit log, and the model cache."""
+"""Everybody's usage, keys and audit log; the model cache. Monitoring, usage, keys, the audit log, and the
+model cache.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,12 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     )
 
 
-@router.get("/usage", summary="What everybody has used, by time and group", description=ABOUT_LATENCY, responses=TABULATED)
+@router.get(
+    "/usage",
+    summary="What everybody has used, by time and group",
+    description=ABOUT_LATENCY,
+    responses=TABULATED,
+)
 async def read_usage(
     request: Request,
     admin: AdminOnly,
@@ -73,27 +80,57 @@ async def read_usage(
     format: Format = "json",
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await usage_report(runtime, user_id=user_id, start=start, end=end, zone=timezone, bucket=bucket, group=group_by, form=format)
+    return await usage_report(
+        runtime,
+        user_id=user_id,
+        start=start,
+        end=end,
+        zone=timezone,
+        bucket=bucket,
+        group=group_by,
+        form=format,
+    )
 
 
-@router.get("/usage/records", summary="Everybody's requests, and what they cost", response_model=AdminUsageRecords, responses=EXPORTED)
-async def list_usage_records(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
+@router.get(
+    "/usage/records",
+    summary="Everybody's requests, and what they cost",
+    response_model=AdminUsageRecords,
+    responses=EXPORTED,
+)
+async def list_usage_records(
+    request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return await answer(request, all_records(runtime, user_id, within), part, "records")
 
 
 @router.get(
-    "/transactions", summary="Everybody's grants, purchases, refunds and expiries", response_model=AdminTransactions, responses=EXPORTED
+    "/transactions",
+    summary="Everybody's grants, purchases, refunds and expiries",
+    response_model=AdminTransactions,
+    responses=EXPORTED,
 )
-async def list_transactions(request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None) -> Response:
+async def list_transactions(
+    request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     return await answer(request, all_transactions(runtime, user_id, within), part, "transactions")
 
 
-@router.get("/audit-logs", summary="Security events and administrators' actions", response_model=AuditLogs, responses=EXPORTED)
-async def list_audit_logs(request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None) -> Response:
+@router.get(
+    "/audit-logs",
+    summary="Security events and administrators' actions",
+    response_model=AuditLogs,
+    responses=EXPORTED,
+)
+async def list_audit_logs(
+    request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None
+) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs")
+    return await answer(
+        request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs"
+    )
 
 
 @router.get("/keys", summary="Find keys by what is shown of them, or by name")
@@ -101,24 +138,40 @@ async def find_keys(
     request: Request,
     admin: AdminOnly,
     search: Annotated[
-        str | None, Query(min_length=1, max_length=256, pattern=NO_NUL, description="A masked or whole key, its last 4, or a name")
+        str | None,
+        Query(
+            min_length=1,
+            max_length=256,
+            pattern=NO_NUL,
+            description="A masked or whole key, its last 4, or a name",
+        ),
     ] = None,
     user_id: QueryId = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    rows = await db_security.find_keys(runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit)
+    rows = await db_security.find_keys(
+        runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit
+    )
     following = BY_ID.following(rows, limit)
-    keys = [{**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows]
+    keys = [
+        {**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows
+    ]
     return Reply({"status": "success", "keys": keys, "next_cursor": following})
 
 
-@router.post("/keys", summary="Give a user a key: to replace a lost one, or with the scope `admin`", response_model=KeyMade)
+@router.post(
+    "/keys",
+    summary="Give a user a key: to replace a lost one, or with the scope `admin`",
+    response_model=KeyMade,
+)
 async def issue_key(request: Request, order: KeyIssue, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     key, stored = new_key_of(runtime, order)
-    found = await db_security.issue_key(runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored})
+    found = await db_security.issue_key(
+        runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored}
+    )
     require_found(found, "user_id")
     return made(order, key, found)
 
@@ -128,16 +181,27 @@ async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Resp
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
     raise_key_refusal(found)
-    return Reply({"status": "success", "message": "The key no longer works", "user_id": found["user_id"], "deleted_key_id": key_id})
+    return Reply(
+        {
+            "status": "success",
+            "message": "The key no longer works",
+            "user_id": found["user_id"],
+            "deleted_key_id": key_id,
+        }
+    )
 
 
 @router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
 async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    found = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]})
+    found = await db_security.import_keys(
+        runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]}
+    )
     if found["outcome"] == "not_found":
         place = next(n for n, key in enumerate(order.keys) if key.user_id == found["user_id"])
-        raise NotFound(f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id")
+        raise NotFound(
+            f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id"
+        )
     return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
 
 
@@ -145,17 +209,29 @@ async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -
 async def refresh_models(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(None).refresh()
-    return Reply({"status": "success", "message": "The model list is fresh", "total_models": len(index.raw), "timestamp": utc_now()})
+    return Reply(
+        {
+            "status": "success",
+            "message": "The model list is fresh",
+            "total_models": len(index.raw),
+            "timestamp": utc_now(),
+        }
+    )
 
 
 @router.get("/cache-status", summary="How old the model list is")
 async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return Reply({"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()})
+    return Reply(
+        {"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()}
+    )
 
 
 def _with_cost(row: db.Row) -> dict[str, Any]:
-    return {**{name: value for name, value in row.items() if name != "cost_nanos"}, "cost": credits_from_nanos(row["cost_nanos"])}
+    return {
+        **{name: value for name, value in row.items() if name != "cost_nanos"},
+        "cost": credits_from_nanos(row["cost_nanos"]),
+    }
 
 
 def _legacy(key: LegacyKey) -> dict[str, Any]:

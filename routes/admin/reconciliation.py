@@ -1,4 +1,6 @@
-"""/admin/reconciliation. For an administrator: costs side by side, what is open, and one more look at what nobody knew."""
+"""/admin/reconciliation. For an administrator: costs side by side, what is open, and one more look at what
+nobody knew.
+"""
 
 from __future__ import annotations
 
@@ -53,25 +55,37 @@ SHOWN_AT_ONCE = 20
 
 
 @router.get(
-    "", summary="What we charged beside what the upstream says", responses={200: {"content": {"application/json": {"example": EXAMPLE}}}}
+    "",
+    summary="What we charged beside what the upstream says",
+    responses={200: {"content": {"application/json": {"example": EXAMPLE}}}},
 )
 async def reconcile(request: Request, admin: AdminOnly) -> Response:
-    """Live requests by UTC day, week and month; without test keys' and those that went out with users' own keys.
+    """Live requests by UTC day, week and month; without test keys' and those that went out with users' own
+    keys.
 
-    An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest twenty of each kind are shown.
+    An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest
+    twenty of each kind are shown.
     """
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await reconciliation.compare(runtime.client, runtime.upstream(None))
-    items = {kind: await reconciliation.open_items(runtime.client, kind, before=None, limit=SHOWN_AT_ONCE) for kind in reconciliation.KINDS}
+    items = {
+        kind: await reconciliation.open_items(runtime.client, kind, before=None, limit=SHOWN_AT_ONCE)
+        for kind in reconciliation.KINDS
+    }
     waiting = reconciliation.waiting_in(runtime.journal_folder)
-    return Reply({"status": "success", **found, "open": items, "journal_waiting": waiting, "timestamp": utc_now()})
+    return Reply(
+        {"status": "success", **found, "open": items, "journal_waiting": waiting, "timestamp": utc_now()}
+    )
 
 
 @router.get("/items", summary="What is open: expired holds, unknown costs, overruns")
 async def list_items(
     request: Request,
     admin: AdminOnly,
-    kind: Annotated[Kind, Query(description="`expired`: pending beyond its hold; `unknown`: settled without a cost; `overrun`")],
+    kind: Annotated[
+        Kind,
+        Query(description="`expired`: pending beyond its hold; `unknown`: settled without a cost; `overrun`"),
+    ],
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
@@ -83,20 +97,33 @@ async def list_items(
 
 @router.post("/{request_id}/resolve", summary="Ask the upstream once more what a request cost")
 async def resolve(
-    request: Request, admin: AdminOnly, request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")]
+    request: Request,
+    admin: AdminOnly,
+    request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")],
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
     charged = credits_from_nanos(found["cost_nanos"])
-    details = {"generation_id": found["generation_id"], "cost_nanos": found["cost_nanos"], "outcome": found["outcome"]}
+    details = {
+        "generation_id": found["generation_id"],
+        "cost_nanos": found["cost_nanos"],
+        "outcome": found["outcome"],
+    }
     await db_security.write_audit(
-        runtime.client, admin.stamp(), action="resolve_request", target=f"request:{request_id}", user_id=found["user_id"], details=details
+        runtime.client,
+        admin.stamp(),
+        action="resolve_request",
+        target=f"request:{request_id}",
+        user_id=found["user_id"],
+        details=details,
     )
     return Reply(
         {
             "status": "success",
-            "message": "Charged what the upstream says" if found["outcome"] == "settled" else "Was resolved before",
+            "message": "Charged what the upstream says"
+            if found["outcome"] == "settled"
+            else "Was resolved before",
             "request_id": str(request_id),
             "charged": charged,
             "overrun": credits_from_nanos(found["overrun_nanos"]),

@@ -1,4 +1,6 @@
-"""Where a request comes from: trusted proxies, the platform's header. The client's address and domain, as far as what says so can be trusted."""
+"""Where a request comes from: trusted proxies, the platform's header. The client's address and domain, as far
+as what says so can be trusted.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ def address_of(request: Request, runtime: Runtime) -> str:
 def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network], *, on_vercel: bool) -> str:
     """The client's address: the peer's, or what trusted proxies say of it.
 
-    X-Forwarded-For is read from right to left for as long as the address that said so is a trusted proxy. On Vercel the platform
-    overwrites `x-vercel-forwarded-for` itself, and its own peers mean nothing.
+    X-Forwarded-For is read from right to left for as long as the address that said so is a trusted proxy. On
+    Vercel the platform overwrites `x-vercel-forwarded-for` itself, and its own peers mean nothing.
     """
     if on_vercel:
         peer = headers.get("x-vercel-forwarded-for", "").split(",")[0].strip() or peer

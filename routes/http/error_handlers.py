@@ -43,10 +43,14 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if not_offered is not None:
         refusal: GatewayError = NotOffered(not_offered)
     elif error.status_code == 404:
-        refusal = NotFound(f"There is no {request.method} {request.url.path} here. GET / lists what there is.")
+        refusal = NotFound(
+            f"There is no {request.method} {request.url.path} here. GET / lists what there is."
+        )
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        refusal = MethodNotAllowed(f"{request.url.path} does not take {request.method}.", headers={"allow": allowed})
+        refusal = MethodNotAllowed(
+            f"{request.url.path} does not take {request.method}.", headers={"allow": allowed}
+        )
     else:
         refusal = BadRequest(str(error.detail))
     return error_reply(refusal, request_id_of(request), request.url.path)

@@ -1,7 +1,8 @@
 """Lists as CSV and JSON lines. As CSV or JSON lines, page by page from the database, however long it is.
 
-Memory stays at a page: the next one is asked for when the client has taken the last. A client that leaves ends it. What the database
-refuses in mid-stream is visible: CSV ends with a line that says so, JSON lines end with an error and a connection that is cut.
+Memory stays at a page: the next one is asked for when the client has taken the last. A client that leaves
+ends it. What the database refuses in mid-stream is visible: CSV ends with a line that says so, JSON lines end
+with an error and a connection that is cut.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Listing:
     show: Callable[[Row], BaseModel]
 
 
-async def export(request: Request, listing: Listing, form: str, *, before: Mark | None, most: int | None) -> StreamingResponse:
+async def export(
+    request: Request, listing: Listing, form: str, *, before: Mark | None, most: int | None
+) -> StreamingResponse:
     """The whole list. Raises what its first page raises: after that, an error can only be said in the stream."""
     pages = _pages(listing, before, most)
     first: Page = await anext(pages, [])
@@ -71,7 +74,9 @@ async def _pages(listing: Listing, before: Mark | None, most: int | None) -> Asy
 class Export(StreamingResponse):
     """A streamed list that does not pass for complete when it is not."""
 
-    def __init__(self, listing: Listing, form: str, first: Page, rest: AsyncIterator[Page], request_id: str) -> None:
+    def __init__(
+        self, listing: Listing, form: str, first: Page, rest: AsyncIterator[Page], request_id: str
+    ) -> None:
         self._listing, self._form, self._request_id = listing, form, request_id
         name = f"{listing.name}-{utc_now():%Y-%m-%d}.{form}"
         super().__init__(
@@ -100,16 +105,21 @@ class Export(StreamingResponse):
             async for chunk in self.body_iterator:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except GatewayError as error:
-            log.warning("export_broken", list=self._listing.name, request_id=self._request_id, reason=error.code)
+            log.warning(
+                "export_broken", list=self._listing.name, request_id=self._request_id, reason=error.code
+            )
             words = self._last_words(error)
-            # Without an end of the body the server cuts the connection, which every client notices. A spreadsheet needs the file.
+            # Without an end of the body the server cuts the connection, which every client notices. A
+            # spreadsheet needs the file.
             await send({"type": "http.response.body", "body": words, "more_body": self._form != "csv"})
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _last_words(self, error: GatewayError) -> bytes:
         if self._form == "csv":
-            return csv_lines([[f"INCOMPLETE: this export broke off here. {error.message} (request {self._request_id})"]])
+            return csv_lines(
+                [[f"INCOMPLETE: this export broke off here. {error.message} (request {self._request_id})"]]
+            )
         return to_json(error.body(self._request_id)) + b"\n"
 
 
@@ -131,7 +141,9 @@ FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
 def cell(value: Any) -> str:
-    """A value as a spreadsheet reads it. Text that it would run as a formula gets a ' in front (OWASP, "CSV Injection")."""
+    """A value as a spreadsheet reads it. Text that it would run as a formula gets a ' in front (OWASP, "CSV
+    Injection").
+    """
     if value is None:
         return ""
     if isinstance(value, bool):

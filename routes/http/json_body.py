@@ -1,4 +1,6 @@
-"""Bodies read with exact decimals. As JSON whatever it says it is, amounts as exact decimals: a float loses digits before validation."""
+"""Bodies read with exact decimals. As JSON whatever it says it is, amounts as exact decimals: a float loses
+digits before validation.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,19 @@ class ExactRequest(Request):
         try:
             return parse_json(await self.body())
         except ValueError as error:
-            raise BadRequest(f"The request body is not valid JSON ({error}). Send {OBJECT}.", code="invalid_json") from error
+            raise BadRequest(
+                f"The request body is not valid JSON ({error}). Send {OBJECT}.", code="invalid_json"
+            ) from error
 
 
 def _untyped(scope: Scope) -> Scope:
-    """Without its content type: `curl -d` says that it sends a form, whatever it sends, and the framework would believe it."""
-    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"content-type"]}
+    """Without its content type: `curl -d` says that it sends a form, whatever it sends, and the framework
+    would believe it.
+    """
+    return {
+        **scope,
+        "headers": [(name, value) for name, value in scope["headers"] if name != b"content-type"],
+    }
 
 
 class ExactRoute(APIRoute):

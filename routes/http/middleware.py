@@ -22,7 +22,9 @@ PROXIED = ("/v1/", "/api/v1/")
 
 
 class Application(FastAPI):
-    """FastAPI with something in front of all its layers, the outermost included: proxied requests pass none of them."""
+    """FastAPI with something in front of all its layers, the outermost included: proxied requests pass none
+    of them.
+    """
 
     front: Callable[[ASGIApp], ASGIApp] | None = None
 
@@ -32,7 +34,9 @@ class Application(FastAPI):
 
 
 class RequestLog:
-    """Gives each request its id, answers with it, and logs how it went. Plain ASGI: it is on the way of every streamed event."""
+    """Gives each request its id, answers with it, and logs how it went. Plain ASGI: it is on the way of every
+    streamed event.
+    """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, cors: Callable[[ASGIApp], ASGIApp]) -> None:
         self._app = app
@@ -73,7 +77,11 @@ class RequestLog:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Orders of the management API are short, and are parsed before anybody knows who sent them.
-        limit = self._max_body_bytes if scope["path"].startswith(PROXIED) else min(self._max_body_bytes, MAX_ORDER_BYTES)
+        limit = (
+            self._max_body_bytes
+            if scope["path"].startswith(PROXIED)
+            else min(self._max_body_bytes, MAX_ORDER_BYTES)
+        )
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
             reply = error_reply(_too_large(limit), scope["state"]["request_id"], scope["path"])
@@ -82,10 +90,16 @@ class RequestLog:
         await self._app(scope, _bounded(receive, limit), send)
 
 
-def _with_limits(headers: list[tuple[bytes, bytes]], state: MutableMapping[str, Any]) -> list[tuple[bytes, bytes]]:
-    """Management answers to a user's key say what is left of its limits; proxied ones and refusals say it themselves."""
+def _with_limits(
+    headers: list[tuple[bytes, bytes]], state: MutableMapping[str, Any]
+) -> list[tuple[bytes, bytes]]:
+    """Management answers to a user's key say what is left of its limits; proxied ones and refusals say it
+    themselves.
+    """
     if "limits" in state and not any(name.startswith(b"x-ratelimit-") for name, _ in headers):
-        headers += [(name.lower().encode(), value.encode()) for name, value in limit_headers(state["limits"]).items()]
+        headers += [
+            (name.lower().encode(), value.encode()) for name, value in limit_headers(state["limits"]).items()
+        ]
     return headers
 
 

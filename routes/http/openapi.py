@@ -1,4 +1,6 @@
-"""The OpenAPI document and /docs. The framework's OpenAPI, with the proxy's endpoints, which it does not serve itself."""
+"""The OpenAPI document and /docs. The framework's OpenAPI, with the proxy's endpoints, which it does not
+serve itself.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ status, and our own code `metadata.error_type`."""
 
 
 def _describe_errors(schema: dict[str, Any]) -> None:
-    """Wrong input is answered with 400 and our envelope, not with the framework's 422; an oversized body with 413, anywhere."""
+    """Wrong input is answered with 400 and our envelope, not with the framework's 422; an oversized body with
+    413, anywhere.
+    """
     error = {"application/json": ERROR_SCHEMA}
     for operations in schema["paths"].values():
         for operation in operations.values():
@@ -68,7 +72,9 @@ def document_proxy(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            schema = get_openapi(
+                title=app.title, version=app.version, description=app.description, routes=app.routes
+            )
             schema["paths"] |= {f"/v1/{name}": {"post": operation} for name, operation in OPERATIONS.items()}
             _describe_errors(schema)
             app.openapi_schema = schema

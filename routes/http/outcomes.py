@@ -9,7 +9,9 @@ from common.errors import Conflict, NotFound
 
 
 def raise_taken(found: Mapping[str, Any], *, name_field: str) -> None:
-    """Raises Conflict for a name or an address that another account has. `name_field`: what the order calls the user's name."""
+    """Raises Conflict for a name or an address that another account has. `name_field`: what the order calls
+    the user's name.
+    """
     fields = {"username_taken": ("username", name_field), "email_taken": ("email", "email")}
     if found["outcome"] in fields:
         what, field = fields[found["outcome"]]

@@ -21,7 +21,9 @@ QueryId = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 PageSize = Annotated[int, Query(ge=1, le=1000, description="Rows a page")]
 Row = dict[str, Any]
 Mark = Any
-Cursor = Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="`next_cursor` of the page before")]
+Cursor = Annotated[
+    str | None, Query(max_length=200, pattern=NO_NUL, description="`next_cursor` of the page before")
+]
 
 
 def cursor_of(text: str) -> str:
@@ -87,4 +89,8 @@ class Order:
 
 
 BY_ID = Order(lambda row: int(row["id"]), id_of, lambda mark: cursor_of(str(mark)))
-BY_MOMENT = Order(lambda row: (row["created_at"], row["request_id"]), moment_and_id_of, lambda mark: cursor_of(" ".join(mark)))
+BY_MOMENT = Order(
+    lambda row: (row["created_at"], row["request_id"]),
+    moment_and_id_of,
+    lambda mark: cursor_of(" ".join(mark)),
+)

@@ -41,7 +41,12 @@ ANTHROPIC_ERROR: dict[str, Any] = {
     },
     "example": {
         "type": "error",
-        "error": {"type": "billing_error", "message": "Your credits do not cover ...", "param": None, "code": "insufficient_credits"},
+        "error": {
+            "type": "billing_error",
+            "message": "Your credits do not cover ...",
+            "param": None,
+            "code": "insufficient_credits",
+        },
         "request_id": "0199f0a0-0000-7000-8000-000000000000",
     },
 }
@@ -58,7 +63,11 @@ OPENROUTER_ERROR: dict[str, Any] = {
             "properties": {
                 "code": {"type": "integer", "minimum": 400, "maximum": 599},
                 "message": {"type": "string"},
-                "metadata": {"type": "object", "required": ["error_type"], "properties": {"error_type": {"type": "string"}}},
+                "metadata": {
+                    "type": "object",
+                    "required": ["error_type"],
+                    "properties": {"error_type": {"type": "string"}},
+                },
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
             },
@@ -112,9 +121,13 @@ def _operation(
     schema = {"type": "object", "required": required, "properties": fields, "additionalProperties": True}
     content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
     if form is not None:
-        content["multipart/form-data"] = {"schema": {"type": "object", "required": ["file", "model"], "properties": form}}
+        content["multipart/form-data"] = {
+            "schema": {"type": "object", "required": ["file", "model"], "properties": form}
+        }
     error = {"application/json": ANTHROPIC_ERROR if name == "messages" else ERROR_SCHEMA}
-    answers: dict[str, Any] = {status: {"description": text, "content": error} for status, text in ERRORS.items()}
+    answers: dict[str, Any] = {
+        status: {"description": text, "content": error} for status, text in ERRORS.items()
+    }
     answers["200"] = _answer(answer, streams="stream" in fields)
     return {
         "tags": ["proxy"],
@@ -129,11 +142,19 @@ def _operation(
 
 def _answer(example: dict[str, Any] | None, *, streams: bool) -> dict[str, Any]:
     if example is None:
-        return {"description": "The audio, as it is made", "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}}}
-    content: dict[str, Any] = {"application/json": {"schema": OBJECT, "example": {**example, "gateway_usage": CHARGE}}}
+        return {
+            "description": "The audio, as it is made",
+            "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    content: dict[str, Any] = {
+        "application/json": {"schema": OBJECT, "example": {**example, "gateway_usage": CHARGE}}
+    }
     if streams:
         content["text/event-stream"] = {"schema": TEXT}
-    return {"description": "The answer" + (", or server-sent events with `stream: true`" if streams else ""), "content": content}
+    return {
+        "description": "The answer" + (", or server-sent events with `stream: true`" if streams else ""),
+        "content": content,
+    }
 
 
 OPERATIONS = {
@@ -153,7 +174,9 @@ OPERATIONS = {
             "id": "gen-1790000000-abc",
             "object": "chat.completion",
             "model": MODEL,
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hello."}}],
+            "choices": [
+                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hello."}}
+            ],
             "usage": USAGE,
         },
     ),
@@ -161,7 +184,12 @@ OPERATIONS = {
         "completions",
         "A completion of a text, plain or streamed",
         "OpenAI's older completions.",
-        fields={"model": TEXT, "prompt": {"type": ["string", "array"]}, "stream": STREAM, "max_tokens": WHOLE},
+        fields={
+            "model": TEXT,
+            "prompt": {"type": ["string", "array"]},
+            "stream": STREAM,
+            "max_tokens": WHOLE,
+        },
         required=["model", "prompt"],
         example={"model": MODEL, "prompt": "Once upon a time", "max_tokens": 20},
         answer={
@@ -176,7 +204,12 @@ OPERATIONS = {
         "embeddings",
         "Embeddings of texts",
         "One vector for each input; there is no stream.",
-        fields={"model": TEXT, "input": {"type": ["string", "array"]}, "dimensions": WHOLE, "encoding_format": TEXT},
+        fields={
+            "model": TEXT,
+            "input": {"type": ["string", "array"]},
+            "dimensions": WHOLE,
+            "encoding_format": TEXT,
+        },
         required=["model", "input"],
         example={"model": "openai/text-embedding-3-small", "input": "Hello."},
         answer={
@@ -190,7 +223,12 @@ OPERATIONS = {
         "responses",
         "A response, plain or streamed",
         "OpenAI's Responses. Nothing is kept: `store` is ignored, `previous_response_id`, `conversation` and `background` are refused.",
-        fields={"model": TEXT, "input": {"type": ["string", "array"]}, "stream": STREAM, "max_output_tokens": WHOLE},
+        fields={
+            "model": TEXT,
+            "input": {"type": ["string", "array"]},
+            "stream": STREAM,
+            "max_output_tokens": WHOLE,
+        },
         required=["model", "input"],
         example={"model": MODEL, "input": "Say hello.", "max_output_tokens": 50},
         answer={
@@ -198,7 +236,13 @@ OPERATIONS = {
             "object": "response",
             "status": "completed",
             "model": MODEL,
-            "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello."}]}],
+            "output": [
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": "Hello."}],
+                }
+            ],
             "usage": {"input_tokens": 12, "output_tokens": 9, "total_tokens": 21, "cost": 0.0000063},
         },
     ),
@@ -261,11 +305,22 @@ OPERATIONS = {
         "audio/transcriptions",
         "The text of an audio file",
         "OpenAI's form with a `file`, or OpenRouter's JSON with `input_audio`.",
-        fields={"model": TEXT, "input_audio": OBJECT, "language": TEXT, "response_format": {"enum": ["json", "verbose_json"]}},
+        fields={
+            "model": TEXT,
+            "input_audio": OBJECT,
+            "language": TEXT,
+            "response_format": {"enum": ["json", "verbose_json"]},
+        },
         required=["model", "input_audio"],
         example={"model": "openai/whisper-1", "input_audio": {"data": "UklGRg==", "format": "wav"}},
         answer={"text": "Hello.", "usage": {"seconds": 1.5, "cost": 0.00015}},
-        form={"file": FILE, "model": TEXT, "language": TEXT, "temperature": TEXT, "response_format": {"enum": ["json", "verbose_json"]}},
+        form={
+            "file": FILE,
+            "model": TEXT,
+            "language": TEXT,
+            "temperature": TEXT,
+            "response_format": {"enum": ["json", "verbose_json"]},
+        },
     ),
 }
 OPERATIONS["images/generations"] = {**OPERATIONS["images"], "operationId": "create_images_generations"}

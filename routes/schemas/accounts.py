@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, EmailStr, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    EmailStr,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from models import AuthMethod, Credits, FieldError, Id, KeyName, RequestModel, Target, Username
 from routes.schemas.keys import ImportedScopes, ModelPattern, Moment
@@ -28,7 +36,9 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_huge_number(value: object) -> bool:
-    """PostgreSQL writes 1e300 out as an integer, which no strict encoder takes: whatever shows it would fail from then on."""
+    """PostgreSQL writes 1e300 out as an integer, which no strict encoder takes: whatever shows it would fail
+    from then on.
+    """
     if isinstance(value, dict | list):
         return any(map(_has_huge_number, value.values() if isinstance(value, dict) else value))
     return isinstance(value, float) and abs(value) >= 2**63
@@ -40,7 +50,9 @@ SmallObject = Annotated[dict[str, Any], AfterValidator(_small)]
 class ProfileChange(RequestModel):
     """At least one of them."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "Ada", "preferences": {"theme": "dark"}}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "Ada", "preferences": {"theme": "dark"}}]}
+    )
 
     name: Username | None = None
     email: Annotated[EmailStr, Field(max_length=254)] | None = None
@@ -88,7 +100,9 @@ Factor = Annotated[Decimal, Field(ge=0, le=1000)]
 class PlanChange(RequestModel):
     """Fields of a plan; null is unlimited, 0 refuses all."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"daily_request_limit": 20000, "allowed_models": ["openai/*"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"daily_request_limit": 20000, "allowed_models": ["openai/*"]}]}
+    )
 
     name: PlanText | None = None
     description: Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")] | None = None
@@ -105,7 +119,9 @@ class PlanChange(RequestModel):
 
 
 class PlanOrderNew(PlanChange):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"slug": "team", "name": "Team", "daily_request_limit": 10000}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"slug": "team", "name": "Team", "daily_request_limit": 10000}]}
+    )
 
     slug: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     name: PlanText
@@ -146,22 +162,36 @@ class UserChange(RequestModel):
 class Refund(RequestModel):
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"request_id": "0199f0a0-0000-7000-8000-000000000000", "credits": 0.01, "reason": "a broken answer"}]
+            "examples": [
+                {
+                    "request_id": "0199f0a0-0000-7000-8000-000000000000",
+                    "credits": 0.01,
+                    "reason": "a broken answer",
+                }
+            ]
         }
     )
 
     request_id: UUID
-    credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="null: all of it")
+    credits: Annotated[Decimal, Field(gt=0, le=1_000_000_000, decimal_places=9)] | None = Field(
+        default=None, description="null: all of it"
+    )
     reason: Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")] = ""
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+    idempotency_key: (
+        Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None
+    ) = None
 
 
 class Adjustment(Target):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "credits": -2.5, "reason": "granted twice"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": 1, "credits": -2.5, "reason": "granted twice"}]}
+    )
 
     credits: Annotated[Decimal, Field(ge=-1_000_000_000, le=1_000_000_000, decimal_places=9)]
     reason: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None = None
+    idempotency_key: (
+        Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00]*$")] | None
+    ) = None
 
     @model_validator(mode="after")
     def _not_nothing(self) -> Self:
@@ -183,7 +213,11 @@ class LegacyKey(RequestModel):
 
 class LegacyImport(RequestModel):
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"keys": [{"user_id": 1, "api_key": "a-key-of-the-old-system", "key_name": "Imported key"}]}]}
+        json_schema_extra={
+            "examples": [
+                {"keys": [{"user_id": 1, "api_key": "a-key-of-the-old-system", "key_name": "Imported key"}]}
+            ]
+        }
     )
 
     keys: Annotated[list[LegacyKey], Field(min_length=1, max_length=1000)]

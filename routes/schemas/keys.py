@@ -8,7 +8,16 @@ import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from models import Credits, Environment, FieldError, Id, KeyName, RequestModel
 
@@ -29,7 +38,10 @@ ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pa
 Domain = Annotated[
     str,
     StringConstraints(
-        min_length=1, max_length=253, to_lower=True, pattern=r"^(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9-]{1,63}$"
+        min_length=1,
+        max_length=253,
+        to_lower=True,
+        pattern=r"^(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9-]{1,63}$",
     ),
 ]
 
@@ -37,12 +49,18 @@ Domain = Annotated[
 def _network(text: str) -> str:
     """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
     try:
-        network = ipaddress.ip_network(text if "%" not in text else "")  # a zone means something on one host only
+        network = ipaddress.ip_network(
+            text if "%" not in text else ""
+        )  # a zone means something on one host only
     except ValueError as error:
         hint = " (bits beyond the prefix are set)" if "host bits" in str(error) else ""
         raise ValueError(f"must be an address or a network such as 203.0.113.0/24{hint}") from None
     mapped = getattr(network.network_address, "ipv4_mapped", None)
-    return str(ipaddress.ip_network((mapped, network.prefixlen - 96))) if mapped and network.prefixlen >= 96 else str(network)
+    return (
+        str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
+        if mapped and network.prefixlen >= 96
+        else str(network)
+    )
 
 
 NetworkText = Annotated[str, StringConstraints(max_length=64), AfterValidator(_network)]
@@ -56,14 +74,21 @@ def _iso(value: object) -> object:
 
 
 def _utc(moment: datetime.datetime) -> datetime.datetime:
-    """The moment in UTC: PostgreSQL takes no offset of 16 hours or more. What lies beyond all records is as good as their bounds."""
+    """The moment in UTC: PostgreSQL takes no offset of 16 hours or more. What lies beyond all records is as
+    good as their bounds.
+    """
     try:
         return min(max(moment.astimezone(datetime.UTC), EARLIEST), LATEST)
     except OverflowError:
         return EARLIEST if moment.year < EARLIEST.year else LATEST
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_iso), AfterValidator(_utc), Field(description="ISO 8601, with a time zone")]
+Moment = Annotated[
+    AwareDatetime,
+    BeforeValidator(_iso),
+    AfterValidator(_utc),
+    Field(description="ISO 8601, with a time zone"),
+]
 
 
 class KeyRules(RequestModel):
@@ -77,10 +102,13 @@ class KeyRules(RequestModel):
     )
     expiration_days: Annotated[int, Field(strict=True, gt=0, le=36500)] | None = None
     max_requests: Annotated[int, Field(strict=True, gt=0, le=2**53)] | None = None
-    budget: Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)] | None = Field(default=None, description="Credits a window")
+    budget: Annotated[Decimal, Field(ge=0, le=1_000_000_000, decimal_places=9)] | None = Field(
+        default=None, description="Credits a window"
+    )
     budget_window: Literal["day", "week", "month", "lifetime"] | None = None
     cache_ttl_seconds: Annotated[int, Field(strict=True, ge=1, le=86_400)] | None = Field(
-        default=None, description="Its requests use the response cache, this long, unless they say otherwise; null: only those that ask"
+        default=None,
+        description="Its requests use the response cache, this long, unless they say otherwise; null: only those that ask",
     )
 
     @model_validator(mode="after")
@@ -95,7 +123,11 @@ class KeyOrder(KeyRules):
     """A key to make. Its scopes and restrictions may be no broader than those of the key that makes it."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"key_name": "ci", "environment_tag": "test", "expiration_days": 30, "max_requests": 1000}]}
+        json_schema_extra={
+            "examples": [
+                {"key_name": "ci", "environment_tag": "test", "expiration_days": 30, "max_requests": 1000}
+            ]
+        }
     )
 
     action: Literal["create"] = "create"
@@ -108,7 +140,11 @@ class KeyIssue(KeyOrder):
     """A key for a user, whose scopes and restrictions are the administrator's to choose."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"user_id": 1, "key_name": "operations", "scope_permissions": {"read": ["*"], "admin": ["*"]}}]}
+        json_schema_extra={
+            "examples": [
+                {"user_id": 1, "key_name": "operations", "scope_permissions": {"read": ["*"], "admin": ["*"]}}
+            ]
+        }
     )
 
     user_id: Id
@@ -117,12 +153,16 @@ class KeyIssue(KeyOrder):
 class KeyChange(KeyRules):
     """A change of a key. Fields that are left out stay as they are; null takes a restriction away."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"action": "update", "ip_allowlist": ["203.0.113.0/24"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"action": "update", "ip_allowlist": ["203.0.113.0/24"]}]}
+    )
 
     action: Literal["update", "rotate", "bulk_rotate"] = "update"
     key_name: KeyName | None = None
     is_active: bool | None = None
-    environment_tag: Environment | None = Field(default=None, description="With bulk_rotate: only keys of this environment")
+    environment_tag: Environment | None = Field(
+        default=None, description="With bulk_rotate: only keys of this environment"
+    )
     grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * 86400)] = Field(
         default=0, description="Seconds that the old secret still works"
     )

@@ -23,7 +23,9 @@ class KeyRateLimit(BaseModel):
 
 
 class FreeRequests(BaseModel):
-    """Requests to free models a day: they count with all others here, so none are allowed (0) or as many as those (-1)."""
+    """Requests to free models a day: they count with all others here, so none are allowed (0) or as many as
+    those (-1).
+    """
 
     limit: int
     remaining: int
@@ -42,7 +44,9 @@ class KeyData(BaseModel):
     usage_daily: Credits
     usage_weekly: Credits
     usage_monthly: Credits
-    byok_usage: Credits = Field(description="What requests cost at the provider that went out with the user's own upstream key")
+    byok_usage: Credits = Field(
+        description="What requests cost at the provider that went out with the user's own upstream key"
+    )
     byok_usage_daily: Credits
     byok_usage_weekly: Credits
     byok_usage_monthly: Credits
@@ -83,7 +87,11 @@ class KeyAnswer(BaseModel):
             "workspace_id": None,
             "allowed_data_regions": ["global"],
             "free_model_daily_requests": {"limit": 0, "remaining": 0, "used": 0},
-            "rate_limit": {"requests": 60, "interval": "1m", "note": "GET /user/limit shows all limits of this key."},
+            "rate_limit": {
+                "requests": 60,
+                "interval": "1m",
+                "note": "GET /user/limit shows all limits of this key.",
+            },
         }
     )
 
@@ -91,8 +99,12 @@ class KeyAnswer(BaseModel):
 
 
 class CreditsData(BaseModel):
-    total_credits: Credits = Field(description="Everything granted and bought, less what has expired or was taken back")
-    total_usage: Credits = Field(description="Everything charged, less refunds; the difference of the two is the balance")
+    total_credits: Credits = Field(
+        description="Everything granted and bought, less what has expired or was taken back"
+    )
+    total_usage: Credits = Field(
+        description="Everything charged, less refunds; the difference of the two is the balance"
+    )
 
 
 class CreditsAnswer(BaseModel):
@@ -102,7 +114,9 @@ class CreditsAnswer(BaseModel):
 
 
 class GenerationData(BaseModel):
-    """A request of the caller's, as OpenRouter tells of a generation. Costs are what was charged; what is not known here is null."""
+    """A request of the caller's, as OpenRouter tells of a generation. Costs are what was charged; what is not
+    known here is null.
+    """
 
     id: str = Field(description="`gen-...`; our request id where the upstream gave none")
     upstream_id: str | None = None
@@ -134,7 +148,9 @@ class GenerationData(BaseModel):
     num_fetches: int | None = None
     web_search_engine: str | None = None
     data_region: Literal["global", "europe", "us"] = "global"
-    latency: int | None = Field(description="Milliseconds to the first token; of an answer that was not streamed, to its end")
+    latency: int | None = Field(
+        description="Milliseconds to the first token; of an answer that was not streamed, to its end"
+    )
     generation_time: int | None = Field(description="Milliseconds from the first token to the end")
     moderation_latency: int | None = None
     origin: str = ""

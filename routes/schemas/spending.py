@@ -1,4 +1,5 @@
-"""Receipts, quotes, provider keys, end users' budgets. Receipts, quotes, users' own upstream keys, budgets of end users.
+"""Receipts, quotes, provider keys, end users' budgets. Receipts, quotes, users' own upstream keys, budgets of
+end users.
 
 The same rules as in `models`. Amounts are credits, which are US dollars.
 """
@@ -14,7 +15,16 @@ from models import Credits, RequestModel
 
 Window = Literal["day", "week", "month", "lifetime"]
 # All that take JSON.
-QuotedEndpoint = Literal["chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "images", "audio/speech"]
+QuotedEndpoint = Literal[
+    "chat/completions",
+    "completions",
+    "embeddings",
+    "responses",
+    "messages",
+    "rerank",
+    "images",
+    "audio/speech",
+]
 
 
 def _example(**fields: Any) -> ConfigDict:
@@ -43,7 +53,9 @@ class ReceiptTokens(BaseModel):
 
 
 class ReceiptCharge(BaseModel):
-    """`charged` = `upstream_cost` x `markup`, rounded up to a nano-dollar, less `overrun`, which the operator bears."""
+    """`charged` = `upstream_cost` x `markup`, rounded up to a nano-dollar, less `overrun`, which the operator
+    bears.
+    """
 
     upstream_cost: Credits | None
     markup: Decimal
@@ -62,7 +74,9 @@ class ReceiptTimings(BaseModel):
 
 
 class ReceiptEnding(BaseModel):
-    settlement_source: str | None = Field(description="Where the cost is from: usage, generation, or none where nobody knew it")
+    settlement_source: str | None = Field(
+        description="Where the cost is from: usage, generation, or none where nobody knew it"
+    )
     finish_reason: str | None
     error_code: str | None
 
@@ -76,7 +90,9 @@ class ReceiptRefund(BaseModel):
 
 
 class Receipt(BaseModel):
-    """All that the books hold of one request. While it is `pending` there is no charge yet, and its hold stands."""
+    """All that the books hold of one request. While it is `pending` there is no charge yet, and its hold
+    stands.
+    """
 
     model_config = _example(
         request_id="0199f0a0-0000-7000-8000-000000000000",
@@ -98,7 +114,11 @@ class Receipt(BaseModel):
         hold={
             "amount": 0.0000429,
             "granted_output_tokens": 50,
-            "price_basis": {"fixed_nanos": "12900", "output_nanos": "600", "max_price": {"prompt": "0.15", "completion": "0.6"}},
+            "price_basis": {
+                "fixed_nanos": "12900",
+                "output_nanos": "600",
+                "max_price": {"prompt": "0.15", "completion": "0.6"},
+            },
             "expires_at": "2026-11-24T12:15:00+00:00",
         },
         tokens={"prompt": 15, "completion": 26, "cached": 0, "reasoning": 0},
@@ -157,7 +177,11 @@ class QuoteOrder(RequestModel):
             "examples": [
                 {
                     "endpoint": "chat/completions",
-                    "body": {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 100},
+                    "body": {
+                        "model": "openai/gpt-4o-mini",
+                        "messages": [{"role": "user", "content": "Say hello."}],
+                        "max_tokens": 100,
+                    },
                     "output_tokens": 20,
                 }
             ]
@@ -167,12 +191,15 @@ class QuoteOrder(RequestModel):
     endpoint: QuotedEndpoint = "chat/completions"
     body: dict[str, Any]
     output_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = Field(
-        default=None, description="How long an answer you expect, for the estimate; null: 256 tokens, or the limit where that is less"
+        default=None,
+        description="How long an answer you expect, for the estimate; null: 256 tokens, or the limit where that is less",
     )
 
 
 class Quote(BaseModel):
-    """An estimate of the moment: nothing is held or counted, prices and balances move, and rate limits are not looked at."""
+    """An estimate of the moment: nothing is held or counted, prices and balances move, and rate limits are
+    not looked at.
+    """
 
     model_config = _example(
         models=["openai/gpt-4o-mini"],
@@ -189,16 +216,24 @@ class Quote(BaseModel):
         byok=False,
         free=False,
         markup=1,
-        price_basis={"fixed_nanos": "12900", "output_nanos": "600", "max_price": {"prompt": "0.15", "completion": "0.6"}},
+        price_basis={
+            "fixed_nanos": "12900",
+            "output_nanos": "600",
+            "max_price": {"prompt": "0.15", "completion": "0.6"},
+        },
         message="An estimate of this moment: nothing is held or counted, and rate limits are not looked at.",
     )
 
     models: list[str] = Field(description="Every model that the body can reach; the dearest of them counts")
-    would_hold: Credits = Field(description="Where it would be refused: what it would hold if nothing stood in its way")
+    would_hold: Credits = Field(
+        description="Where it would be refused: what it would hold if nothing stood in its way"
+    )
     needed: Credits = Field(
         description="The least that has to be available: `would_hold`, or the hold of a short answer where the body sets no output limit"
     )
-    estimated_cost: Credits = Field(description="With `estimated_output_tokens`; never more than `would_hold`")
+    estimated_cost: Credits = Field(
+        description="With `estimated_output_tokens`; never more than `would_hold`"
+    )
     estimated_output_tokens: int
     prompt_tokens_estimate: int
     max_output_tokens: int = Field(description="What admission would grant; 0 where it would refuse")
@@ -207,7 +242,9 @@ class Quote(BaseModel):
     )
     affordable: bool
     reason: str | None = Field(description="The code of the refusal, null where it would be let through")
-    available: Credits | None = Field(description="What the account, the key's budget and the end user's leave; null where none counts")
+    available: Credits | None = Field(
+        description="What the account, the key's budget and the end user's leave; null where none counts"
+    )
     byok: bool
     free: bool
     markup: Decimal
@@ -221,7 +258,9 @@ class Quote(BaseModel):
 class ProviderKeyOrder(RequestModel):
     model_config = _example(key="sk-or-v1-" + "0" * 64)
 
-    key: Annotated[str, StringConstraints(pattern=r"^sk-or-v1-[0-9a-f]{64}$")] = Field(description="An OpenRouter key", repr=False)
+    key: Annotated[str, StringConstraints(pattern=r"^sk-or-v1-[0-9a-f]{64}$")] = Field(
+        description="An OpenRouter key", repr=False
+    )
 
 
 class ProviderKeyView(BaseModel):
@@ -238,7 +277,9 @@ class ProviderKeyView(BaseModel):
 
     status: str
     provider_key: dict[str, Any] | None
-    checked: bool | None = Field(default=None, description="Whether OpenRouter was asked about it; false: it could not be reached")
+    checked: bool | None = Field(
+        default=None, description="Whether OpenRouter was asked about it; false: it could not be reached"
+    )
 
 
 # Budgets of end users.
@@ -256,9 +297,13 @@ EndUserName = Annotated[str, StringConstraints(min_length=1, max_length=256), Af
 
 
 class EndUserOrder(RequestModel):
-    """A budget for one of your customers, as requests name them (`user`, or the header `x-end-user`); `*` is each one's who has none."""
+    """A budget for one of your customers, as requests name them (`user`, or the header `x-end-user`); `*` is
+    each one's who has none.
+    """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"end_user": "customer-17", "budget": 5, "budget_window": "month"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"end_user": "customer-17", "budget": 5, "budget_window": "month"}]}
+    )
 
     end_user: EndUserName
     budget: Budget
@@ -279,7 +324,9 @@ class EndUserChange(RequestModel):
 
 
 class EndUserView(BaseModel):
-    """A budget and how it stands in the present window. That of `*` is each end user's own: ask for one to see how they stand."""
+    """A budget and how it stands in the present window. That of `*` is each end user's own: ask for one to
+    see how they stand.
+    """
 
     model_config = _example(
         id=1,

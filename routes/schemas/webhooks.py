@@ -33,14 +33,19 @@ class WebhookOrder(RequestModel):
 class WebhookChange(RequestModel):
     """Fields that are left out stay as they are."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"is_active": False}, {"rotate_secret": True, "grace_period": 86400}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"is_active": False}, {"rotate_secret": True, "grace_period": 86400}]}
+    )
 
     url: WebhookUrl | None = None
     is_active: bool | None = None
     rotate_secret: bool = Field(
-        default=False, description="Make a new secret, shown this once; the old one signs beside it for the grace period"
+        default=False,
+        description="Make a new secret, shown this once; the old one signs beside it for the grace period",
     )
-    grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * DAY_SECONDS)] = Field(default=DAY_SECONDS, description="Seconds")
+    grace_period: Annotated[int, Field(strict=True, ge=0, le=30 * DAY_SECONDS)] = Field(
+        default=DAY_SECONDS, description="Seconds"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -54,7 +59,9 @@ class WebhookView(BaseModel):
     url: str
     is_active: bool
     disabled_reason: str | None = Field(description="Why the gateway switched it off; null when you did")
-    previous_valid_until: str | None = Field(description="How long the replaced secret signs beside the present one")
+    previous_valid_until: str | None = Field(
+        description="How long the replaced secret signs beside the present one"
+    )
     created_at: str
     updated_at: str
 
@@ -89,7 +96,9 @@ class WebhookKept(BaseModel):
     status: str
     message: str
     webhook: WebhookView
-    secret: str | None = Field(default=None, description="`whsec_...`, shown this once: it verifies `webhook-signature`")
+    secret: str | None = Field(
+        default=None, description="`whsec_...`, shown this once: it verifies `webhook-signature`"
+    )
 
 
 class DeliveryView(BaseModel):

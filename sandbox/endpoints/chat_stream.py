@@ -37,9 +37,17 @@ def _require_message(message: object, place: int) -> None:
         raise refusal(400, f"messages.{place}: Invalid input: expected object", error_type="invalid_request")
     if message.get("role") not in ROLES:
         allowed = "|".join(f'"{role}"' for role in ROLES)
-        raise refusal(400, f"messages.{place}.role: Invalid option: expected one of {allowed}", error_type="invalid_request")
+        raise refusal(
+            400,
+            f"messages.{place}.role: Invalid option: expected one of {allowed}",
+            error_type="invalid_request",
+        )
     if not isinstance(message.get("content"), str | list | None):
-        raise refusal(400, f"messages.{place}.content: Invalid input: expected string or array", error_type="invalid_request")
+        raise refusal(
+            400,
+            f"messages.{place}.content: Invalid input: expected string or array",
+            error_type="invalid_request",
+        )
 
 
 class Choices(Whole):
@@ -97,7 +105,14 @@ class _Writer:
     def error(self, form: str) -> bytes:
         end = self._wording.end(self._plan, self._plan.choices[0], "error")
         choices = [] if form == "empty" else [end]
-        return self._head + b',"error":' + dumps(STREAM_ERRORS[form]) + b',"choices":' + dumps(choices) + b"}\n\n"
+        return (
+            self._head
+            + b',"error":'
+            + dumps(STREAM_ERRORS[form])
+            + b',"choices":'
+            + dumps(choices)
+            + b"}\n\n"
+        )
 
     def _event(self, choice: bytes) -> bytes:
         tail = b""
@@ -111,4 +126,6 @@ class _Writer:
         finish = None if shape == "null-finish" else last.finish
         choices = [] if shape == "empty-choices" else [self._wording.end(plan, last, finish)]
         usage = dumps(render_usage(plan, plan.tokens))
-        return self._head + b',"service_tier":null,"choices":' + dumps(choices) + b',"usage":' + usage + b"}\n\n"
+        return (
+            self._head + b',"service_tier":null,"choices":' + dumps(choices) + b',"usage":' + usage + b"}\n\n"
+        )

@@ -1,4 +1,6 @@
-"""What every endpoint must be able to say. Its answer, whole or as a stream, and its errors, all made from one plan."""
+"""What every endpoint must be able to say. Its answer, whole or as a stream, and its errors, all made from
+one plan.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ PROVIDER_DIED: Mapping[str, object] = {
     "message": "Upstream error: the provider closed the connection.",
     "metadata": {"error_type": "provider_unavailable"},
 }
-TOO_LATE: Mapping[str, object] = {"code": 504, "message": "The sandbox ends answers here.", "metadata": {"error_type": "timeout"}}
+TOO_LATE: Mapping[str, object] = {
+    "code": 504,
+    "message": "The sandbox ends answers here.",
+    "metadata": {"error_type": "timeout"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,11 @@ class Whole:
 def pad(frames: Iterator[Frame], padding: int) -> Iterator[Frame]:
     """The same pieces, the first event with so many spaces before its JSON."""
     for frame in frames:
-        yield Frame(frame.data.replace(b"data: ", b"data: " + b" " * padding, 1), frame.tokens) if padding else frame
+        yield (
+            Frame(frame.data.replace(b"data: ", b"data: " + b" " * padding, 1), frame.tokens)
+            if padding
+            else frame
+        )
         padding = 0
 
 

@@ -57,15 +57,25 @@ class Images(Whole):
     def render(self, plan: Plan) -> Mapping[str, object]:
         data = [{"b64_json": picture, "media_type": "image/png"} for picture in self._pictures]
         body = {"created": plan.generation.created, "data": data}
-        return body if plan.behaviour.usage == "missing" else {**body, "usage": render_usage(plan, plan.tokens)}
+        return (
+            body if plan.behaviour.usage == "missing" else {**body, "usage": render_usage(plan, plan.tokens)}
+        )
 
     def frames(self, plan: Plan) -> Iterator[Frame]:
         """A partial image and a complete one for each; the last says what all have cost."""
         share, last = plan.tokens.completion // len(self._pictures), len(self._pictures) - 1
         for place, picture in enumerate(self._pictures):
-            partial = {"type": "image_generation.partial_image", "b64_json": picture, "partial_image_index": 0}
+            partial = {
+                "type": "image_generation.partial_image",
+                "b64_json": picture,
+                "partial_image_index": 0,
+            }
             yield Frame(_event(partial), place * share + share // 2)
-            completed = {"type": "image_generation.completed", "b64_json": picture, "created": plan.generation.created}
+            completed = {
+                "type": "image_generation.completed",
+                "b64_json": picture,
+                "created": plan.generation.created,
+            }
             told = place == last and plan.behaviour.usage != "missing"
             usage = {"usage": render_usage(plan, plan.tokens)} if told else {}
             yield Frame(_event({**completed, "media_type": "image/png", **usage}), (place + 1) * share)
@@ -78,7 +88,12 @@ def draw(text: str) -> bytes:
     red, green, blue = zlib.crc32(text.encode()).to_bytes(4)[:3]
     rows = b"".join(b"\0" + bytes((red, green, (blue + 8 * row) % 256)) * SIDE for row in range(SIDE))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(rows))
+        + _chunk(b"IEND", b"")
+    )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

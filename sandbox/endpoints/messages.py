@@ -1,6 +1,7 @@
 """/messages. Anthropic's message and its events; its usage says what it cost, which the schema leaves open.
 
-Shapes: https://docs.anthropic.com/en/docs/build-with-claude/streaming, OpenRouter's `MessagesResult` and `MessagesStreamEvents`.
+Shapes: https://docs.anthropic.com/en/docs/build-with-claude/streaming, OpenRouter's `MessagesResult` and
+`MessagesStreamEvents`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,17 @@ class Messages(Whole):
 
     def render(self, plan: Plan) -> Mapping[str, object]:
         choice = plan.choices[0]
-        usage = {} if plan.behaviour.usage == "missing" else {"usage": render_message_usage(plan, plan.tokens)}
+        usage = (
+            {} if plan.behaviour.usage == "missing" else {"usage": render_message_usage(plan, plan.tokens)}
+        )
         died = {"error": anthropic_error(PROVIDER_DIED, 502)} if choice.finish == "error" else {}
-        return {**_message(plan), "content": [_block(kind, choice) for kind in _kinds(plan)], **_ending(choice), **usage, **died}
+        return {
+            **_message(plan),
+            "content": [_block(kind, choice) for kind in _kinds(plan)],
+            **_ending(choice),
+            **usage,
+            **died,
+        }
 
     def render_error(self, error: Mapping[str, object]) -> Mapping[str, object]:
         return {"type": "error", "error": _error(error), "request_id": None}
@@ -106,7 +115,12 @@ def _block(kind: str, choice: Choice) -> dict[str, object]:
     if kind == "thinking":
         return {"type": "thinking", "thinking": choice.thinking, "signature": _signature(choice)}
     if kind == "tool_use" and choice.tool:
-        return {"type": "tool_use", "id": f"toolu_{choice.tool.id}", "name": choice.tool.name, "input": _input(choice.text)}
+        return {
+            "type": "tool_use",
+            "id": f"toolu_{choice.tool.id}",
+            "name": choice.tool.name,
+            "input": _input(choice.text),
+        }
     return {"type": "text", "text": choice.text, "citations": None}
 
 
@@ -125,7 +139,9 @@ def _signature(choice: Choice) -> str:
 def _block_frames(plan: Plan, kind: str, place: int, tokens: int, *, cut: bool) -> Iterator[Frame]:
     choice = plan.choices[0]
     tokens += choice.tool.lead if kind == "tool_use" and choice.tool else 0
-    yield _event("content_block_start", tokens, index=place, content_block={**_block(kind, choice), **_EMPTY[kind]})
+    yield _event(
+        "content_block_start", tokens, index=place, content_block={**_block(kind, choice), **_EMPTY[kind]}
+    )
     if place == 0:
         yield _event("ping", tokens)
     tokens += 0 if plan.shows_thoughts else len(choice.thoughts)

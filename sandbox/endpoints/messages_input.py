@@ -62,10 +62,19 @@ def _blocks(role: str, blocks: list[Mapping[str, object]]) -> Iterator[dict[str,
     for block in blocks:
         if block.get("type") == "tool_use":
             function = {"name": block.get("name"), "arguments": dumps(block.get("input")).decode()}
-            yield {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+            yield {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": function}],
+            }
         elif block.get("type") == "tool_result":
             content = block.get("content")
-            yield {"role": "tool", "content": [_part(part) for part in _objects(content)] if isinstance(content, list) else content}
+            yield {
+                "role": "tool",
+                "content": [_part(part) for part in _objects(content)]
+                if isinstance(content, list)
+                else content,
+            }
 
 
 def _part(block: Mapping[str, object]) -> dict[str, object]:
@@ -79,7 +88,11 @@ def _part(block: Mapping[str, object]) -> dict[str, object]:
 
 
 def _tool(tool: Mapping[str, object]) -> dict[str, object]:
-    function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool["input_schema"]}
+    function = {
+        "name": tool.get("name"),
+        "description": tool.get("description"),
+        "parameters": tool["input_schema"],
+    }
     return {"type": "function", "function": function}
 
 

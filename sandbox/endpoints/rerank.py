@@ -30,7 +30,9 @@ def answer_rerank(body: Body, ask: Ask) -> tuple[Plan, Rerank]:
     if not isinstance(query, str) or not query:
         raise refusal(400, "query: Invalid input: expected string", error_type="invalid_request")
     if not isinstance(documents, list) or not 1 <= len(documents) <= MAX_DOCUMENTS:
-        raise refusal(400, f"documents: expected 1 to {MAX_DOCUMENTS} documents", error_type="invalid_request")
+        raise refusal(
+            400, f"documents: expected 1 to {MAX_DOCUMENTS} documents", error_type="invalid_request"
+        )
     shown = [_document(document, place) for place, document in enumerate(documents)]
     wanted = body.get("top_n")
     if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
@@ -43,17 +45,29 @@ def answer_rerank(body: Body, ask: Ask) -> tuple[Plan, Rerank]:
 class Rerank(Whole):
     """`/rerank`."""
 
-    def __init__(self, query: str, documents: list[Mapping[str, object]], wanted: int, most_bytes: int | None) -> None:
+    def __init__(
+        self, query: str, documents: list[Mapping[str, object]], wanted: int, most_bytes: int | None
+    ) -> None:
         self._query = query
         self._documents = documents
         self._wanted = wanted
         self._most_bytes = most_bytes
 
     def render(self, plan: Plan) -> Mapping[str, object]:
-        scores = [(score(self._query, _text(document)), -place) for place, document in enumerate(self._documents)]
+        scores = [
+            (score(self._query, _text(document)), -place) for place, document in enumerate(self._documents)
+        ]
         best = [(mark, -place) for mark, place in sorted(scores, reverse=True)[: self._wanted]]
-        results = [{"index": place, "relevance_score": mark, "document": self._documents[place]} for mark, place in best]
-        body = {"id": plan.id, "model": plan.model.id, "provider": plan.route.endpoint.provider, "results": self._fitting(results)}
+        results = [
+            {"index": place, "relevance_score": mark, "document": self._documents[place]}
+            for mark, place in best
+        ]
+        body = {
+            "id": plan.id,
+            "model": plan.model.id,
+            "provider": plan.route.endpoint.provider,
+            "results": self._fitting(results),
+        }
         return body if plan.behaviour.usage == "missing" else {**body, "usage": _usage(plan)}
 
     def _fitting(self, results: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -71,7 +85,11 @@ class Rerank(Whole):
 
 def _usage(plan: Plan) -> dict[str, object]:
     tokens = plan.tokens
-    units = {"search_units": 0 if plan.behaviour.cache == "hit" else tokens.units} if plan.route.prices.request else {}
+    units = (
+        {"search_units": 0 if plan.behaviour.cache == "hit" else tokens.units}
+        if plan.route.prices.request
+        else {}
+    )
     return {**units, "total_tokens": tokens.prompt, **render_cost(plan, tokens)}
 
 
@@ -94,7 +112,9 @@ def _document(document: object, place: int) -> Mapping[str, object]:
         return {"text": document}
     if isinstance(document, Mapping) and isinstance(document.get("text"), str):
         return document
-    raise refusal(400, f"documents.{place}: expected a string, or an object with text", error_type="invalid_request")
+    raise refusal(
+        400, f"documents.{place}: expected a string, or an object with text", error_type="invalid_request"
+    )
 
 
 def _text(document: Mapping[str, object]) -> str:

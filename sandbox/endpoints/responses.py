@@ -1,6 +1,7 @@
 """/responses. OpenAI's response object and its sequence of events, with OpenRouter's usage.
 
-Shapes: https://platform.openai.com/docs/api-reference/responses-streaming, OpenRouter's `OpenResponsesResult`.
+Shapes: https://platform.openai.com/docs/api-reference/responses-streaming, OpenRouter's
+`OpenResponsesResult`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,21 @@ def answer_response(body: Body, ask: Ask) -> tuple[Plan, Responses]:
 class Responses(Whole):
     """`/responses`. Stateless, as OpenRouter's: nothing is stored."""
 
-    farewell = sse("error", {"type": "error", "code": "server_error", "message": TOO_LATE["message"], "param": None, "sequence_number": 0})
+    farewell = sse(
+        "error",
+        {
+            "type": "error",
+            "code": "server_error",
+            "message": TOO_LATE["message"],
+            "param": None,
+            "sequence_number": 0,
+        },
+    )
 
     def __init__(self, body: Body) -> None:
-        self._echo = {name: default if body.get(name) is None else body[name] for name, default in _ECHOED.items()}
+        self._echo = {
+            name: default if body.get(name) is None else body[name] for name, default in _ECHOED.items()
+        }
 
     def render(self, plan: Plan) -> Mapping[str, object]:
         items = [item.render(done=True) for item in _items(plan)]
@@ -184,7 +196,9 @@ class _Events:
         """One item from its addition to its end; to its last delta where the stream fails in it."""
         where = {"output_index": place, "item_id": item.id}
         yield self._event("response.output_item.added", output_index=place, item=item.render(done=False))
-        opened, delta, finished, closed, index = _NAMES[item.kind if item.summarised or item.kind != "reasoning" else "raw"]
+        opened, delta, finished, closed, index = _NAMES[
+            item.kind if item.summarised or item.kind != "reasoning" else "raw"
+        ]
         spot = {**where, index: 0} if index else where
         if opened:
             yield self._event(opened, **spot, part=item.part(""))
@@ -197,7 +211,9 @@ class _Events:
             yield self._event(delta, **spot, delta=text, **logprobs)
         if cut:
             return
-        said = {"arguments": item.text, "name": item.tool.name} if item.tool else {"text": item.text, **logprobs}
+        said = (
+            {"arguments": item.text, "name": item.tool.name} if item.tool else {"text": item.text, **logprobs}
+        )
         yield self._event(finished, **spot, **said)
         if closed:
             yield self._event(closed, **spot, part=item.part(item.text))
@@ -211,7 +227,9 @@ class _Events:
             return self._event("response.error", error=error)
         failed = self._dialect.response(self._plan, "failed", output)
         told = {"code": "rate_limit_exceeded", "message": error["message"]}
-        return self._event("response.failed", response={**failed, "error": told, "error_type": told["code"], "usage": None})
+        return self._event(
+            "response.failed", response={**failed, "error": told, "error_type": told["code"], "usage": None}
+        )
 
     def _event(self, kind: str, **fields: object) -> Frame:
         data = sse(kind, {"type": kind, "sequence_number": self._number, **fields})
@@ -242,5 +260,11 @@ _NAMES = {
         "response.content_part.done",
         "content_index",
     ),
-    "function_call": ("", "response.function_call_arguments.delta", "response.function_call_arguments.done", "", ""),
+    "function_call": (
+        "",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "",
+        "",
+    ),
 }

@@ -11,15 +11,35 @@ from sandbox.failures import refusal
 from sandbox.planning import Body
 
 ROLES = ("user", "assistant", "system", "developer")
-_SAME = ("model", "models", "provider", "plugins", "reasoning", "parallel_tool_calls", "stream", "temperature", "top_p")
-_PARTS = {"input_text": "text", "output_text": "text", "summary_text": "text", "reasoning_text": "text", "text": "text"}
+_SAME = (
+    "model",
+    "models",
+    "provider",
+    "plugins",
+    "reasoning",
+    "parallel_tool_calls",
+    "stream",
+    "temperature",
+    "top_p",
+)
+_PARTS = {
+    "input_text": "text",
+    "output_text": "text",
+    "summary_text": "text",
+    "reasoning_text": "text",
+    "text": "text",
+}
 
 
 def read_response_request(body: Body) -> Body:
     """The chat completion request that this one amounts to; raises Refusal (400)."""
     chat: dict[str, object] = {name: body[name] for name in _SAME if name in body}
     instructions = body.get("instructions")
-    messages = [{"role": "system", "content": instructions}] if isinstance(instructions, str) and instructions else []
+    messages = (
+        [{"role": "system", "content": instructions}]
+        if isinstance(instructions, str) and instructions
+        else []
+    )
     chat["messages"] = [*messages, *_messages(body.get("input"))]
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = _limit(body["max_output_tokens"])
@@ -49,14 +69,22 @@ def _message(item: Mapping[str, object], place: int) -> dict[str, object]:
     kind = item.get("type", "message")
     if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": function}],
+        }
     if kind == "function_call_output":
         return {"role": "tool", "content": _content(item.get("output"))}
     if kind != "message":
         return {"role": "assistant", "content": _content(item.get("summary") or item.get("content"))}
     if item.get("role") not in ROLES:
         allowed = "|".join(f'"{role}"' for role in ROLES)
-        raise refusal(400, f"input.{place}.role: Invalid option: expected one of {allowed}", error_type="invalid_request")
+        raise refusal(
+            400,
+            f"input.{place}.role: Invalid option: expected one of {allowed}",
+            error_type="invalid_request",
+        )
     return {"role": item["role"], "content": _content(item.get("content"))}
 
 
@@ -67,14 +95,21 @@ def _content(content: object) -> object:
 def _part(part: Mapping[str, object]) -> dict[str, object]:
     kind = str(part.get("type"))
     if kind == "input_image":
-        return {"type": "image_url", "image_url": {"url": part.get("image_url"), "detail": part.get("detail")}}
+        return {
+            "type": "image_url",
+            "image_url": {"url": part.get("image_url"), "detail": part.get("detail")},
+        }
     if kind == "input_file":
         return {"type": "file"}
     return {**part, "type": _PARTS.get(kind, kind)}
 
 
 def _tool(tool: Mapping[str, object]) -> dict[str, object]:
-    function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None}
+    function = {
+        name: tool[name]
+        for name in ("name", "description", "parameters", "strict")
+        if tool.get(name) is not None
+    }
     return {"type": "function", "function": function}
 
 
@@ -87,7 +122,10 @@ def _tool_choice(choice: object) -> object:
 def _format(wanted: Mapping[str, object]) -> dict[str, object]:
     if wanted.get("type") != "json_schema":
         return {"type": wanted.get("type")}
-    return {"type": "json_schema", "json_schema": {"name": wanted.get("name"), "schema": wanted.get("schema")}}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": wanted.get("name"), "schema": wanted.get("schema")},
+    }
 
 
 def _limit(value: object) -> int:

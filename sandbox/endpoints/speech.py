@@ -38,7 +38,9 @@ def answer_speech(body: Body, ask: Ask) -> tuple[Plan, Speech]:
     if not isinstance(text, str) or not 1 <= len(text) <= MAX_CHARACTERS:
         raise refusal(400, f"input: expected 1 to {MAX_CHARACTERS} characters", error_type="invalid_request")
     if not isinstance(form, str) or form not in MEDIA_TYPES:
-        raise refusal(400, 'response_format: Invalid option: expected one of "mp3"|"pcm"', error_type="invalid_request")
+        raise refusal(
+            400, 'response_format: Invalid option: expected one of "mp3"|"pcm"', error_type="invalid_request"
+        )
     plan = plan_media(body, ask, "speech", "tts", lambda route: _tokens(text, route), streamed=True)
     _require_voice(body.get("voice"), plan)
     return plan, Speech(text, form, ask.limits.answer_bytes)
@@ -73,14 +75,18 @@ def hum(seed: int) -> bytes:
     """A tenth of a second of a tone, 16 bits, which can be repeated without a click."""
     cycles = 20 + seed % 40
     length = RATE // PIECES_PER_SECOND
-    samples = array.array("h", (round(6_000 * math.sin(2 * math.pi * cycles * place / length)) for place in range(length)))
+    samples = array.array(
+        "h", (round(6_000 * math.sin(2 * math.pi * cycles * place / length)) for place in range(length))
+    )
     if sys.byteorder == "big":
         samples.byteswap()
     return samples.tobytes()
 
 
 def _wav_header(size: int) -> bytes:
-    return b"RIFF" + struct.pack("<I4s4sIHHIIHH4sI", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size)
+    return b"RIFF" + struct.pack(
+        "<I4s4sIHHIIHH4sI", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size
+    )
 
 
 def _tokens(text: str, route: Route) -> Tokens:

@@ -1,6 +1,7 @@
 """/audio/transcriptions. Made-up words, as many as the recording is long, and what they cost.
 
-Both forms of request: OpenRouter's JSON with `input_audio`, and OpenAI's upload. Shapes: OpenRouter's `STTResponse`.
+Both forms of request: OpenRouter's JSON with `input_audio`, and OpenAI's upload. Shapes: OpenRouter's
+`STTResponse`.
 """
 
 from __future__ import annotations
@@ -60,13 +61,23 @@ def answer_transcription(body: Body, ask: Ask) -> tuple[Plan, Transcription]:
     """Plan a transcript; raises Refusal."""
     recording, form = _recording(_audio(body)), body.get("response_format", "json")
     if form not in FORMATS:
-        raise refusal(400, 'response_format: Invalid option: expected one of "json"|"verbose_json"', error_type="invalid_request")
+        raise refusal(
+            400,
+            'response_format: Invalid option: expected one of "json"|"verbose_json"',
+            error_type="invalid_request",
+        )
     prompt = body.get("prompt")
     hint = tokens.count(prompt) if isinstance(prompt, str) else 0
     pieces = _pieces(recording, ask.limits.answer_bytes)
-    plan = plan_media(body, ask, "transcription", "stt", lambda route: _tokens(recording, hint, len(pieces), route))
-    heard = pieces[: plan.tokens.completion] if plan.model.unit == "token" and plan.tokens.completion else pieces
-    return plan, Transcription(recording, "".join(heard).strip(), str(form), str(body.get("language") or "english"))
+    plan = plan_media(
+        body, ask, "transcription", "stt", lambda route: _tokens(recording, hint, len(pieces), route)
+    )
+    heard = (
+        pieces[: plan.tokens.completion] if plan.model.unit == "token" and plan.tokens.completion else pieces
+    )
+    return plan, Transcription(
+        recording, "".join(heard).strip(), str(form), str(body.get("language") or "english")
+    )
 
 
 class Transcription(Whole):
@@ -96,8 +107,20 @@ class Transcription(Whole):
         return {"seconds": seconds, **spent, **render_cost(plan, counted)}
 
     def _details(self) -> dict[str, object]:
-        segment = {"id": 0, "seek": 0, "start": 0, "end": self._recording.seconds, "text": self._text, "temperature": 0}
-        return {"task": "transcribe", "language": self._language, "duration": self._recording.seconds, "segments": [segment]}
+        segment = {
+            "id": 0,
+            "seek": 0,
+            "start": 0,
+            "end": self._recording.seconds,
+            "text": self._text,
+            "temperature": 0,
+        }
+        return {
+            "task": "transcribe",
+            "language": self._language,
+            "duration": self._recording.seconds,
+            "segments": [segment],
+        }
 
 
 def _audio(body: Body) -> bytes:
@@ -106,7 +129,11 @@ def _audio(body: Body) -> bytes:
         return uploaded
     data = said.get("data") if isinstance(said, Mapping) else None
     if not isinstance(data, str) or not data:
-        raise refusal(400, "input_audio: expected base64 data and its format, or a form with a file", error_type="invalid_request")
+        raise refusal(
+            400,
+            "input_audio: expected base64 data and its format, or a form with a file",
+            error_type="invalid_request",
+        )
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error:
@@ -132,11 +159,17 @@ def _tokens(recording: Recording, hint: int, written: int, route: Route) -> Toke
     model, seconds = route.model, recording.seconds
     longest = model.context if model.unit == "second" else MAX_SECONDS_BY_TOKEN
     if seconds > longest:
-        raise refusal(400, f"audio duration {seconds} seconds is longer than {longest} seconds", error_type="invalid_request")
+        raise refusal(
+            400,
+            f"audio duration {seconds} seconds is longer than {longest} seconds",
+            error_type="invalid_request",
+        )
     if model.unit == "second":
         billed = max(1, round(seconds))
         return Tokens(prompt=billed, audio_in=billed)
     heard = max(1, int(seconds * AUDIO_TOKENS_PER_SECOND))
     if heard + hint + written > model.context:
         raise too_long(model, heard + hint, written)
-    return Tokens(prompt=heard + hint, audio_in=heard, completion=min(written, model.max_completion or written))
+    return Tokens(
+        prompt=heard + hint, audio_in=heard, completion=min(written, model.max_completion or written)
+    )

@@ -50,7 +50,9 @@ def render_response_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
 
 
 def render_message_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
-    """The same in the names of `/messages`, where `input_tokens` leaves out what was read from or written to the cache."""
+    """The same in the names of `/messages`, where `input_tokens` leaves out what was read from or written to
+    the cache.
+    """
     return {
         "input_tokens": tokens.prompt - tokens.cached - tokens.cache_write,
         "cache_creation_input_tokens": tokens.cache_write,
@@ -59,7 +61,9 @@ def render_message_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
         "output_tokens": tokens.completion,
         "output_tokens_details": {"thinking_tokens": tokens.reasoning} if tokens.reasoning else None,
         "inference_geo": None,
-        "server_tool_use": {"web_search_requests": tokens.searches, "web_fetch_requests": 0} if tokens.searches else None,
+        "server_tool_use": {"web_search_requests": tokens.searches, "web_fetch_requests": 0}
+        if tokens.searches
+        else None,
         "service_tier": "standard",
         **render_cost(plan, tokens),
     }
@@ -81,7 +85,11 @@ def render_cost(
     return {
         "cost": _written_cost(plan.behaviour.cost, cost),
         "is_byok": plan.behaviour.byok,
-        "cost_details": {"upstream_inference_cost": inner, names[0]: parts.prompt, names[1]: parts.completion},
+        "cost_details": {
+            "upstream_inference_cost": inner,
+            names[0]: parts.prompt,
+            names[1]: parts.completion,
+        },
     }
 
 

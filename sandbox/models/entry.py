@@ -1,4 +1,6 @@
-"""What is known of a model. Its limits, modalities and parameters, and the providers that serve it at their own prices."""
+"""What is known of a model. Its limits, modalities and parameters, and the providers that serve it at their
+own prices.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,12 @@ MAX_PAGE = 1000
 _UNPRICED = frozenset({"discount", "min_prompt_tokens", "overrides"})
 
 
-def list_models(query: Mapping[str, str], factor_of: Decimal | Callable[[str], Decimal]) -> list[dict[str, object]]:
-    """The models that the query asks for (text output unless it says otherwise), prices times a factor for all or for each id."""
+def list_models(
+    query: Mapping[str, str], factor_of: Decimal | Callable[[str], Decimal]
+) -> list[dict[str, object]]:
+    """The models that the query asks for (text output unless it says otherwise), prices times a factor for
+    all or for each id.
+    """
     wanted = set(query.get("output_modalities", "text").split(","))
     parameters = [name for name in query.get("supported_parameters", "").split(",") if name]
     words = query.get("q", "").lower()
@@ -96,7 +100,9 @@ def _endpoint(model: Model, endpoint: Endpoint, factor: Decimal) -> dict[str, ob
         "latency_last_30m": {"p50": 0.4, "p75": 0.6, "p90": 0.9, "p99": 2.1},
         "throughput_last_30m": {"p50": 80, "p75": 70, "p90": 60, "p99": 40},
         "supports_implicit_caching": "input_cache_read" in endpoint.pricing,
-        "supports_tool_choice": dict.fromkeys(("auto", "function", "none", "required"), model.supports("tool_choice")),
+        "supports_tool_choice": dict.fromkeys(
+            ("auto", "function", "none", "required"), model.supports("tool_choice")
+        ),
     }
 
 

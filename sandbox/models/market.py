@@ -1,4 +1,6 @@
-"""Today's prices, as tests set them. The listed ones, times what tests set for all models and what `price-rise` did to single ones."""
+"""Today's prices, as tests set them. The listed ones, times what tests set for all models and what
+`price-rise` did to single ones.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Models of media. Embeddings, rankings, images, speech, transcripts; prices as in `models`.
 
-Ids, units and prices follow OpenRouter's catalog of 2026 where it is known; context lengths are what bounds the audio that goes in.
+Ids, units and prices follow OpenRouter's catalog of 2026 where it is known; context lengths are what bounds
+the audio that goes in.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ MEDIA: tuple[Model, ...] = (
         at(
             (
                 "Google AI Studio",
-                {"prompt": "0.0000003", "completion": "0.0000025", "image": "0.001238", "image_output": "0.00003"},
+                {
+                    "prompt": "0.0000003",
+                    "completion": "0.0000025",
+                    "image": "0.001238",
+                    "image_output": "0.00003",
+                },
             )
         ),
         parameters=("max_tokens", "response_format", *SAMPLING),
@@ -59,7 +65,18 @@ MEDIA: tuple[Model, ...] = (
         "OpenAI: GPT-5 Image Mini",
         400_000,
         128_000,
-        at(("OpenAI", {"prompt": "0.0000025", "completion": "0.000002", "request": "0", "image": "0", "image_output": "0.000008"})),
+        at(
+            (
+                "OpenAI",
+                {
+                    "prompt": "0.0000025",
+                    "completion": "0.000002",
+                    "request": "0",
+                    "image": "0",
+                    "image_output": "0.000008",
+                },
+            )
+        ),
         parameters=_DRAWING,
         inputs=("text", "image"),
         outputs=("image",),

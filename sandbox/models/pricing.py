@@ -1,7 +1,8 @@
 """Price strings, tiers, discounts. OpenRouter's price strings, tiers and discounts, in exact decimals.
 
-Facts: https://openrouter.ai/docs, model schema: every price is US dollars per single unit; an override applies when the
-prompt has strictly more tokens than its `min_prompt_tokens`; a discount multiplies prices by (1 - discount).
+Facts: https://openrouter.ai/docs, model schema: every price is US dollars per single unit; an override
+applies when the prompt has strictly more tokens than its `min_prompt_tokens`; a discount multiplies prices by
+(1 - discount).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ MILLION = Decimal(1_000_000)
 class Tokens:
     """What is billed.
 
-    `cached`, `cache_write` and `audio_in` are parts of `prompt`; `reasoning`, `audio_out` and `image_out` of `completion`.
+    `cached`, `cache_write` and `audio_in` are parts of `prompt`; `reasoning`, `audio_out` and `image_out` of
+    `completion`.
     """
 
     prompt: int = 0
@@ -81,16 +83,26 @@ class Prices:
         for least, prices in self.overrides:
             if tokens.prompt > least:
                 tier = prices
-        read, write, heard = (_or(price, tier.prompt) for price in (tier.input_cache_read, tier.input_cache_write, tier.audio))
+        read, write, heard = (
+            _or(price, tier.prompt) for price in (tier.input_cache_read, tier.input_cache_write, tier.audio)
+        )
         fresh = tokens.prompt - tokens.cached - tokens.cache_write - tokens.audio_in
         fees = tokens.units * tier.request + tokens.images * tier.image + tokens.searches * tier.web_search
-        prompt = fresh * tier.prompt + tokens.cached * read + tokens.cache_write * write + tokens.audio_in * heard + fees
+        prompt = (
+            fresh * tier.prompt
+            + tokens.cached * read
+            + tokens.cache_write * write
+            + tokens.audio_in * heard
+            + fees
+        )
         spoken, drawn = (_or(price, tier.completion) for price in (tier.audio_output, tier.image_output))
         written = tokens.completion - tokens.audio_out - tokens.image_out
         return Cost(prompt, written * tier.completion + tokens.audio_out * spoken + tokens.image_out * drawn)
 
     def exceeds(self, maximum: Mapping[str, Decimal]) -> bool:
-        """Whether `provider.max_price` forbids this endpoint (prompt and completion are per million tokens there)."""
+        """Whether `provider.max_price` forbids this endpoint (prompt and completion are per million tokens
+        there).
+        """
         asked = {
             "prompt": self.prompt * MILLION,
             "completion": self.completion * MILLION,
@@ -119,5 +131,7 @@ def parse_prices(pricing: Mapping[str, object]) -> Prices:
 
 
 def _base_prices(pricing: Mapping[str, object]) -> Prices:
-    prices: dict[str, Any] = {name: Decimal(str(value)) for name, value in pricing.items() if name in _COMPONENTS}
+    prices: dict[str, Any] = {
+        name: Decimal(str(value)) for name, value in pricing.items() if name in _COMPONENTS
+    }
     return Prices(**prices)

@@ -1,6 +1,8 @@
-"""Models that write text. Real-looking entries with real price shapes; the only places with model facts are this and `models_media`.
+"""Models that write text. Real-looking entries with real price shapes; the only places with model facts are
+this and `models_media`.
 
-Prices are US dollars per unit as decimal strings, as OpenRouter's `/models` writes them; `discount` is a number.
+Prices are US dollars per unit as decimal strings, as OpenRouter's `/models` writes them; `discount` is a
+number.
 """
 
 from __future__ import annotations
@@ -90,7 +92,14 @@ _GEMINI_FLASH = {
     "internal_reasoning": "0.0000025",
     "input_cache_read": "0.00000003",
 }
-_FREE = {"prompt": "0", "completion": "0", "request": "0", "image": "0", "web_search": "0", "internal_reasoning": "0"}
+_FREE = {
+    "prompt": "0",
+    "completion": "0",
+    "request": "0",
+    "image": "0",
+    "web_search": "0",
+    "internal_reasoning": "0",
+}
 
 MODELS: tuple[Model, ...] = (
     Model(
@@ -169,7 +178,10 @@ MODELS: tuple[Model, ...] = (
         163_840,
         32_768,
         at(
-            ("DeepSeek", {"prompt": "0.0000002", "completion": "0.0000008", "input_cache_read": "0.00000002"}),
+            (
+                "DeepSeek",
+                {"prompt": "0.0000002", "completion": "0.0000008", "input_cache_read": "0.00000002"},
+            ),
             ("Novita", {"prompt": "0.00000027", "completion": "0.000001"}),
         ),
         parameters=THINKING,
@@ -180,7 +192,9 @@ MODELS: tuple[Model, ...] = (
         "DeepSeek: R1",
         163_840,
         32_768,
-        at(("DeepSeek", {"prompt": "0.0000007", "completion": "0.0000025", "input_cache_read": "0.00000014"})),
+        at(
+            ("DeepSeek", {"prompt": "0.0000007", "completion": "0.0000025", "input_cache_read": "0.00000014"})
+        ),
         parameters=THINKING,
         reasoning="mandatory",
     ),

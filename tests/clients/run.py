@@ -1,7 +1,9 @@
-"""Do other people's clients work unchanged against a running gateway? Starts one, and runs each client's program against it.
+"""Do other people's clients work unchanged against a running gateway? Starts one, and runs each client's
+program against it.
 
-`make clients`, or `make clients ARGS="langchain openai-node"` for some of them. The programs know the gateway by its address and
-an admin key alone; what they need of Python lies in a virtual environment of its own, what they need of Node in `node/node_modules`.
+`make clients`, or `make clients ARGS="langchain openai-node"` for some of them. The programs know the gateway
+by its address and an admin key alone; what they need of Python lies in a virtual environment of its own, what
+they need of Node in `node/node_modules`.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "documents": ("python/test_documents.py",),
 }
 
-# What the programs ask for and this gateway does not have yet: their tests are skipped. An entry that turns out to be there is an
-# error, so that nothing stays skipped by mistake.
+# What the programs ask for and this gateway does not have yet: their tests are skipped. An entry that turns
+# out to be there is an error, so that nothing stays skipped by mistake.
 AWAITED: frozenset[str] = frozenset()
 
 
@@ -55,7 +57,9 @@ class Outcome:
 
 @contextmanager
 def gateway(folder: str) -> Iterator[str]:
-    """A gateway in sandbox mode, as its own process on a fresh embedded database. New users have no credits. Yields its URL."""
+    """A gateway in sandbox mode, as its own process on a fresh embedded database. New users have no credits.
+    Yields its URL.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {
@@ -68,9 +72,13 @@ def gateway(folder: str) -> Iterator[str]:
         "PORT": str(port),
         "LOG_LEVEL": "error",
         # An operator's own .env must not reach it: what is set here wins, and empty is unset.
-        **dict.fromkeys(("DATABASE_URL", "SUPABASE_URL", "SUPABASE_KEY", "OPENROUTER_API_KEY", "TRUSTED_PROXIES"), ""),
+        **dict.fromkeys(
+            ("DATABASE_URL", "SUPABASE_URL", "SUPABASE_KEY", "OPENROUTER_API_KEY", "TRUSTED_PROXIES"), ""
+        ),
     }
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_for(url, process)
@@ -97,7 +105,9 @@ def _is_ready(url: str) -> bool:
 
 
 def is_there(url: str, wanted: str) -> bool:
-    """Whether the gateway has this endpoint (without a key everything but 404 and 405 says so), or behaves like that."""
+    """Whether the gateway has this endpoint (without a key everything but 404 and 405 says so), or behaves
+    like that.
+    """
     if wanted == "pages of /api/v1/models":
         return len(ask(url, "GET /api/v1/models?limit=2")[1]["data"]) == 2
     if wanted == "numeric error codes under /api/v1":
@@ -121,16 +131,24 @@ def require_absent(url: str) -> None:
     """Ends the run where something is there that counts as missing."""
     present = sorted(wanted for wanted in AWAITED if is_there(url, wanted))
     if present:
-        sys.exit(f"The gateway has these; take them off AWAITED in {Path(__file__).relative_to(ROOT)}: {', '.join(present)}")
+        sys.exit(
+            f"The gateway has these; take them off AWAITED in {Path(__file__).relative_to(ROOT)}: {', '.join(present)}"
+        )
 
 
 def require_node() -> None:
-    """Node 20 or newer, with npm; ends the run with a sentence otherwise. The Makefile calls it before it installs."""
+    """Node 20 or newer, with npm; ends the run with a sentence otherwise. The Makefile calls it before it
+    installs.
+    """
     try:
-        version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        version = subprocess.run(
+            ["node", "--version"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         subprocess.run(["npm", "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        sys.exit("The Node clients need node 20 or newer and npm, and they are not on the PATH (https://nodejs.org).")
+        sys.exit(
+            "The Node clients need node 20 or newer and npm, and they are not on the PATH (https://nodejs.org)."
+        )
     if int(version.removeprefix("v").split(".")[0]) < 20:
         sys.exit(f"The Node clients need node 20 or newer; this is {version}.")
 
@@ -142,14 +160,27 @@ def command_of(file: str) -> list[str]:
 
 
 def run(name: str, environment: Mapping[str, str]) -> Outcome:
-    """One client's programs, one after the other; the first failure counts. What they print is printed in one piece."""
+    """One client's programs, one after the other; the first failure counts. What they print is printed in one
+    piece.
+    """
     started = time.monotonic()
     ended = [
-        subprocess.run(command_of(file), cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(
+            command_of(file),
+            cwd=HERE,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
         for file in PROGRAMS[name]
     ]
     print(f"\n== {name}\n" + "".join(program.stdout.decode() for program in ended), flush=True)
-    return Outcome(name, next((program.returncode for program in ended if program.returncode), 0), time.monotonic() - started)
+    return Outcome(
+        name,
+        next((program.returncode for program in ended if program.returncode), 0),
+        time.monotonic() - started,
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,9 @@ FRESH_ROWS = '''
 
 
 @pytest.fixture(scope="session", params=INSTALLATIONS)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedPostgres]:
     """A running server with the tables and functions of schema.sql."""
     folder = tmp_path_factory.mktemp("embedded")
     started = asyncio.run(EmbeddedPostgres.start(folder, binaries=request.param, settings=QUICK))
@@ -71,5 +73,7 @@ async def http(transport: PostgrestTransport) -> AsyncIterator[httpx.AsyncClient
 @pytest.fixture
 async def client(http: httpx.AsyncClient) -> AsyncClient:
     """The official client."""
-    options = AsyncClientOptions(httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False)
+    options = AsyncClientOptions(
+        httpx_client=http, auto_refresh_token=False, persist_session=False, postgrest_client_retry=False
+    )
     return await acreate_client("http://x.invalid", "service-role-key", options)

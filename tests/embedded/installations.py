@@ -10,5 +10,7 @@ SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
 QUICK = {"fsync": "off"}
 INSTALLATIONS = [
     pytest.param(None, id="wheel"),
-    pytest.param(SYSTEM_15, id="system-15", marks=pytest.mark.skipif(not SYSTEM_15.exists(), reason="not installed")),
+    pytest.param(
+        SYSTEM_15, id="system-15", marks=pytest.mark.skipif(not SYSTEM_15.exists(), reason="not installed")
+    ),
 ]

@@ -54,7 +54,9 @@ async def test_files_are_applied_once_and_in_order(target: dict[str, Any], tmp_p
     (tmp_path / "20260103000000_third.sql").write_text("insert into moved values (2)")
     assert await migrate(target, tmp_path) == ["20260103000000_third.sql"]
     assert await ask(target, "select moved_count()") == [(2,)]
-    history = "select version, name, cardinality(statements) from supabase_migrations.schema_migrations order by 1"
+    history = (
+        "select version, name, cardinality(statements) from supabase_migrations.schema_migrations order by 1"
+    )
     assert await ask(target, history) == [
         ("20260101000000", "first", 2),
         ("20260102000000", "second", 1),
@@ -95,7 +97,9 @@ async def test_two_files_of_one_version_are_refused(target: dict[str, Any], tmp_
         await migrate(target, tmp_path)
 
 
-async def test_a_missing_folder_and_a_missing_database_are_refused(target: dict[str, Any], tmp_path: Path) -> None:
+async def test_a_missing_folder_and_a_missing_database_are_refused(
+    target: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(EmbeddedDatabaseError, match="There is no folder"):
         await migrate(target, tmp_path / "nowhere")
     with pytest.raises(EmbeddedDatabaseError, match="cannot be reached"):
@@ -106,7 +110,9 @@ async def test_a_login_that_may_not_create_roles_is_told_what_to_run(target: dic
     connection = await asyncpg.connect(**target)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("create role poor login; alter role service_role rename to something_else; set role poor")
+    await connection.execute(
+        "create role poor login; alter role service_role rename to something_else; set role poor"
+    )
     with pytest.raises(EmbeddedDatabaseError, match="create role service_role nologin noinherit bypassrls"):
         await ensure_roles(connection)
     await transaction.rollback()

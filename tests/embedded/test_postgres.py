@@ -1,6 +1,7 @@
 """The embedded server starts, survives, is shared and is stopped, as root and as an ordinary user."""
 
-# ruff: noqa: ASYNC110, ASYNC222, ASYNC240 (processes and /proc are watched from here, and nothing else runs in the loop)
+# ruff: noqa: ASYNC110, ASYNC222, ASYNC240 (processes and /proc are watched from here, and nothing else runs
+# in the loop)
 from __future__ import annotations
 
 import asyncio
@@ -33,8 +34,8 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, see prctl(2)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
 
-# A process that takes part in the server: it says so, and leaves when its input ends. It becomes another user only once
-# it has imported everything, since the interpreter may lie in a folder that is closed to others.
+# A process that takes part in the server: it says so, and leaves when its input ends. It becomes another user
+# only once it has imported everything, since the interpreter may lie in a folder that is closed to others.
 PARTICIPANT = """
 import asyncio, concurrent.futures.thread, os, sys
 from pathlib import Path
@@ -128,7 +129,9 @@ async def until_dead(pid: int) -> None:
 
 
 @pytest.fixture(scope="module", params=INSTALLATIONS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path | None]:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path | None]:
     """A data folder that was created and stopped again, and the binaries it is for."""
     folder = tmp_path_factory.mktemp("made") / "data folder"
 
@@ -150,7 +153,9 @@ def reaping_nothing() -> Iterator[None]:
 
 async def test_a_new_database_is_what_a_supabase_project_starts_from(made: tuple[Path, Path | None]) -> None:
     async with running(made[0], made[1]) as server:
-        roles = "select string_agg(rolname || rolcanlogin || rolbypassrls, ' ' order by rolname) from pg_roles"
+        roles = (
+            "select string_agg(rolname || rolcanlogin || rolbypassrls, ' ' order by rolname) from pg_roles"
+        )
         named = "where rolname in ('anon', 'authenticated', 'service_role', 'authenticator')"
         assert await ask(server, f"{roles} {named}") == (
             "anonfalsefalse authenticatedfalsefalse authenticatortruefalse service_rolefalsetrue"
@@ -159,11 +164,15 @@ async def test_a_new_database_is_what_a_supabase_project_starts_from(made: tuple
         await ask(server, "create table forgotten ()")
         assert await ask(server, "select has_table_privilege('anon', 'forgotten', 'select')")
         assert await ask(server, "drop table forgotten") is None
-        settings = "select string_agg(name || '=' || setting, ' ' order by name) from pg_settings where name in"
-        assert await ask(server, f"{settings} ('listen_addresses', 'synchronous_commit', 'TimeZone', 'server_encoding')") == (
-            "TimeZone=UTC listen_addresses= server_encoding=UTF8 synchronous_commit=on"
+        settings = (
+            "select string_agg(name || '=' || setting, ' ' order by name) from pg_settings where name in"
         )
-        assert await ask(server, "select datcollate from pg_database where datname = current_database()") == "C"
+        assert await ask(
+            server, f"{settings} ('listen_addresses', 'synchronous_commit', 'TimeZone', 'server_encoding')"
+        ) == ("TimeZone=UTC listen_addresses= server_encoding=UTF8 synchronous_commit=on")
+        assert (
+            await ask(server, "select datcollate from pg_database where datname = current_database()") == "C"
+        )
 
 
 async def test_the_server_is_durable_unless_told_otherwise(made: tuple[Path, Path | None]) -> None:
@@ -179,7 +188,9 @@ async def test_nobody_else_can_reach_the_server(made: tuple[Path, Path | None]) 
             await ask(server, "select 1", role="anon")
         me = pwd.getpwuid(os.geteuid()).pw_name
         assert (made[0] / "data" / "pg_hba.conf").read_text() == "local all all peer map=gateway\n"
-        assert {line.split()[1] for line in (made[0] / "data" / "pg_ident.conf").read_text().splitlines()} == {f'"{me}"'}
+        assert {
+            line.split()[1] for line in (made[0] / "data" / "pg_ident.conf").read_text().splitlines()
+        } == {f'"{me}"'}
 
 
 async def test_the_last_one_out_stops_the_server(made: tuple[Path, Path | None]) -> None:
@@ -198,10 +209,14 @@ async def test_the_last_one_out_stops_the_server(made: tuple[Path, Path | None])
 async def test_a_killed_server_is_started_by_the_next_request(made: tuple[Path, Path | None]) -> None:
     async with running(made[0], made[1]) as server:
         await ask(server, "create table if not exists kept as select 7 as n")
-        transport = PostgrestTransport(server.connect_kwargs("authenticator"), ensure_running=server.ensure_running)
+        transport = PostgrestTransport(
+            server.connect_kwargs("authenticator"), ensure_running=server.ensure_running
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://x.invalid/rest/v1") as http:
             assert (await http.get("/kept")).json() == [{"n": 7}]
-            backend = await ask(server, "select min(pid) from pg_stat_activity where usename = 'authenticator'")
+            backend = await ask(
+                server, "select min(pid) from pg_stat_activity where usename = 'authenticator'"
+            )
             dead = postmaster(made[0])
             os.kill(dead, signal.SIGKILL)
             await until_dead(dead)
@@ -226,7 +241,9 @@ async def test_a_dead_server_that_nobody_reaps_is_replaced(made: tuple[Path, Pat
     os.waitpid(last, 0)
 
 
-async def test_a_process_id_that_another_program_was_given_is_no_server(made: tuple[Path, Path | None]) -> None:
+async def test_a_process_id_that_another_program_was_given_is_no_server(
+    made: tuple[Path, Path | None],
+) -> None:
     leftover = made[0] / "data" / "postmaster.pid"
     leftover.write_text(f"{os.getpid()}\n{made[0]}\n1\n5432\n.\n\n        0         0\nready   \n")
     os.chown(leftover, (made[0] / "data").stat().st_uid, -1)
@@ -243,7 +260,9 @@ async def test_processes_that_start_at_once_share_one_server(tmp_path: Path) -> 
     assert not is_running(server)
 
 
-async def test_a_killed_process_leaves_a_server_that_the_next_one_takes_over(made: tuple[Path, Path | None]) -> None:
+async def test_a_killed_process_leaves_a_server_that_the_next_one_takes_over(
+    made: tuple[Path, Path | None],
+) -> None:
     if made[1] is not None:
         pytest.skip("the participant uses the wheel")
     async with participant(made[0]) as process:
@@ -311,7 +330,9 @@ def test_binaries_in_a_closed_folder_are_copied_once_to_an_open_one(tmp_path: Pa
         assert initdb.returncode == 0
 
 
-async def test_a_data_folder_with_a_path_too_long_for_a_socket_works(made: tuple[Path, Path | None], tmp_path: Path) -> None:
+async def test_a_data_folder_with_a_path_too_long_for_a_socket_works(
+    made: tuple[Path, Path | None], tmp_path: Path
+) -> None:
     long = tmp_path / ("x" * 100) / ("y" * 100)
     long.parent.mkdir()
     shutil.copytree(made[0], long)
@@ -356,11 +377,15 @@ async def test_missing_binaries_are_refused_in_one_sentence(tmp_path: Path) -> N
     assert "name the folder that holds postgres and initdb" in await refusal(tmp_path, binaries=tmp_path)
 
 
-async def test_a_database_of_another_version_is_refused_in_one_sentence(made: tuple[Path, Path | None], tmp_path: Path) -> None:
+async def test_a_database_of_another_version_is_refused_in_one_sentence(
+    made: tuple[Path, Path | None], tmp_path: Path
+) -> None:
     shutil.copytree(made[0], tmp_path / "copy")
     (tmp_path / "copy" / "data" / "PG_VERSION").write_text("14\n")
     assert "was made by PostgreSQL 14" in await refusal(tmp_path / "copy", binaries=made[1])
 
 
 async def test_a_setting_that_the_server_refuses_is_named(made: tuple[Path, Path | None]) -> None:
-    assert "PostgreSQL did not start" in await refusal(made[0], binaries=made[1], settings={"no_such_setting": "1"})
+    assert "PostgreSQL did not start" in await refusal(
+        made[0], binaries=made[1], settings={"no_such_setting": "1"}
+    )

@@ -29,7 +29,12 @@ from embedded.postgrest import PostgrestTransport
         ("squares", '{"p_to": 2}', 200, '[{"n":1,"squared":1}, \n {"n":2,"squared":4}]'),
         ("one_out", "{}", 200, '{"total":7}'),
         ("two_out", "{}", 200, '{"a":1,"b":"x"}'),
-        ("echo", '{"p_items": {"n": 12345678901234567890.123456789}}', 200, '{"n": 12345678901234567890.123456789}'),
+        (
+            "echo",
+            '{"p_items": {"n": 12345678901234567890.123456789}}',
+            200,
+            '{"n": 12345678901234567890.123456789}',
+        ),
         ("echo", '{"p_items": null}', 200, "null"),
         ("whole_body", "[1, 2]", 200, "[1, 2]"),
         ("whole_body", '{"a": 1}', 200, '{"a": 1}'),
@@ -51,7 +56,14 @@ async def test_a_row_of_a_table_is_answered_as_an_object(client: AsyncClient) ->
 
 
 async def test_rows_of_a_function_can_be_selected_filtered_ordered_and_counted(client: AsyncClient) -> None:
-    answer = await client.rpc("all_people", {}).select("name").gt("age", 20).order("age", desc=True).limit(1).execute()
+    answer = (
+        await client.rpc("all_people", {})
+        .select("name")
+        .gt("age", 20)
+        .order("age", desc=True)
+        .limit(1)
+        .execute()
+    )
     assert answer.data == [{"name": 'Cy, "the" (third)'}]
     counted = await client.rpc("count_up", {"p_to": 5}, get=True, count="exact").limit(2).execute()
     assert (counted.data, counted.count) == ([1, 2], 5)
@@ -65,7 +77,9 @@ async def test_get_passes_arguments_in_the_query_and_cannot_write(client: AsyncC
     assert await owner.fetchval("select count(*) from journal") == 0
 
 
-async def test_calls_act_as_service_role_within_the_statement_timeout_of_a_hosted_project(client: AsyncClient) -> None:
+async def test_calls_act_as_service_role_within_the_statement_timeout_of_a_hosted_project(
+    client: AsyncClient,
+) -> None:
     answer = await client.rpc("who_am_i", {}).execute()
     assert answer.data == {"role": "service_role", "login": "authenticator", "timeout": "8s"}
 
@@ -118,17 +132,23 @@ async def test_an_error_of_a_function_keeps_its_code_and_gets_postgrests_status(
         ('add"(1); drop table people; --', "{}", 404, "PGRST202"),
     ],
 )
-async def test_a_call_that_fits_no_function_is_refused(http: httpx.AsyncClient, name: str, body: str, status: int, code: str) -> None:
+async def test_a_call_that_fits_no_function_is_refused(
+    http: httpx.AsyncClient, name: str, body: str, status: int, code: str
+) -> None:
     answer = await http.post(f"/rpc/{name}", content=body)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
-async def test_a_function_is_found_when_a_migration_adds_or_changes_it(client: AsyncClient, owner: Any) -> None:
+async def test_a_function_is_found_when_a_migration_adds_or_changes_it(
+    client: AsyncClient, owner: Any
+) -> None:
     assert (await client.rpc("answer_number", {}).execute()).data == 42
     await owner.execute("create function late(p_a int) returns int language sql as 'select 1'")
     try:
         assert (await client.rpc("late", {"p_a": 1}).execute()).data == 1
-        await owner.execute("drop function late; create function late(p_a text) returns text language sql as 'select $1'")
+        await owner.execute(
+            "drop function late; create function late(p_a text) returns text language sql as 'select $1'"
+        )
         assert (await client.rpc("late", {"p_a": "new"}).execute()).data == "new"
     finally:
         await owner.execute("drop function late")

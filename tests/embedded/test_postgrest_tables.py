@@ -51,7 +51,9 @@ CY = 'Cy, "the" (third)'
         ({"name": "eq.'; drop table people; --"}, []),
     ],
 )
-async def test_filters_choose_rows(http: httpx.AsyncClient, parameters: dict[str, str], names: list[str]) -> None:
+async def test_filters_choose_rows(
+    http: httpx.AsyncClient, parameters: dict[str, str], names: list[str]
+) -> None:
     answer = await http.get("/people", params={**parameters, "select": "name", "order": "id"})
     assert answer.status_code == 200, answer.text
     assert [row["name"] for row in answer.json()] == names
@@ -76,7 +78,11 @@ async def test_select_chooses_columns(http: httpx.AsyncClient, select: str, row:
 
 
 async def test_rows_come_in_the_order_that_was_asked(http: httpx.AsyncClient) -> None:
-    for order, ids in [("age.desc", [2, 3, 1]), ("age.desc.nullslast", [3, 1, 2]), ("age.nullsfirst,id", [2, 1, 3])]:
+    for order, ids in [
+        ("age.desc", [2, 3, 1]),
+        ("age.desc.nullslast", [3, 1, 2]),
+        ("age.nullsfirst,id", [2, 1, 3]),
+    ]:
         answer = await http.get("/people", params={"select": "id", "order": order})
         assert [row["id"] for row in answer.json()] == ids
 
@@ -120,7 +126,10 @@ async def test_nulls_can_be_stripped(client: AsyncClient) -> None:
 
 
 async def test_rows_are_inserted_with_nulls_or_defaults_for_what_is_missing(client: AsyncClient) -> None:
-    rows = [{"name": "Di", "data": {"a": [1]}, "tags": ["p,q", "r"]}, {"name": "Ed", "data": {}, "tags": [], "age": 1}]
+    rows = [
+        {"name": "Di", "data": {"a": [1]}, "tags": ["p,q", "r"]},
+        {"name": "Ed", "data": {}, "tags": [], "age": 1},
+    ]
     nulls = await client.table("people").insert(rows).execute()
     assert [row["age"] for row in nulls.data] == [None, 1]
     assert (nulls.data[0]["data"], nulls.data[0]["tags"]) == ({"a": [1]}, ["p,q", "r"])
@@ -162,7 +171,12 @@ async def test_a_conflict_is_refused_merged_or_ignored_as_asked(client: AsyncCli
 
 
 async def test_an_update_changes_the_chosen_rows(client: AsyncClient, http: httpx.AsyncClient) -> None:
-    changed = await client.table("people").update({"age": 1, "data": {"k": None}}, count="exact").in_("id", [1, 2]).execute()
+    changed = (
+        await client.table("people")
+        .update({"age": 1, "data": {"k": None}}, count="exact")
+        .in_("id", [1, 2])
+        .execute()
+    )
     assert ([row["data"] for row in changed.data], changed.count) == ([{"k": None}] * 2, 2)
     minimal = await http.patch("/people?id=eq.1", json={"age": None})
     assert (minimal.status_code, minimal.headers["content-range"]) == (204, "0-0/*")
@@ -185,7 +199,9 @@ async def test_a_change_without_a_filter_is_refused_as_on_a_hosted_project(clien
         assert refused.value.code == "21000"
 
 
-async def test_a_change_of_too_many_rows_is_undone(client: AsyncClient, http: httpx.AsyncClient, owner: Any) -> None:
+async def test_a_change_of_too_many_rows_is_undone(
+    client: AsyncClient, http: httpx.AsyncClient, owner: Any
+) -> None:
     with pytest.raises(APIError) as refused:
         await client.table("people").delete().gt("id", 0).max_affected(2).execute()
     assert refused.value.code == "PGRST124"
@@ -198,7 +214,9 @@ async def test_names_with_quotes_are_only_names(http: httpx.AsyncClient) -> None
     wanted = {"prefer": "return=representation"}
     row = {"a b": 1, 'c"d': "x"}
     assert (await http.post('/odd "names"', json=row, headers=wanted)).json() == [row]
-    found = await http.get('/odd "names"', params={"select": '"a b",z:"c\\"d"', '"a b"': "eq.1", "order": '"a b".desc'})
+    found = await http.get(
+        '/odd "names"', params={"select": '"a b",z:"c\\"d"', '"a b"': "eq.1", "order": '"a b".desc'}
+    )
     assert found.json() == [{"a b": 1, "z": "x"}]
 
 
@@ -227,7 +245,9 @@ async def test_names_with_quotes_are_only_names(http: httpx.AsyncClient) -> None
         ({"order": "friends(name)"}, 501, "PGRST501"),
     ],
 )
-async def test_a_query_that_cannot_be_read_is_refused(http: httpx.AsyncClient, parameters: dict[str, str], status: int, code: str) -> None:
+async def test_a_query_that_cannot_be_read_is_refused(
+    http: httpx.AsyncClient, parameters: dict[str, str], status: int, code: str
+) -> None:
     answer = await http.get("/people", params=parameters)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 

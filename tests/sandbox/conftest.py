@@ -26,7 +26,9 @@ class Client:
     app: Sandbox
     http: httpx2.AsyncClient
 
-    def request(self, scenario: str = "ordinary", path: str = "/chat/completions", **body: Any) -> httpx2.Request:
+    def request(
+        self, scenario: str = "ordinary", path: str = "/chat/completions", **body: Any
+    ) -> httpx2.Request:
         body = {"model": "openai/gpt-4o-mini", "messages": HI, **body}
         headers = {**KEY, "x-sandbox-scenario": scenario}
         return self.http.build_request("POST", path, headers=headers, json=body)
@@ -55,7 +57,9 @@ async def client(app: Sandbox) -> AsyncIterator[Client]:
 @pytest.fixture
 async def sdk(app: Sandbox) -> AsyncIterator[openai.AsyncOpenAI]:
     http = httpx2.AsyncClient(transport=SandboxTransport(app))
-    async with openai.AsyncOpenAI(api_key="sk-or-v1-test", base_url=BASE_URL, http_client=http, max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        api_key="sk-or-v1-test", base_url=BASE_URL, http_client=http, max_retries=0
+    ) as client:
         yield client
 
 

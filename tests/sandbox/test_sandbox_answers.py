@@ -40,7 +40,9 @@ def exact(text: str) -> Any:
 
 
 async def test_the_openai_sdk_reads_a_completion(sdk: openai.AsyncOpenAI) -> None:
-    completion = await sdk.chat.completions.create(model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}])
+    completion = await sdk.chat.completions.create(
+        model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}]
+    )
     assert completion.id.startswith("gen-")
     assert "Say hi" in (completion.choices[0].message.content or "")
     assert completion.choices[0].finish_reason == "stop"
@@ -107,7 +109,10 @@ async def test_offered_tools_are_called_with_conforming_arguments(client: Client
 
 
 async def test_a_tool_result_is_answered_in_words(client: Client) -> None:
-    messages = [{"role": "user", "content": "Weather?"}, {"role": "tool", "tool_call_id": "x", "content": "sunny"}]
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "tool", "tool_call_id": "x", "content": "sunny"},
+    ]
     choice = (await client.ask(tools=[TOOL], messages=messages)).json()["choices"][0]
     assert "sunny" in choice["message"]["content"]
 
@@ -131,7 +136,10 @@ class Machine(BaseModel):
 
 
 async def test_a_json_schema_is_answered_with_a_conforming_value(client: Client) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "machine", "schema": Machine.model_json_schema()}}
+    wanted = {
+        "type": "json_schema",
+        "json_schema": {"name": "machine", "schema": Machine.model_json_schema()},
+    }
     answer = (await client.ask(response_format=wanted)).json()
     machine = Machine.model_validate_json(answer["choices"][0]["message"]["content"])
     assert len(machine.parts) == 2
@@ -163,7 +171,9 @@ def test_a_prompt_never_exceeds_its_bytes_and_the_allowances(texts: list[str]) -
 
 async def test_images_count_as_tokens_and_as_a_fee(client: Client) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "x"}, PICTURE]}]
-    usage = exact((await client.ask("ordinary;tokens=1", model="openai/gpt-4o", messages=messages)).text)["usage"]
+    usage = exact((await client.ask("ordinary;tokens=1", model="openai/gpt-4o", messages=messages)).text)[
+        "usage"
+    ]
     prices = BY_ID["openai/gpt-4o"].endpoints[0].prices
     assert usage["prompt_tokens"] == 85 + 7
     assert usage["cost"] == prices.cost(Tokens(prompt=92, completion=1, images=1)).total
@@ -262,7 +272,9 @@ async def test_text_completions_have_their_own_shape(sdk: openai.AsyncOpenAI) ->
 
 async def test_embeddings_are_unit_vectors_in_both_encodings(sdk: openai.AsyncOpenAI) -> None:
     model = "openai/text-embedding-3-small"
-    floats = await sdk.embeddings.create(model=model, input=["a", "b"], dimensions=64, encoding_format="float")
+    floats = await sdk.embeddings.create(
+        model=model, input=["a", "b"], dimensions=64, encoding_format="float"
+    )
     packed = await sdk.embeddings.create(model=model, input=["a", "b"], dimensions=64)
     assert [len(item.embedding) for item in floats.data] == [64, 64]
     assert sum(value * value for value in floats.data[0].embedding) == pytest.approx(1)
@@ -299,11 +311,15 @@ async def test_a_prompt_and_limit_beyond_the_context_are_refused_by_name(client:
 
 
 RICH_SCHEMA = {
-    "$defs": {"tree": {"type": "object", "properties": {"child": {"$ref": "#/$defs/tree"}, "leaf": {"const": 7}}}},
+    "$defs": {
+        "tree": {"type": "object", "properties": {"child": {"$ref": "#/$defs/tree"}, "leaf": {"const": 7}}}
+    },
     "type": "object",
     "properties": {
         "tree": {"$ref": "#/$defs/tree"},
-        "both": {"allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "boolean"}}}]},
+        "both": {
+            "allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "boolean"}}}]
+        },
         "either": {"oneOf": [{"type": "null"}, {"type": "number", "exclusiveMaximum": 0}]},
         "maybe": {"type": ["null", "string"], "format": "date"},
         "pair": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]},
@@ -350,7 +366,10 @@ def test_every_kind_of_prompt_is_counted() -> None:
 
 
 async def test_a_named_tool_is_called_and_its_arguments_obey_the_limit(client: Client) -> None:
-    other = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    other = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+    }
     named = {"type": "function", "function": {"name": "get_weather"}}
     call = (await client.ask(tools=[other, TOOL], tool_choice=named)).json()["choices"][0]
     short = (await client.ask(tools=[TOOL], max_tokens=4)).json()
@@ -359,14 +378,18 @@ async def test_a_named_tool_is_called_and_its_arguments_obey_the_limit(client: C
 
 
 async def test_capabilities_that_are_required_and_missing_are_refused(client: Client) -> None:
-    strict = await client.ask(model="morph/morph-v3-fast", max_tokens=5, provider={"require_parameters": True})
+    strict = await client.ask(
+        model="morph/morph-v3-fast", max_tokens=5, provider={"require_parameters": True}
+    )
     tools = await client.ask(model="morph/morph-v3-fast", tools=[TOOL])
     assert strict.json()["error"]["availability"]["excluded_by"] == ["require_parameters"]
     assert tools.status_code == 404
 
 
 async def test_text_completions_stream_too(sdk: openai.AsyncOpenAI) -> None:
-    stream = await sdk.completions.create(model="mistralai/mistral-nemo", prompt="Once upon", max_tokens=4, stream=True)
+    stream = await sdk.completions.create(
+        model="mistralai/mistral-nemo", prompt="Once upon", max_tokens=4, stream=True
+    )
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks) == "The sandbox read “"
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 4

@@ -1,4 +1,6 @@
-"""Is the operator's bill exact, the same from every side, and told of every generation under every scenario and ending?"""
+"""Is the operator's bill exact, the same from every side, and told of every generation under every scenario
+and ending?
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "/rerank": {"model": "cohere/rerank-v3.5", "query": "x", "documents": ["x"]},
     "/images": {"model": "openai/gpt-5-image-mini", "prompt": "x"},
     "/audio/speech": {"model": "openai/gpt-4o-mini-tts", "input": "Hello"},
-    "/audio/transcriptions": {"model": "openai/whisper-1", "input_audio": {"data": "UklGRiQA", "format": "wav"}},
+    "/audio/transcriptions": {
+        "model": "openai/whisper-1",
+        "input_audio": {"data": "UklGRiQA", "format": "wav"},
+    },
 }
 STREAMING = ("/chat/completions", "/completions", "/responses", "/messages", "/images")
 CASES = [(path, stream) for path in BODIES for stream in ((False, True) if path in STREAMING else (False,))]
@@ -55,7 +60,9 @@ async def bill_of(client: Client) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "stream"), CASES)
-async def test_every_scenario_at_every_endpoint_is_billed_as_generation_tells(client: Client, path: str, stream: bool) -> None:
+async def test_every_scenario_at_every_endpoint_is_billed_as_generation_tells(
+    client: Client, path: str, stream: bool
+) -> None:
     for scenario in sorted(set(SCENARIOS) - ENDLESS):
         headers = {**KEY, "x-sandbox-scenario": QUICK.get(scenario, scenario)}
         body = {**BODIES[path], **({"stream": True} if stream else {})}
@@ -66,7 +73,9 @@ async def test_every_scenario_at_every_endpoint_is_billed_as_generation_tells(cl
             assert scenario == "cut"
         else:
             failure = FAILURES.get(scenario)
-            assert response.status_code == (failure.status if failure else 302 if scenario == "redirect" else 200), scenario
+            assert response.status_code == (
+                failure.status if failure else 302 if scenario == "redirect" else 200
+            ), scenario
         assert client.app.state.bill.count == charged + (scenario not in FAILURES)
     told = await bill_of(client)
     for generation in told["generations"]:
@@ -81,7 +90,15 @@ async def test_every_scenario_at_every_endpoint_is_billed_as_generation_tells(cl
 
 @pytest.mark.parametrize(("path", "stream"), [case for case in CASES if case[0] != "/audio/speech"])
 async def test_what_usage_says_is_what_is_billed(client: Client, path: str, stream: bool) -> None:
-    for scenario in ("ordinary", "cost-zero", "cost-above-hold", "cache-read", "cache-write", "price-change", "dearer-provider"):
+    for scenario in (
+        "ordinary",
+        "cost-zero",
+        "cost-above-hold",
+        "cache-read",
+        "cache-write",
+        "price-change",
+        "dearer-provider",
+    ):
         headers = {**KEY, "x-sandbox-scenario": scenario}
         response = await client.http.post(path, json={**BODIES[path], "stream": stream}, headers=headers)
         (cost,) = {cost for cost in costs_in(response.text) if cost is not None}
@@ -91,7 +108,9 @@ async def test_what_usage_says_is_what_is_billed(client: Client, path: str, stre
 def costs_in(text: str) -> list[Decimal | None]:
     """Every `usage.cost` in an answer, streamed or not."""
     lines = [line.removeprefix("data: ") for line in text.split("\n")]
-    found = [json.loads(line, parse_float=Decimal, parse_int=Decimal) for line in lines if line.startswith("{")]
+    found = [
+        json.loads(line, parse_float=Decimal, parse_int=Decimal) for line in lines if line.startswith("{")
+    ]
     usages = [event.get("usage") or event.get("response", {}).get("usage") or {} for event in found]
     return [usage.get("cost") for usage in usages]
 
@@ -102,8 +121,16 @@ async def test_an_aborted_stream_stands_in_the_bill_at_what_generation_says(clie
     assert (await bill_of(client))["in_flight"] == 1
     await response.aclose()
     (charge,) = (await bill_of(client))["generations"]
-    assert (charge["id"], charge["endpoint"], charge["status"]) == (response.headers["x-generation-id"], "/chat/completions", "cancelled")
-    assert exact(await client.look_up(charge["id"]))["data"]["total_cost"] == Decimal(charge["cost"]) == client.app.state.billed
+    assert (charge["id"], charge["endpoint"], charge["status"]) == (
+        response.headers["x-generation-id"],
+        "/chat/completions",
+        "cancelled",
+    )
+    assert (
+        exact(await client.look_up(charge["id"]))["data"]["total_cost"]
+        == Decimal(charge["cost"])
+        == client.app.state.billed
+    )
 
 
 async def test_a_failed_generation_is_marked_and_a_refused_one_costs_nothing(client: Client) -> None:
@@ -122,7 +149,9 @@ async def test_two_hundred_costs_add_up_to_the_last_digit(client: Client) -> Non
 
 
 async def test_the_account_is_asked_for_with_a_key(client: Client) -> None:
-    assert (await client.http.get("/key")).status_code == (await client.http.get("/credits")).status_code == 401
+    assert (
+        (await client.http.get("/key")).status_code == (await client.http.get("/credits")).status_code == 401
+    )
 
 
 async def test_the_key_tells_what_own_keys_have_paid(client: Client) -> None:
@@ -133,7 +162,12 @@ async def test_the_key_tells_what_own_keys_have_paid(client: Client) -> None:
 
 async def test_a_new_bill_starts_at_nothing(client: Client) -> None:
     await client.ask()
-    assert (await client.http.delete("/sandbox/bill")).json() == {"total": "0", "count": 0, "in_flight": 0, "generations": []}
+    assert (await client.http.delete("/sandbox/bill")).json() == {
+        "total": "0",
+        "count": 0,
+        "in_flight": 0,
+        "generations": [],
+    }
     await client.ask()
     assert (await bill_of(client))["count"] == 1
 
@@ -169,18 +203,29 @@ async def test_a_risen_price_refuses_the_old_maximum_and_stands_in_the_catalog(c
     refused = await client.ask("price-rise;factor=3", provider=maximum)
     assert refused.status_code == 404
     assert refused.json()["error"]["availability"]["excluded_by"] == ["max_price"]
-    assert (await client.ask("price-rise;factor=3", provider=maximum)).status_code == 404, "it has risen, once"
+    assert (await client.ask("price-rise;factor=3", provider=maximum)).status_code == 404, (
+        "it has risen, once"
+    )
     now = (await client.http.get(f"/model/{MINI}")).json()["data"]["pricing"]["prompt"]
     assert Decimal(now) == 3 * Decimal(listed)
     (entry,) = [model for model in (await client.http.get("/models")).json()["data"] if model["id"] == MINI]
     assert entry["pricing"]["prompt"] == now
-    accepted = await client.ask("price-rise;factor=3", provider={"max_price": {"prompt": float(Decimal(now) * 1_000_000)}})
+    accepted = await client.ask(
+        "price-rise;factor=3", provider={"max_price": {"prompt": float(Decimal(now) * 1_000_000)}}
+    )
     assert accepted.status_code == 200
 
 
 async def test_a_risen_price_is_charged_and_concerns_one_model(client: Client) -> None:
-    before, other = exact(await client.ask())["usage"]["cost"], exact(await client.ask(model="openai/gpt-4o"))["usage"]["cost"]
-    assert exact(await client.ask("price-rise"))["usage"]["cost"] == 2 * before == exact(await client.ask())["usage"]["cost"]
+    before, other = (
+        exact(await client.ask())["usage"]["cost"],
+        exact(await client.ask(model="openai/gpt-4o"))["usage"]["cost"],
+    )
+    assert (
+        exact(await client.ask("price-rise"))["usage"]["cost"]
+        == 2 * before
+        == exact(await client.ask())["usage"]["cost"]
+    )
     assert exact(await client.ask(model="openai/gpt-4o"))["usage"]["cost"] == other
     await client.http.delete("/sandbox/calls")
     assert exact(await client.ask())["usage"]["cost"] == before
@@ -214,11 +259,19 @@ async def test_an_unknown_scenario_gets_a_short_answer_with_what_may_be_meant(cl
 
 async def test_late_answers_end_in_the_words_of_their_endpoint() -> None:
     app = create_app(max_seconds=0.05)
-    async with httpx2.AsyncClient(transport=SandboxTransport(app), base_url="http://sandbox.invalid", headers=KEY) as http:
-        for path, last in (("/messages", "event: error"), ("/responses", "event: error"), ("/chat/completions", '"code":504')):
+    async with httpx2.AsyncClient(
+        transport=SandboxTransport(app), base_url="http://sandbox.invalid", headers=KEY
+    ) as http:
+        for path, last in (
+            ("/messages", "event: error"),
+            ("/responses", "event: error"),
+            ("/chat/completions", '"code":504'),
+        ):
             body = {**BODIES[path], "stream": True}
             late = await http.post(path, json=body, headers={"x-sandbox-scenario": "stall"})
             assert late.status_code == 200 and last in late.text
-            assert (await http.post(path, json=body, headers={"x-sandbox-scenario": "hang"})).status_code == 504
+            assert (
+                await http.post(path, json=body, headers={"x-sandbox-scenario": "hang"})
+            ).status_code == 504
         hung = await http.post("/messages", json=BODIES["/messages"], headers={"x-sandbox-scenario": "hang"})
         assert hung.json()["error"]["type"] == "timeout_error"

@@ -16,5 +16,7 @@ from sandbox.scenarios import parse_scenarios
 def test_one_model_costs_what_it_can_cost_at_most(path: str) -> None:
     messages = [{"role": "user", "content": "x"}]
     said = {"input": messages} if path == "/responses" else {"messages": messages, "max_tokens": 10}
-    plan, _ = ENDPOINTS[path]({"model": "sandbox/fixed-price", **said}, Ask(parse_scenarios("ordinary"), Limits(), Market()))
+    plan, _ = ENDPOINTS[path](
+        {"model": "sandbox/fixed-price", **said}, Ask(parse_scenarios("ordinary"), Limits(), Market())
+    )
     assert plan.generation.cost == Decimal("0.5")

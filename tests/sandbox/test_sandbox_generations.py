@@ -74,7 +74,11 @@ async def test_the_generation_costs_what_usage_said(client: Client) -> None:
         answer["usage"]["prompt_tokens"],
         answer["usage"]["completion_tokens"],
     )
-    assert (data["model"], data["provider_name"], data["cancelled"]) == (answer["model"], answer["provider"], False)
+    assert (data["model"], data["provider_name"], data["cancelled"]) == (
+        answer["model"],
+        answer["provider"],
+        False,
+    )
 
 
 async def test_embeddings_are_generations_too(client: Client) -> None:
@@ -89,11 +93,15 @@ async def test_another_instance_answers_for_an_id_it_has_never_seen(client: Clie
     answer = (await client.ask()).json()
     other = httpx2.AsyncClient(transport=SandboxTransport(create_app()), base_url=client.http.base_url)
     async with other:
-        found = await other.get("/generation", params={"id": answer["id"]}, headers={"Authorization": "Bearer k"})
+        found = await other.get(
+            "/generation", params={"id": answer["id"]}, headers={"Authorization": "Bearer k"}
+        )
     assert found.json()["data"]["total_cost"] == answer["usage"]["cost"]
 
 
-@pytest.mark.parametrize("scenario", ["cost-null", "cost-negative", "cost-nan", "cost-string", "usage-missing", "cut"])
+@pytest.mark.parametrize(
+    "scenario", ["cost-null", "cost-negative", "cost-nan", "cost-string", "usage-missing", "cut"]
+)
 async def test_the_generation_knows_the_cost_that_usage_hides(client: Client, scenario: str) -> None:
     truth = (await client.ask()).json()["usage"]["cost"]
     response = await client.open_stream(scenario)

@@ -1,4 +1,6 @@
-"""Rankings, images, speech and transcripts: do clients read them, and do they cost what units and prices say, never more?"""
+"""Rankings, images, speech and transcripts: do clients read them, and do they cost what units and prices say,
+never more?
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,21 @@ if TYPE_CHECKING:
     from conftest import Client
 
 KEY = {"Authorization": "Bearer sk-or-v1-test"}
-RERANK = {"model": "cohere/rerank-v3.5", "query": "capital of France", "documents": ["Berlin is big.", "Paris is the capital of France."]}
+RERANK = {
+    "model": "cohere/rerank-v3.5",
+    "query": "capital of France",
+    "documents": ["Berlin is big.", "Paris is the capital of France."],
+}
 IMAGE = {"model": "google/gemini-2.5-flash-image", "prompt": "a red panda"}
 SPEECH = {"model": "openai/gpt-4o-mini-tts", "input": "Hello, this is a test.", "voice": "alloy"}
 BODIES: dict[str, dict[str, Any]] = {
     "/rerank": RERANK,
     "/images": IMAGE,
     "/audio/speech": SPEECH,
-    "/audio/transcriptions": {"model": "openai/whisper-1", "input_audio": {"data": "UklGRiQA", "format": "wav"}},
+    "/audio/transcriptions": {
+        "model": "openai/whisper-1",
+        "input_audio": {"data": "UklGRiQA", "format": "wav"},
+    },
     "/embeddings": {"model": "openai/text-embedding-3-small", "input": "x"},
 }
 
@@ -43,7 +52,11 @@ def exact(response: httpx2.Response) -> Any:
 def wav(seconds: float) -> bytes:
     size = int(seconds * 16_000)
     return (
-        b"RIFF" + struct.pack("<I4s4sIHHIIHH4sI", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16_000, 2, 16, b"data", size) + bytes(size)
+        b"RIFF"
+        + struct.pack(
+            "<I4s4sIHHIIHH4sI", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, 8000, 16_000, 2, 16, b"data", size
+        )
+        + bytes(size)
     )
 
 
@@ -73,10 +86,17 @@ async def test_documents_are_ranked_by_relevance(client: Client) -> None:
 
 @pytest.mark.parametrize(
     ("documents", "units"),
-    [(["x"] * 100, 1), (["x"] * 101, 2), ([{"text": "word " * 1001}] * 50, 2), (["word" + " word" * 499] * 100, 1)],
+    [
+        (["x"] * 100, 1),
+        (["x"] * 101, 2),
+        ([{"text": "word " * 1001}] * 50, 2),
+        (["word" + " word" * 499] * 100, 1),
+    ],
     ids=["100", "101", "long", "full"],
 )
-async def test_a_search_unit_is_a_hundred_documents_of_500_tokens(client: Client, documents: list[Any], units: int) -> None:
+async def test_a_search_unit_is_a_hundred_documents_of_500_tokens(
+    client: Client, documents: list[Any], units: int
+) -> None:
     response = await ask(client, "/rerank", documents=documents)
     assert exact(response)["usage"]["search_units"] == units
     assert exact(response)["usage"]["cost"] == units * Decimal("0.002") == await cost_of(client, response)
@@ -88,7 +108,9 @@ async def test_a_reranker_may_be_billed_by_tokens(client: Client) -> None:
     assert "search_units" not in usage
 
 
-@pytest.mark.parametrize("body", [{"query": ""}, {"documents": []}, {"documents": [1]}, {"documents": "x"}, {"top_n": 0}])
+@pytest.mark.parametrize(
+    "body", [{"query": ""}, {"documents": []}, {"documents": [1]}, {"documents": "x"}, {"top_n": 0}]
+)
 async def test_a_wrong_ranking_is_a_400(client: Client, body: dict[str, Any]) -> None:
     assert (await ask(client, "/rerank", **body)).status_code == 400
 
@@ -126,7 +148,11 @@ async def test_each_image_is_billed_in_tokens(client: Client) -> None:
     usage = exact(response)["usage"]
     prices = BY_ID[IMAGE["model"]].endpoints[0].prices
     assert usage["completion_tokens"] == usage["completion_tokens_details"]["image_tokens"] == 3 * 1290
-    assert usage["cost"] == usage["prompt_tokens"] * prices.prompt + 3 * 1290 * Decimal("0.00003") == await cost_of(client, response)
+    assert (
+        usage["cost"]
+        == usage["prompt_tokens"] * prices.prompt + 3 * 1290 * Decimal("0.00003")
+        == await cost_of(client, response)
+    )
 
 
 async def test_no_more_than_four_images_are_made(client: Client) -> None:
@@ -149,13 +175,19 @@ async def test_images_are_streamed_as_events(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "start"), [("mp3", b"\xff\xf3\x44\xc0"), ("wav", b"RIFF"), ("pcm", hum(zlib.crc32(SPEECH["input"].encode()))[:64])]
+    ("form", "start"),
+    [("mp3", b"\xff\xf3\x44\xc0"), ("wav", b"RIFF"), ("pcm", hum(zlib.crc32(SPEECH["input"].encode()))[:64])],
 )
 async def test_the_openai_sdk_reads_speech(sdk: openai.AsyncOpenAI, form: Any, start: bytes) -> None:
-    async with sdk.audio.speech.with_streaming_response.create(response_format=form, **cast(Any, SPEECH)) as response:
+    async with sdk.audio.speech.with_streaming_response.create(
+        response_format=form, **cast(Any, SPEECH)
+    ) as response:
         sound = await response.read()
         media_type = response.headers["content-type"]
-    assert media_type == {"mp3": "audio/mpeg", "wav": "audio/wav", "pcm": "audio/pcm;rate=24000;channels=1"}[form]
+    assert (
+        media_type
+        == {"mp3": "audio/mpeg", "wav": "audio/wav", "pcm": "audio/pcm;rate=24000;channels=1"}[form]
+    )
     assert sound.startswith(start) and len(sound) > 1000
 
 
@@ -168,28 +200,41 @@ async def test_speech_comes_in_pieces_without_usage_and_costs_by_character(clien
 
 
 async def test_speech_by_token_bills_the_sound(client: Client) -> None:
-    response = await ask(client, "/audio/speech", model="google/gemini-2.5-flash-preview-tts", voice="Kore", input="x" * 30)
+    response = await ask(
+        client, "/audio/speech", model="google/gemini-2.5-flash-preview-tts", voice="Kore", input="x" * 30
+    )
     data = (await client.look_up(response.headers["x-generation-id"])).json()["data"]
     assert data["tokens_completion"] == 50
-    assert await cost_of(client, response) == data["tokens_prompt"] * Decimal("0.0000005") + 50 * Decimal("0.00001")
+    assert await cost_of(client, response) == data["tokens_prompt"] * Decimal("0.0000005") + 50 * Decimal(
+        "0.00001"
+    )
 
 
 async def test_a_wav_says_its_size(client: Client) -> None:
     sound = (await ask(client, "/audio/speech", response_format="wav")).content
-    assert struct.unpack_from("<I", sound, 4)[0] == len(sound) - 8 and struct.unpack_from("<I", sound, 40)[0] == len(sound) - 44
+    assert (
+        struct.unpack_from("<I", sound, 4)[0] == len(sound) - 8
+        and struct.unpack_from("<I", sound, 40)[0] == len(sound) - 44
+    )
 
 
-@pytest.mark.parametrize("body", [{"input": ""}, {"input": "x" * 4097}, {"response_format": "ogg"}, {"voice": "nobody"}])
+@pytest.mark.parametrize(
+    "body", [{"input": ""}, {"input": "x" * 4097}, {"response_format": "ogg"}, {"voice": "nobody"}]
+)
 async def test_wrong_speech_is_a_400_in_json(client: Client, body: dict[str, Any]) -> None:
     response = await ask(client, "/audio/speech", **body)
     assert response.status_code == 400 and response.json()["error"]["code"] == 400
 
 
 async def test_speech_may_be_slow_cut_or_gzipped(client: Client) -> None:
-    assert (await ask(client, "/audio/speech", "slow;ms=1")).content == (await ask(client, "/audio/speech", "gzip")).content
+    assert (await ask(client, "/audio/speech", "slow;ms=1")).content == (
+        await ask(client, "/audio/speech", "gzip")
+    ).content
     with pytest.raises(httpx2.RemoteProtocolError):
         await ask(client, "/audio/speech", "cut;count=2")
-    assert (await ask(client, "/audio/speech", "keepalive, crlf")).content == (await ask(client, "/audio/speech")).content
+    assert (await ask(client, "/audio/speech", "keepalive, crlf")).content == (
+        await ask(client, "/audio/speech")
+    ).content
 
 
 # Transcripts.
@@ -203,7 +248,10 @@ async def test_the_openai_sdk_uploads_a_recording(sdk: openai.AsyncOpenAI) -> No
 async def test_an_upload_and_the_json_form_get_the_same(client: Client) -> None:
     sound = wav(9.2)
     uploaded = await client.http.post(
-        "/audio/transcriptions", headers=KEY, files={"file": ("a.wav", sound)}, data={"model": "openai/gpt-4o-transcribe"}
+        "/audio/transcriptions",
+        headers=KEY,
+        files={"file": ("a.wav", sound)},
+        data={"model": "openai/gpt-4o-transcribe"},
     )
     audio = {"data": base64.b64encode(sound).decode(), "format": "wav"}
     said = await ask(client, "/audio/transcriptions", model="openai/gpt-4o-transcribe", input_audio=audio)
@@ -213,12 +261,22 @@ async def test_an_upload_and_the_json_form_get_the_same(client: Client) -> None:
 
 async def test_a_transcript_by_token_costs_what_was_heard_and_written(client: Client) -> None:
     audio = {"data": base64.b64encode(wav(9.2)).decode(), "format": "wav"}
-    response = await ask(client, "/audio/transcriptions", model="openai/gpt-4o-transcribe", input_audio=audio, prompt="about cats")
+    response = await ask(
+        client,
+        "/audio/transcriptions",
+        model="openai/gpt-4o-transcribe",
+        input_audio=audio,
+        prompt="about cats",
+    )
     usage = exact(response)["usage"]
     assert usage["seconds"] == Decimal("9.2") and usage["input_tokens"] == 92 + 2
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     heard, hint = 92 * Decimal("0.000006"), 2 * Decimal("0.0000025")
-    assert usage["cost"] == heard + hint + usage["output_tokens"] * Decimal("0.00001") == await cost_of(client, response)
+    assert (
+        usage["cost"]
+        == heard + hint + usage["output_tokens"] * Decimal("0.00001")
+        == await cost_of(client, response)
+    )
 
 
 async def test_a_transcript_by_duration_says_only_seconds(client: Client) -> None:
@@ -241,7 +299,10 @@ async def test_a_transcript_may_be_verbose_or_plain_text(client: Client) -> None
         {"input_audio": None},
         {"input_audio": {"data": "!"}},
         {"response_format": "srt"},
-        {"model": "openai/gpt-4o-transcribe", "input_audio": {"data": base64.b64encode(bytes(16_000 * 1501)).decode()}},
+        {
+            "model": "openai/gpt-4o-transcribe",
+            "input_audio": {"data": base64.b64encode(bytes(16_000 * 1501)).decode()},
+        },
         {"model": "openai/gpt-4o-transcribe", "prompt": "a " * 300_000},
     ],
     ids=["nothing", "no base64", "srt", "too long", "long prompt"],
@@ -252,7 +313,9 @@ async def test_a_wrong_transcription_is_a_400(client: Client, body: dict[str, An
 
 async def test_a_file_above_25_megabytes_is_a_413(client: Client) -> None:
     files = {"file": ("a.mp3", bytes(25 * 1024 * 1024 + 1))}
-    refused = await client.http.post("/audio/transcriptions", headers=KEY, files=files, data={"model": "openai/whisper-1"})
+    refused = await client.http.post(
+        "/audio/transcriptions", headers=KEY, files=files, data={"model": "openai/whisper-1"}
+    )
     assert refused.status_code == 413
 
 
@@ -261,7 +324,10 @@ async def test_a_file_above_25_megabytes_is_a_413(client: Client) -> None:
     [
         ("multipart/form-data", b""),
         ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--"),
-        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ncut off'),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ncut off',
+        ),
     ],
 )
 async def test_a_broken_form_is_a_400(client: Client, content_type: str, body: bytes) -> None:
@@ -271,7 +337,11 @@ async def test_a_broken_form_is_a_400(client: Client, content_type: str, body: b
 
 def test_a_form_keeps_every_byte_of_a_file() -> None:
     content = bytes(range(256)) + b"\r\n--y\r\n"
-    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.bin"\r\n\r\n' + content + b"\r\n--x--\r\n"
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.bin"\r\n\r\n'
+        + content
+        + b"\r\n--x--\r\n"
+    )
     (part,) = read_form('multipart/form-data; boundary="x"', form)
     assert (part.name, part.filename, part.content) == ("file", "a.bin", content)
 
@@ -290,7 +360,10 @@ async def test_the_generation_knows_every_cost(client: Client, path: str) -> Non
 @pytest.mark.parametrize("path", [path for path in BODIES if path != "/audio/speech"])
 async def test_costs_may_be_null_missing_zero_or_paid_by_an_own_key(client: Client, path: str) -> None:
     truth = exact(await ask(client, path))["usage"]["cost"]
-    usages = {name: exact(await ask(client, path, name))["usage"] for name in ("cost-null", "cost-missing", "cost-zero", "byok")}
+    usages = {
+        name: exact(await ask(client, path, name))["usage"]
+        for name in ("cost-null", "cost-missing", "cost-zero", "byok")
+    }
     assert usages["cost-null"]["cost"] is None and "cost" not in usages["cost-missing"]
     assert usages["cost-zero"]["cost"] == usages["byok"]["cost"] == 0
     assert usages["byok"]["cost_details"]["upstream_inference_cost"] == truth
@@ -321,11 +394,15 @@ async def test_hits_of_the_response_cache_are_free_everywhere(client: Client, pa
 
 async def test_answers_stay_within_the_byte_limit() -> None:
     transport = SandboxTransport(create_app(max_answer_bytes=2000))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://sandbox.invalid/v1", headers=KEY) as http:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://sandbox.invalid/v1", headers=KEY
+    ) as http:
         speech = await http.post("/audio/speech", json={**SPEECH, "input": "x" * 4000})
         ranking = await http.post("/rerank", json={**RERANK, "documents": ["word " * 100] * 50})
         audio = {"data": base64.b64encode(bytes(16_000 * 600)).decode(), "format": "mp3"}
-        words = await http.post("/audio/transcriptions", json={"model": "openai/whisper-1", "input_audio": audio})
+        words = await http.post(
+            "/audio/transcriptions", json={"model": "openai/whisper-1", "input_audio": audio}
+        )
         image = await http.post("/images", json={**IMAGE, "n": 4})
     assert len(speech.content) <= 2000
     assert len(ranking.content) < 3000 and ranking.json()["results"]

@@ -23,12 +23,18 @@ TOOL = {
 
 
 async def ask(client: Client, scenario: str = "ordinary", **body: Any) -> httpx2.Response:
-    return await client.http.send(client.request(scenario, "/messages", **{"model": HAIKU, "max_tokens": 4000, **body}))
+    return await client.http.send(
+        client.request(scenario, "/messages", **{"model": HAIKU, "max_tokens": 4000, **body})
+    )
 
 
 def events(text: str) -> list[dict[str, Any]]:
     blocks = [block.split("\n") for block in text.replace("\r\n", "\n").split("\n\n")]
-    found = [(lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in blocks if len(lines) == 2]
+    found = [
+        (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
+        for lines in blocks
+        if len(lines) == 2
+    ]
     assert all(name == event["type"] for name, event in found)
     return [event for _, event in found]
 
@@ -60,7 +66,12 @@ def assembled(text: str) -> dict[str, Any]:
 async def test_a_message_has_anthropics_shape(client: Client) -> None:
     response = await ask(client)
     body = response.json()
-    assert (body["type"], body["role"], body["model"], body["stop_reason"]) == ("message", "assistant", HAIKU, "end_turn")
+    assert (body["type"], body["role"], body["model"], body["stop_reason"]) == (
+        "message",
+        "assistant",
+        HAIKU,
+        "end_turn",
+    )
     assert "Say hi" in body["content"][0]["text"]
     assert response.headers["x-generation-id"].startswith("gen-") and body["id"].startswith("msg_")
 
@@ -82,7 +93,12 @@ async def test_a_stream_has_every_event_in_order(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"tools": [TOOL]}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"stop_sequences": ["read"]}],
+    [
+        {},
+        {"tools": [TOOL]},
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"stop_sequences": ["read"]},
+    ],
     ids=["text", "tool", "thinking", "stop"],
 )
 async def test_a_stream_adds_up_to_the_whole_message(client: Client, body: dict[str, Any]) -> None:
@@ -118,14 +134,29 @@ async def test_a_tool_is_used_and_its_result_answered(client: Client) -> None:
     asked: list[dict[str, Any]] = [{"role": "user", "content": "Weather?"}]
     used = (await ask(client, messages=asked, tools=[TOOL])).json()
     (block,) = used["content"]
-    assert (used["stop_reason"], block["type"], block["name"], set(block["input"])) == ("tool_use", "tool_use", "get_weather", {"city"})
-    result = {"type": "tool_result", "tool_use_id": block["id"], "content": [{"type": "text", "text": "sunny"}]}
-    more = [{"role": "assistant", "content": [block]}, {"role": "user", "content": [result, {"type": "text", "text": "(be brief)"}]}]
+    assert (used["stop_reason"], block["type"], block["name"], set(block["input"])) == (
+        "tool_use",
+        "tool_use",
+        "get_weather",
+        {"city"},
+    )
+    result = {
+        "type": "tool_result",
+        "tool_use_id": block["id"],
+        "content": [{"type": "text", "text": "sunny"}],
+    }
+    more = [
+        {"role": "assistant", "content": [block]},
+        {"role": "user", "content": [result, {"type": "text", "text": "(be brief)"}]},
+    ]
     answer = (await ask(client, messages=[*asked, *more], tools=[TOOL])).json()
     assert answer["stop_reason"] == "end_turn" and "sunny" in answer["content"][0]["text"]
 
 
-@pytest.mark.parametrize(("choice", "reason"), [("any", "tool_use"), ("none", "end_turn"), ("tool", "tool_use"), ("auto", "tool_use")])
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("any", "tool_use"), ("none", "end_turn"), ("tool", "tool_use"), ("auto", "tool_use")],
+)
 async def test_tool_choice_is_honoured(client: Client, choice: str, reason: str) -> None:
     body = (await ask(client, tools=[TOOL], tool_choice={"type": choice, "name": "get_weather"})).json()
     assert body["stop_reason"] == reason
@@ -151,9 +182,15 @@ async def test_max_tokens_end_a_message(client: Client) -> None:
 
 @pytest.mark.parametrize(
     ("scenario", "kind"),
-    [("stream-error", "rate_limit_error"), ("stream-error-string", "api_error"), ("stream-error-empty", "api_error")],
+    [
+        ("stream-error", "rate_limit_error"),
+        ("stream-error-string", "api_error"),
+        ("stream-error-empty", "api_error"),
+    ],
 )
-async def test_an_error_in_mid_stream_is_an_event_and_the_last(client: Client, scenario: str, kind: str) -> None:
+async def test_an_error_in_mid_stream_is_an_event_and_the_last(
+    client: Client, scenario: str, kind: str
+) -> None:
     found = events((await ask(client, f"{scenario};count=3", stream=True)).text)
     assert [event["type"] for event in found].count("content_block_delta") == 3
     assert (found[-1]["type"], found[-1]["error"]["type"]) == ("error", kind)
@@ -212,7 +249,9 @@ async def test_the_system_may_speak_in_the_middle(client: Client) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 4000}}, "`max_tokens`"),
     ],
 )
-async def test_a_wrong_request_is_a_400_that_names_the_field(client: Client, body: dict[str, Any], named: str) -> None:
+async def test_a_wrong_request_is_a_400_that_names_the_field(
+    client: Client, body: dict[str, Any], named: str
+) -> None:
     response = await ask(client, **body)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith(named)
@@ -220,7 +259,9 @@ async def test_a_wrong_request_is_a_400_that_names_the_field(client: Client, bod
 
 async def test_a_key_may_come_as_anthropic_sends_it(client: Client) -> None:
     body = {"model": HAIKU, "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
-    assert (await client.http.post("/messages", json=body, headers={"x-api-key": "sk-or-v1-test"})).status_code == 200
+    assert (
+        await client.http.post("/messages", json=body, headers={"x-api-key": "sk-or-v1-test"})
+    ).status_code == 200
     refused = await client.http.post("/messages", json=body)
     assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication_error"
 

@@ -1,4 +1,6 @@
-"""Whatever stands in a field of a body, there is an answer: a simulator that breaks off would look like a provider that does."""
+"""Whatever stands in a field of a body, there is an answer: a simulator that breaks off would look like a
+provider that does.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ BODIES: dict[str, dict[str, Any]] = {
         "user": "u",
     },
     "/completions": {"model": "openai/gpt-4o-mini", "prompt": "Hi", "max_tokens": 10},
-    "/embeddings": {"model": "openai/text-embedding-3-small", "input": "Hi", "encoding_format": "float", "dimensions": 5},
+    "/embeddings": {
+        "model": "openai/text-embedding-3-small",
+        "input": "Hi",
+        "encoding_format": "float",
+        "dimensions": 5,
+    },
     "/responses": {
         "model": "openai/gpt-4o-mini",
         "input": "Hi",
@@ -49,8 +56,20 @@ BODIES: dict[str, dict[str, Any]] = {
         "tool_choice": {"type": "auto"},
     },
     "/rerank": {"model": "cohere/rerank-v3.5", "query": "x", "documents": ["a", "b"], "top_n": 1},
-    "/images": {"model": "openai/gpt-5-image-mini", "prompt": "x", "n": 1, "size": "1024x1024", "quality": "low"},
-    "/audio/speech": {"model": "openai/gpt-4o-mini-tts", "input": "x", "voice": "alloy", "response_format": "mp3", "speed": 1},
+    "/images": {
+        "model": "openai/gpt-5-image-mini",
+        "prompt": "x",
+        "n": 1,
+        "size": "1024x1024",
+        "quality": "low",
+    },
+    "/audio/speech": {
+        "model": "openai/gpt-4o-mini-tts",
+        "input": "x",
+        "voice": "alloy",
+        "response_format": "mp3",
+        "speed": 1,
+    },
     "/audio/transcriptions": {
         "model": "openai/whisper-1",
         "input_audio": {"data": "AAAA", "format": "mp3"},
@@ -77,5 +96,11 @@ async def test_nonsense_is_answered(client: Client, path: str) -> None:
     statuses = set()
     for name, value in body.items():
         for each in spoilt(value):
-            statuses.add((await client.http.post(path, json={**body, name: each}, headers={"authorization": "Bearer any"})).status_code)
+            statuses.add(
+                (
+                    await client.http.post(
+                        path, json={**body, name: each}, headers={"authorization": "Bearer any"}
+                    )
+                ).status_code
+            )
     assert 200 in statuses and 400 in statuses and max(statuses) < 500

@@ -31,16 +31,29 @@ async def ask(client: Client, scenario: str = "ordinary", **body: Any) -> httpx2
 
 def events(text: str) -> list[dict[str, Any]]:
     blocks = [block.split("\n") for block in text.replace("\r\n", "\n").split("\n\n")]
-    found = [(lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in blocks if len(lines) == 2]
+    found = [
+        (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
+        for lines in blocks
+        if len(lines) == 2
+    ]
     assert all(name == event["type"] for name, event in found)
     return [event for _, event in found]
 
 
 async def test_the_openai_sdk_reads_a_response(sdk: openai.AsyncOpenAI) -> None:
-    response = await sdk.responses.create(model=MINI, input="Say hi", instructions="Be brief", max_output_tokens=500)
+    response = await sdk.responses.create(
+        model=MINI, input="Say hi", instructions="Be brief", max_output_tokens=500
+    )
     assert "Say hi" in response.output_text
-    assert (response.status, response.instructions, response.max_output_tokens) == ("completed", "Be brief", 500)
-    assert response.usage is not None and response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert (response.status, response.instructions, response.max_output_tokens) == (
+        "completed",
+        "Be brief",
+        500,
+    )
+    assert (
+        response.usage is not None
+        and response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    )
 
 
 async def test_the_openai_sdk_reads_a_stream_to_the_same_response(sdk: openai.AsyncOpenAI) -> None:
@@ -82,13 +95,18 @@ async def test_usage_has_the_names_of_responses_and_the_exact_cost(client: Clien
         "upstream_inference_input_cost": sent,
         "upstream_inference_output_cost": made,
     }
-    assert usage["is_byok"] is False and usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert usage["is_byok"] is False and usage["input_tokens_details"] == {
+        "cached_tokens": 0,
+        "cache_write_tokens": 0,
+    }
     assert usage["output_tokens_details"] == {"reasoning_tokens": 0}
 
 
 async def test_the_openai_sdk_calls_a_function_and_sends_its_result(sdk: openai.AsyncOpenAI) -> None:
     async with sdk.responses.stream(model=MINI, input="Weather?", tools=[TOOL]) as stream:  # type: ignore[list-item]
-        fragments = [event.delta async for event in stream if event.type == "response.function_call_arguments.delta"]
+        fragments = [
+            event.delta async for event in stream if event.type == "response.function_call_arguments.delta"
+        ]
         (call,) = (await stream.get_final_response()).output
     assert isinstance(call, ResponseFunctionToolCall) and call.name == "get_weather"
     assert "".join(fragments) == call.arguments and set(json.loads(call.arguments)) == {"city"}
@@ -130,7 +148,12 @@ async def test_too_few_tokens_make_a_response_incomplete(client: Client) -> None
 
 
 async def test_structured_output_conforms(client: Client) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     text = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
     body = (await ask(client, text=text)).json()
     assert isinstance(json.loads(body["output"][0]["content"][0]["text"])["n"], int)
@@ -138,9 +161,15 @@ async def test_structured_output_conforms(client: Client) -> None:
 
 
 async def test_pictures_and_parts_are_counted_as_in_chat(client: Client) -> None:
-    parts = [{"type": "input_text", "text": "What?"}, {"type": "input_image", "image_url": "data:,", "detail": "low"}]
+    parts = [
+        {"type": "input_text", "text": "What?"},
+        {"type": "input_image", "image_url": "data:,", "detail": "low"},
+    ]
     asked = (await ask(client, input=[{"role": "user", "content": parts}])).json()
-    chat = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]
+    chat = [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}},
+    ]
     same = (await client.ask(messages=[{"role": "user", "content": chat}])).json()
     assert asked["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
     assert asked["usage"]["cost"] == same["usage"]["cost"]
@@ -148,9 +177,15 @@ async def test_pictures_and_parts_are_counted_as_in_chat(client: Client) -> None
 
 @pytest.mark.parametrize(
     ("scenario", "last"),
-    [("stream-error", "response.failed"), ("stream-error-string", "error"), ("stream-error-empty", "response.error")],
+    [
+        ("stream-error", "response.failed"),
+        ("stream-error-string", "error"),
+        ("stream-error-empty", "response.error"),
+    ],
 )
-async def test_an_error_in_mid_stream_is_an_event_and_the_last(client: Client, scenario: str, last: str) -> None:
+async def test_an_error_in_mid_stream_is_an_event_and_the_last(
+    client: Client, scenario: str, last: str
+) -> None:
     found = events((await ask(client, f"{scenario};count=3", stream=True)).text)
     assert [event["type"] for event in found].count("response.output_text.delta") == 3
     assert found[-1]["type"] == last
@@ -159,7 +194,11 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_last(client: Client, s
 
 async def test_a_failed_response_says_why(client: Client) -> None:
     failed = events((await ask(client, "stream-error", stream=True)).text)[-1]["response"]
-    assert (failed["status"], failed["error"]["message"], failed["error_type"]) == ("failed", "Rate limit exceeded", "rate_limit_exceeded")
+    assert (failed["status"], failed["error"]["message"], failed["error_type"]) == (
+        "failed",
+        "Rate limit exceeded",
+        "rate_limit_exceeded",
+    )
     died = (await ask(client, "provider-died")).json()
     assert died["status"] == "failed" and died["error"]["code"] == "server_error" and died["output"]
 
@@ -173,7 +212,10 @@ async def test_an_error_may_come_first(client: Client) -> None:
 async def test_the_openai_sdk_understands_errors_in_a_stream(sdk: openai.AsyncOpenAI) -> None:
     stream = await sdk.responses.create(model=f"{MINI}:stream-error-string", input="x", stream=True)
     last = [event async for event in stream][-1]
-    assert last.type == "error" and (last.code, last.message) == ("server_error", "Provider disconnected unexpectedly")
+    assert last.type == "error" and (last.code, last.message) == (
+        "server_error",
+        "Provider disconnected unexpectedly",
+    )
     stream = await sdk.responses.create(model=f"{MINI}:stream-error-empty", input="x", stream=True)
     with pytest.raises(openai.APIError, match="Provider disconnected"):
         [event async for event in stream]
@@ -202,7 +244,9 @@ async def test_an_error_in_200_has_no_output(client: Client) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
-async def test_a_wrong_request_is_a_400_that_names_the_field(client: Client, body: dict[str, Any], named: str) -> None:
+async def test_a_wrong_request_is_a_400_that_names_the_field(
+    client: Client, body: dict[str, Any], named: str
+) -> None:
     response = await ask(client, **body)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith(named)

@@ -95,5 +95,10 @@ async def test_a_process_of_its_own_has_a_bill_of_its_own(process: Process) -> N
         body = {"model": "sandbox/fixed-price", "input": "x"}
         answer = await http.post("/api/v1/responses", json=body, headers=KEY)
         bill = (await http.get("/sandbox/bill")).json()
-    generation = {"id": answer.headers["x-generation-id"], "cost": "0.5", "endpoint": "/responses", "status": "completed"}
+    generation = {
+        "id": answer.headers["x-generation-id"],
+        "cost": "0.5",
+        "endpoint": "/responses",
+        "status": "completed",
+    }
     assert bill == {"total": "0.5", "count": 1, "in_flight": 0, "generations": [generation]}

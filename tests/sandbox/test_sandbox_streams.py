@@ -21,11 +21,15 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 def spoken(text: str) -> str:
-    return "".join(choice["delta"].get("content") or "" for event in events(text) for choice in event.get("choices", []))
+    return "".join(
+        choice["delta"].get("content") or "" for event in events(text) for choice in event.get("choices", [])
+    )
 
 
 async def test_the_openai_sdk_reads_a_stream(sdk: openai.AsyncOpenAI) -> None:
-    stream = await sdk.chat.completions.create(model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}], stream=True)
+    stream = await sdk.chat.completions.create(
+        model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Say hi"}], stream=True
+    )
     chunks = [chunk async for chunk in stream]
     assert "Say hi" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(chunks) - 2
@@ -41,7 +45,8 @@ async def test_a_stream_says_and_costs_what_the_whole_answer_does(client: Client
 
 async def test_the_three_usage_shapes_differ_in_their_choices(client: Client) -> None:
     last = {
-        name: events((await client.ask(f"usage-{name}", stream=True)).text)[-1] for name in ("with-finish", "empty-choices", "null-finish")
+        name: events((await client.ask(f"usage-{name}", stream=True)).text)[-1]
+        for name in ("with-finish", "empty-choices", "null-finish")
     }
     assert last["with-finish"]["choices"][0]["finish_reason"] == "stop"
     assert last["empty-choices"]["choices"] == []
@@ -67,7 +72,9 @@ async def test_comments_come_before_and_between_events(client: Client) -> None:
     text = (await client.ask("keepalive", stream=True)).text
     assert text.startswith(": OPENROUTER PROCESSING\n\n" * 3)
     assert text.count(": OPENROUTER PROCESSING") > len(events(text))
-    assert (await client.ask("comment-as-data", stream=True)).text.startswith("data: : OPENROUTER PROCESSING\n\n")
+    assert (await client.ask("comment-as-data", stream=True)).text.startswith(
+        "data: : OPENROUTER PROCESSING\n\n"
+    )
 
 
 async def test_crlf_ends_every_line(client: Client) -> None:
@@ -97,7 +104,9 @@ async def test_tool_calls_come_in_fragments(client: Client) -> None:
 
 
 async def test_reasoning_comes_before_the_answer(client: Client) -> None:
-    deltas = [event["choices"][0]["delta"] for event in events((await client.ask("reasoning", stream=True)).text)]
+    deltas = [
+        event["choices"][0]["delta"] for event in events((await client.ask("reasoning", stream=True)).text)
+    ]
     kinds = ["reasoning" in delta for delta in deltas]
     assert kinds == sorted(kinds, reverse=True) and kinds[0]
     assert deltas[0]["reasoning_details"][0]["type"] == "reasoning.text"
@@ -107,7 +116,9 @@ async def test_reasoning_comes_before_the_answer(client: Client) -> None:
     ("scenario", "code", "choices"),
     [("stream-error", 429, 1), ("stream-error-string", "server_error", 1), ("stream-error-empty", 502, 0)],
 )
-async def test_an_error_in_mid_stream_ends_it(client: Client, scenario: str, code: object, choices: int) -> None:
+async def test_an_error_in_mid_stream_ends_it(
+    client: Client, scenario: str, code: object, choices: int
+) -> None:
     found = events((await client.ask(f"{scenario};count=3", stream=True)).text)
     assert len(found) == 4
     assert found[-1]["error"]["code"] == code
@@ -158,7 +169,11 @@ async def test_the_first_token_may_be_late(client: Client) -> None:
 
 
 async def test_a_hidden_thought_is_counted_with_the_next_event(client: Client) -> None:
-    body = {"model": "anthropic/claude-haiku-4.5", "reasoning": {"effort": "low", "exclude": True}, "stream": True}
+    body = {
+        "model": "anthropic/claude-haiku-4.5",
+        "reasoning": {"effort": "low", "exclude": True},
+        "stream": True,
+    }
     found = events((await client.ask("usage-every-event", **body)).text)
     assert found[0]["usage"]["completion_tokens"] == 13
     assert found[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12

@@ -1,4 +1,6 @@
-"""Are keys required, failures and catalog in shape, limits kept, calls observable, and every scenario documented?"""
+"""Are keys required, failures and catalog in shape, limits kept, calls observable, and every scenario
+documented?
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ async def test_scenarios_combine_and_come_as_a_model_suffix(client: Client) -> N
     assert free.json()["model"] == "meta-llama/llama-3.3-70b-instruct:free"
 
 
-@pytest.mark.parametrize("scenario", ["nonsense", "slow;ms=x", "slow;colour=1", "ordinary;factor=2", "slow;ms=-1"])
+@pytest.mark.parametrize(
+    "scenario", ["nonsense", "slow;ms=x", "slow;colour=1", "ordinary;factor=2", "slow;ms=-1"]
+)
 async def test_an_unknown_scenario_or_parameter_is_a_400(client: Client, scenario: str) -> None:
     assert (await client.ask(scenario)).status_code == 400
 
@@ -164,8 +168,12 @@ async def test_the_bill_is_the_sum_of_all_costs(client: Client) -> None:
 
 async def test_answers_stay_within_the_byte_limit() -> None:
     transport = SandboxTransport(create_app(max_answer_bytes=1000))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://sandbox.invalid/v1", headers=KEY) as http:
-        long = await http.post("/chat/completions", json=BODY, headers={"x-sandbox-scenario": "ordinary;tokens=9000"})
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://sandbox.invalid/v1", headers=KEY
+    ) as http:
+        long = await http.post(
+            "/chat/completions", json=BODY, headers={"x-sandbox-scenario": "ordinary;tokens=9000"}
+        )
         wide = await http.post("/chat/completions", json=BODY, headers={"x-sandbox-scenario": "oversized"})
     choice = long.json()["choices"][0]
     assert len(choice["message"]["content"].encode()) <= 1000 and choice["finish_reason"] == "length"
@@ -185,7 +193,9 @@ async def test_answers_end_at_the_time_limit(scenario: str, status: int) -> None
 
 async def test_a_greedy_request_stays_small_under_the_byte_limit() -> None:
     transport = SandboxTransport(create_app(max_answer_bytes=1000))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://sandbox.invalid", headers=KEY) as http:
+    async with httpx2.AsyncClient(
+        transport=transport, base_url="http://sandbox.invalid", headers=KEY
+    ) as http:
         headers = {"x-sandbox-scenario": "ordinary;tokens=1000000000"}
         response = await http.post("/chat/completions", json={**BODY, "n": 128}, headers=headers)
     assert len(response.json()["choices"]) == 128
@@ -210,8 +220,12 @@ async def test_a_huge_body_is_a_413(client: Client) -> None:
     assert (await client.http.post("/chat/completions", content=content, headers=KEY)).status_code == 413
 
 
-@pytest.mark.parametrize("body", [{}, {"input": []}, {"input": "x", "dimensions": 0}, {"input": "word " * 9000}])
-async def test_embeddings_that_the_upstream_refuses_are_a_400(client: Client, body: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "body", [{}, {"input": []}, {"input": "x", "dimensions": 0}, {"input": "word " * 9000}]
+)
+async def test_embeddings_that_the_upstream_refuses_are_a_400(
+    client: Client, body: dict[str, object]
+) -> None:
     request = {"model": "openai/text-embedding-3-small", **body}
     assert (await client.http.post("/embeddings", json=request, headers=KEY)).status_code == 400
 
@@ -237,9 +251,17 @@ async def test_every_documented_line_about_an_endpoint_works(client: Client) -> 
 
 
 def test_the_documentation_lists_every_model_with_its_limits() -> None:
-    rows = re.findall(r"^\| `([a-z0-9.:/-]+)` \| ([\d,]+) \| ([\d,]*) \| (.+?) \| .+ \|$", DOC.read_text(), re.MULTILINE)
-    told = {name: (number(context), number(most), providers.split(", ")) for name, context, most, providers in rows}
-    known = {model.id: (model.context, model.max_completion, [item.provider for item in model.endpoints]) for model in MODELS}
+    rows = re.findall(
+        r"^\| `([a-z0-9.:/-]+)` \| ([\d,]+) \| ([\d,]*) \| (.+?) \| .+ \|$", DOC.read_text(), re.MULTILINE
+    )
+    told = {
+        name: (number(context), number(most), providers.split(", "))
+        for name, context, most, providers in rows
+    }
+    known = {
+        model.id: (model.context, model.max_completion, [item.provider for item in model.endpoints])
+        for model in MODELS
+    }
     assert told == known
 
 

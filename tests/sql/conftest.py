@@ -1,6 +1,7 @@
 """The functions of a migrated database, called with the rights that the gateway has.
 
-Tests share a database per module where they only look at users of their own; `fresh` ones have one to themselves.
+Tests share a database per module where they only look at users of their own; `fresh` ones have one to
+themselves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One client of the SQL functions, with the rights that the gateway has: `service_role`, through `authenticator`."""
+"""One client of the SQL functions, with the rights that the gateway has: `service_role`, through
+`authenticator`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,30 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 UNLIMITED = dict.fromkeys(
-    ("requests_per_minute", "requests_per_hour", "requests_per_day", "tokens_per_minute", "tokens_per_hour", "tokens_per_day")
+    (
+        "requests_per_minute",
+        "requests_per_hour",
+        "requests_per_day",
+        "tokens_per_minute",
+        "tokens_per_hour",
+        "tokens_per_day",
+    )
 )
-RINGS = {"burst_ring": (11, 100), "minute_ring": (7, 10_000), "hour_ring": (13, 300_000), "day_ring": (25, 3_600_000)}
+RINGS = {
+    "burst_ring": (11, 100),
+    "minute_ring": (7, 10_000),
+    "hour_ring": (13, 300_000),
+    "day_ring": (25, 3_600_000),
+}
 
 
 def new_id() -> str:
     """A UUIDv7, as the gateway makes them."""
-    return str(uuid.UUID(int=(time.time_ns() // 1_000_000 << 80) | 7 << 76 | 2 << 62 | int.from_bytes(os.urandom(7), "big")))
+    return str(
+        uuid.UUID(
+            int=(time.time_ns() // 1_000_000 << 80) | 7 << 76 | 2 << 62 | int.from_bytes(os.urandom(7), "big")
+        )
+    )
 
 
 def hash_of(key: str) -> str:
@@ -57,7 +75,10 @@ class Database:
 
     @asynccontextmanager
     async def connection(self, role: str) -> AsyncIterator[Connection]:
-        kwargs = {**self.server.connect_kwargs(role if role == "postgres" else "authenticator"), "database": self.name}
+        kwargs = {
+            **self.server.connect_kwargs(role if role == "postgres" else "authenticator"),
+            "database": self.name,
+        }
         connection: Connection = await asyncpg.connect(**kwargs)
         try:
             if role != "postgres":
@@ -104,7 +125,11 @@ class Client:
                 answer = await connection.fetchval(query, *(_plain(a) for a in arguments))
             finally:
                 self.idle.append(connection)
-        return json.loads(answer, parse_float=Decimal) if isinstance(answer, str) and answer[:1] in ("{", "[") else answer
+        return (
+            json.loads(answer, parse_float=Decimal)
+            if isinstance(answer, str) and answer[:1] in ("{", "[")
+            else answer
+        )
 
     async def connect(self) -> Connection:
         """One more session, for as long as the client lives."""
@@ -116,7 +141,9 @@ class Client:
     async def value(self, query: str, *arguments: Any) -> Any:
         return await self.owner.fetchval(query, *arguments)
 
-    async def register(self, *, credits_nanos: int = 0, environment: str = "live", limits: Json | None = None) -> Account:
+    async def register(
+        self, *, credits_nanos: int = 0, environment: str = "live", limits: Json | None = None
+    ) -> Account:
         """A user with these credits, granted by an admin, without rate limits unless some are given."""
         number = next(_numbers)
         key = f"key {number}"
@@ -125,7 +152,13 @@ class Client:
         assert answer["outcome"] == "registered", answer
         account = Account(answer["user_id"], answer["key_id"], hash_of(key), environment)
         await self.call(
-            "set_rate_limits", {"user_id": account.id, "subject": "user", "limits": {**UNLIMITED, **(limits or {})}, "actor": "admin"}
+            "set_rate_limits",
+            {
+                "user_id": account.id,
+                "subject": "user",
+                "limits": {**UNLIMITED, **(limits or {})},
+                "actor": "admin",
+            },
         )
         await self.value("update public.users set is_funded = true where id = $1", account.id)
         if credits_nanos:
@@ -133,7 +166,12 @@ class Client:
         return account
 
     async def grant(self, account: Account, amount_nanos: int, **rest: Any) -> Json:
-        return dict(await self.call("grant_credits", {"user_id": account.id, "amount_nanos": amount_nanos, "actor": "admin", **rest}))
+        return dict(
+            await self.call(
+                "grant_credits",
+                {"user_id": account.id, "amount_nanos": amount_nanos, "actor": "admin", **rest},
+            )
+        )
 
     async def admit(self, *items: Json) -> list[Json]:
         return list(await self.call("admit_requests", list(items)))
@@ -151,7 +189,9 @@ class Client:
         return (await self.rows("select * from public.users where id = $1", account.id))[0]
 
     async def record(self, request_id: str) -> Json:
-        return (await self.rows("select * from public.usage_records where request_id = $1", uuid.UUID(request_id)))[0]
+        return (
+            await self.rows("select * from public.usage_records where request_id = $1", uuid.UUID(request_id))
+        )[0]
 
     async def counters(self, account: Account, subject: str = "user") -> Json:
         number = account.id if subject == "user" else account.key_id
@@ -161,7 +201,9 @@ class Client:
     async def change_key(self, account: Account, **columns: Any) -> None:
         """Sets columns of a key as an administrator's console would."""
         names = ", ".join(f"{name} = ${n}" for n, name in enumerate(columns, 2))
-        await self.value(f"update public.api_keys_new set {names} where id = $1", account.key_id, *columns.values())
+        await self.value(
+            f"update public.api_keys_new set {names} where id = $1", account.key_id, *columns.values()
+        )
 
     async def change_user(self, account: Account, **columns: Any) -> None:
         names = ", ".join(f"{name} = ${n}" for n, name in enumerate(columns, 2))
@@ -221,7 +263,9 @@ def registration(username: str, key: str, *, environment: str = "live", **change
 
 
 def request(account: Account, **changes: Any) -> Json:
-    """An item for admit_requests: at most 100 output tokens at 10 nanos, on top of 100 nanos that are certain."""
+    """An item for admit_requests: at most 100 output tokens at 10 nanos, on top of 100 nanos that are
+    certain.
+    """
     return {
         "request_id": new_id(),
         "hashes": [account.hash],

@@ -40,7 +40,9 @@ async def outcome(client: Client, account: Account, **changes: Any) -> str:
     ],
     ids=str,
 )
-async def test_a_key_is_used_only_as_it_allows(client: Client, columns: dict[str, Any], expected: str) -> None:
+async def test_a_key_is_used_only_as_it_allows(
+    client: Client, columns: dict[str, Any], expected: str
+) -> None:
     account = await client.register(credits_nanos=10**6)
     await client.change_key(account, **columns)
     assert await outcome(client, account) == expected
@@ -57,7 +59,9 @@ async def test_a_key_is_used_only_as_it_allows(client: Client, columns: dict[str
     ],
     ids=str,
 )
-async def test_an_account_is_used_only_while_it_may_be(client: Client, columns: dict[str, Any], expected: str) -> None:
+async def test_an_account_is_used_only_while_it_may_be(
+    client: Client, columns: dict[str, Any], expected: str
+) -> None:
     account = await client.register(credits_nanos=10**6)
     await client.change_user(account, **columns)
     assert await outcome(client, account) == expected
@@ -81,7 +85,11 @@ async def test_an_address_allowlist_admits_its_networks_only(
     client: Client, allowlist: list[str], address: str | None, allowed: bool
 ) -> None:
     account = await client.register(credits_nanos=10**6)
-    await client.value("update public.api_keys_new set ip_allowlist = $2::text[]::cidr[] where id = $1", account.key_id, allowlist)
+    await client.value(
+        "update public.api_keys_new set ip_allowlist = $2::text[]::cidr[] where id = $1",
+        account.key_id,
+        allowlist,
+    )
     assert await outcome(client, account, address=address) == ("admitted" if allowed else "IP_NOT_ALLOWED")
 
 
@@ -105,7 +113,9 @@ async def test_an_address_allowlist_admits_its_networks_only(
         (None, False),
     ],
 )
-async def test_a_domain_allowlist_admits_exact_hosts_and_real_subdomains(client: Client, domain: str | None, allowed: bool) -> None:
+async def test_a_domain_allowlist_admits_exact_hosts_and_real_subdomains(
+    client: Client, domain: str | None, allowed: bool
+) -> None:
     account = await client.register(credits_nanos=10**6)
     await client.change_key(account, domain_referrers=["good.com", "*.sub.org"])
     assert await outcome(client, account, domain=domain) == ("admitted" if allowed else "DOMAIN_NOT_ALLOWED")
@@ -119,8 +129,12 @@ async def test_every_model_that_a_request_can_reach_must_be_allowed(client: Clie
     assert await outcome(client, account, models=["openai/a", None]) == "MODEL_NOT_ALLOWED"
 
 
-@pytest.mark.parametrize(("prefix", "expected"), [("live", "admitted"), ("test", "INVALID_KEY"), (None, "admitted")])
-async def test_a_key_of_another_environment_than_its_prefix_does_not_exist(client: Client, prefix: str | None, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [("live", "admitted"), ("test", "INVALID_KEY"), (None, "admitted")]
+)
+async def test_a_key_of_another_environment_than_its_prefix_does_not_exist(
+    client: Client, prefix: str | None, expected: str
+) -> None:
     account = await client.register(credits_nanos=10**6)
     assert await outcome(client, account, prefix_environment=prefix) == expected
 
@@ -136,10 +150,22 @@ async def test_admin_scope_is_worth_nothing_without_the_role(client: Client) -> 
 async def test_a_previous_key_works_until_its_grace_ends(client: Client) -> None:
     account = await client.register(credits_nanos=10**6)
     old, new = account.hash, hash_of(f"rotated {account.id}")
-    await client.change_key(account, key_hash=new, previous_key_hash=old, previous_hash_secret_id="secret-1", previous_valid_until=LATER)
-    assert [await outcome(client, account), await outcome(client, account, hashes=[new])] == ["admitted", "admitted"]
+    await client.change_key(
+        account,
+        key_hash=new,
+        previous_key_hash=old,
+        previous_hash_secret_id="secret-1",
+        previous_valid_until=LATER,
+    )
+    assert [await outcome(client, account), await outcome(client, account, hashes=[new])] == [
+        "admitted",
+        "admitted",
+    ]
     await client.change_key(account, previous_valid_until=PAST)
-    assert [await outcome(client, account), await outcome(client, account, hashes=[new])] == ["INVALID_KEY", "admitted"]
+    assert [await outcome(client, account), await outcome(client, account, hashes=[new])] == [
+        "INVALID_KEY",
+        "admitted",
+    ]
 
 
 async def test_a_key_found_by_an_older_secret_is_stored_under_the_newest(client: Client) -> None:
@@ -181,8 +207,15 @@ async def test_an_older_key_is_moved_on_first_use(client: Client) -> None:
 
 async def test_an_older_key_is_moved_once_by_many_first_uses_in_any_order(client: Client) -> None:
     pairs = [await legacy(client) for _ in range(4)]
-    items = [[request(account, **item) for account, item in order] for order in (pairs, pairs[::-1], pairs, pairs[::-1])]
-    answers = [answer for batch in await asyncio.gather(*(client.admit(*batch) for batch in items)) for answer in batch]
+    items = [
+        [request(account, **item) for account, item in order]
+        for order in (pairs, pairs[::-1], pairs, pairs[::-1])
+    ]
+    answers = [
+        answer
+        for batch in await asyncio.gather(*(client.admit(*batch) for batch in items))
+        for answer in batch
+    ]
     assert {answer["outcome"] for answer in answers} == {"admitted"}
     assert len({answer["key_id"] for answer in answers}) == 4
     await client.assert_sound()
@@ -191,7 +224,9 @@ async def test_an_older_key_is_moved_once_by_many_first_uses_in_any_order(client
 async def test_rotating_a_moved_key_ends_its_old_secret(client: Client) -> None:
     account, item = await legacy(client)
     moved = (await client.admit_one(account, **item))["key_id"]
-    await client.value("update public.api_keys_new set key_hash = $2 where id = $1", moved, hash_of(f"new {moved}"))
+    await client.value(
+        "update public.api_keys_new set key_hash = $2 where id = $1", moved, hash_of(f"new {moved}")
+    )
     assert await outcome(client, account, **item) == "INVALID_KEY"
 
 
@@ -221,7 +256,11 @@ def order(**changes: Any) -> dict[str, Any]:
 
 async def test_registration_makes_a_user_a_key_counters_and_signup_credits(client: Client) -> None:
     answer = await client.call("register_user", order(signup_nanos=300))
-    assert (answer["outcome"], answer["credits_nanos"], answer["subscription_status"]) == ("registered", 300, "trial")
+    assert (answer["outcome"], answer["credits_nanos"], answer["subscription_status"]) == (
+        "registered",
+        300,
+        "trial",
+    )
     rows = await client.rows(
         "select subject from public.rate_limit_usage where (subject, subject_id) in (('user', $1), ('key', $2))",
         answer["user_id"],
@@ -239,7 +278,9 @@ async def test_registration_makes_a_user_a_key_counters_and_signup_credits(clien
     ],
     ids=["email", "username"],
 )
-async def test_names_and_addresses_are_unique_whatever_their_case(client: Client, changes: Any, expected: str) -> None:
+async def test_names_and_addresses_are_unique_whatever_their_case(
+    client: Client, changes: Any, expected: str
+) -> None:
     first = order()
     await client.call("register_user", first)
     assert (await client.call("register_user", order(**changes(first))))["outcome"] == expected
@@ -247,17 +288,23 @@ async def test_names_and_addresses_are_unique_whatever_their_case(client: Client
 
 async def test_the_same_registration_many_times_at_once_makes_one_user(client: Client) -> None:
     first = order()
-    answers = await asyncio.gather(*(client.call("register_user", {**first, "key": order()["key"]}) for _ in range(5)))
+    answers = await asyncio.gather(
+        *(client.call("register_user", {**first, "key": order()["key"]}) for _ in range(5))
+    )
     assert sorted(answer["outcome"] for answer in answers)[:4] != ["registered"] * 4
     assert [answer["outcome"] for answer in answers].count("registered") == 1
 
 
 async def test_an_address_registers_five_an_hour_however_many_ask_at_once(client: Client) -> None:
     subject = uuid.uuid4().hex
-    answers = await asyncio.gather(*(client.call("register_user", order(address_subject=subject)) for _ in range(12)))
+    answers = await asyncio.gather(
+        *(client.call("register_user", order(address_subject=subject)) for _ in range(12))
+    )
     assert [answer["outcome"] for answer in answers].count("registered") == 5
     assert {answer["outcome"] for answer in answers} == {"registered", "address_limit"}
-    assert (await client.call("register_user", order(address_subject=uuid.uuid4().hex)))["outcome"] == "registered"
+    assert (await client.call("register_user", order(address_subject=uuid.uuid4().hex)))[
+        "outcome"
+    ] == "registered"
 
 
 async def test_a_plan_replaces_the_one_before(client: Client) -> None:
@@ -266,7 +313,12 @@ async def test_a_plan_replaces_the_one_before(client: Client) -> None:
     assign = {"user_id": account.id, "plan_id": plan, "duration_months": 1, "actor": "admin"}
     answers = await asyncio.gather(*(client.call("assign_plan", assign) for _ in range(4)))
     assert {answer["outcome"] for answer in answers} == {"assigned"}
-    assert await client.value("select count(*) from public.user_plans where user_id = $1 and is_active", account.id) == 1
+    assert (
+        await client.value(
+            "select count(*) from public.user_plans where user_id = $1 and is_active", account.id
+        )
+        == 1
+    )
     assert (await client.call("assign_plan", {**assign, "plan_id": 2**40}))["outcome"] == "plan_not_found"
     assert (await client.call("assign_plan", {**assign, "user_id": 2**40}))["outcome"] == "not_found"
 
@@ -275,6 +327,8 @@ async def test_a_plan_replaces_the_one_before(client: Client) -> None:
 async def test_a_key_whose_row_and_prefix_disagree_about_the_sandbox_is_refused(
     client: Client, environment: str, prefix: str | None
 ) -> None:
-    """The prefix chooses the upstream and the row the charge: a test row without a prefix would get real answers for nothing."""
+    """The prefix chooses the upstream and the row the charge: a test row without a prefix would get real
+    answers for nothing.
+    """
     account = await client.register(environment=environment)
     assert (await client.admit_one(account, prefix_environment=prefix))["outcome"] == "INVALID_KEY"

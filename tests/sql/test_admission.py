@@ -1,4 +1,6 @@
-"""A request is admitted only if its bound could be held; whatever the order, the number of callers, or the neighbours in the batch."""
+"""A request is admitted only if its bound could be held; whatever the order, the number of callers, or the
+neighbours in the batch.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,12 @@ async def test_an_admitted_request_holds_its_bound_and_is_on_record(client: Clie
         "limits": answer["limits"],
     }
     record = await client.record(answer["request_id"])
-    assert (record["status"], record["hold_nanos"], record["cost_nanos"], record["output_granted"]) == ("pending", FULL, 0, 100)
+    assert (record["status"], record["hold_nanos"], record["cost_nanos"], record["output_granted"]) == (
+        "pending",
+        FULL,
+        0,
+        100,
+    )
     assert (record["expires_at"] - record["created_at"]).total_seconds() == 600
     assert (await client.user(account))["held_nanos"] == FULL
     await client.assert_sound()
@@ -61,7 +68,12 @@ async def test_no_items_have_no_answers(client: Client) -> None:
 async def test_zero_credits_admit_nothing_that_costs(client: Client) -> None:
     account = await client.register()
     answer = await client.admit_one(account)
-    assert (answer["outcome"], answer["needed_nanos"], answer["available_nanos"], answer["affordable_output"]) == ("credits", 110, 0, 0)
+    assert (
+        answer["outcome"],
+        answer["needed_nanos"],
+        answer["available_nanos"],
+        answer["affordable_output"],
+    ) == ("credits", 110, 0, 0)
     assert await client.value("select count(*) from public.usage_records where user_id = $1", account.id) == 0
 
 
@@ -77,7 +89,9 @@ async def test_output_is_granted_as_far_as_credits_reach(client: Client) -> None
     assert (answer["outcome"], answer["granted_output"], answer["hold_nanos"]) == ("admitted", 50, 600)
 
 
-async def test_an_explicit_output_that_credits_do_not_cover_is_refused_with_what_they_cover(client: Client) -> None:
+async def test_an_explicit_output_that_credits_do_not_cover_is_refused_with_what_they_cover(
+    client: Client,
+) -> None:
     account = await client.register(credits_nanos=609)
     answer = await client.admit_one(account, min_output=100)
     assert (answer["outcome"], answer["needed_nanos"], answer["affordable_output"]) == ("credits", FULL, 50)
@@ -96,9 +110,16 @@ async def test_the_grant_is_the_largest_that_credits_cover(client_18: Client, ma
         def hold(tokens: int, fixed: Decimal = fixed, output: Decimal = output) -> int:
             return int(((fixed + output * tokens) * Decimal(markup)).to_integral_value(ROUND_CEILING))
 
-        item = {"fixed_nanos": format(fixed, "f"), "output_nanos": format(output, "f"), "max_output": largest, "markup": markup}
+        item = {
+            "fixed_nanos": format(fixed, "f"),
+            "output_nanos": format(output, "f"),
+            "max_output": largest,
+            "markup": markup,
+        }
         granted = await client_18.ask(
-            "select public.affordable_output(jsonb_populate_record(null::public.admission_item, $1::jsonb), $2)", item, available
+            "select public.affordable_output(jsonb_populate_record(null::public.admission_item, $1::jsonb), $2)",
+            item,
+            available,
         )
         case = (item, available, granted)
         if granted < 0:
@@ -139,7 +160,9 @@ async def test_concurrent_grants_of_part_of_the_output_never_exceed_the_credits(
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_no_order_of_events_unbalances_the_books(client_18: Client, seed: int) -> None:
-    """Random admissions, settlements, grants and expiries of a few users; the identities hold after every single one."""
+    """Random admissions, settlements, grants and expiries of a few users; the identities hold after every
+    single one.
+    """
     chance, client = random.Random(seed), client_18
     accounts = [
         await client.register(credits_nanos=chance.randrange(0, 20_000), environment=environment)
@@ -161,7 +184,11 @@ async def test_no_order_of_events_unbalances_the_books(client_18: Client, seed: 
                 )
                 for _ in range(chance.randrange(1, 5))
             ]
-            seen += [answer["request_id"] for answer in await client.admit(*items) if answer["outcome"] == "admitted"]
+            seen += [
+                answer["request_id"]
+                for answer in await client.admit(*items)
+                if answer["outcome"] == "admitted"
+            ]
         elif what < 0.8 and seen:
             for request_id in chance.sample(seen, min(3, len(seen))):
                 source = chance.choice(["usage", "generation", "none"])
@@ -177,7 +204,9 @@ async def test_no_order_of_events_unbalances_the_books(client_18: Client, seed: 
             await client.grant(account, chance.randrange(1, 5_000))
         else:
             for hold in await client.call("list_expired_holds", 3):
-                await client.settle_one(hold["request_id"], source="none", status="expired", billable_nanos="0")
+                await client.settle_one(
+                    hold["request_id"], source="none", status="expired", billable_nanos="0"
+                )
         await client.assert_sound()
     assert len(seen) > 20
 
@@ -310,7 +339,9 @@ async def test_batches_that_name_the_same_users_in_opposite_orders_do_not_deadlo
         for _ in range(12):
             admitted = await client.admit(*(request(account) for account in order))
             assert set(outcomes(admitted)) == {"admitted"}
-            settled = await client.settle(*(settlement(answer["request_id"]) for answer in reversed(admitted)))
+            settled = await client.settle(
+                *(settlement(answer["request_id"]) for answer in reversed(admitted))
+            )
             assert set(outcomes(settled)) == {"settled"}
 
     await asyncio.gather(run(accounts), run(accounts[::-1]), run(accounts[3:] + accounts[:3]))
@@ -326,7 +357,12 @@ async def test_refusals_of_the_same_strangers_in_opposite_orders_do_not_deadlock
             assert set(outcomes(await client.admit(*items))) == {"INVALID_KEY"}
 
     await asyncio.gather(run(strangers), run(strangers[::-1]))
-    assert await client.value("select sum(occurrences) from public.audit_logs where actor like 'address:198.51.100.%'") == 320
+    assert (
+        await client.value(
+            "select sum(occurrences) from public.audit_logs where actor like 'address:198.51.100.%'"
+        )
+        == 320
+    )
 
 
 async def test_repeated_refusals_are_one_row_with_a_count(client: Client) -> None:
@@ -334,16 +370,27 @@ async def test_repeated_refusals_are_one_row_with_a_count(client: Client) -> Non
     await client.change_key(account, is_active=False)
     await client.admit(*(request(account) for _ in range(3)))
     await client.admit(request(account))
-    rows = await client.rows("select * from public.audit_logs where action = 'INACTIVE_KEY' and user_id = $1", account.id)
+    rows = await client.rows(
+        "select * from public.audit_logs where action = 'INACTIVE_KEY' and user_id = $1", account.id
+    )
     assert sum(row["occurrences"] for row in rows) == 4
     assert len(rows) <= 2  # a minute may have begun in between
-    assert {(row["actor"], row["user_id"], row["key_id"]) for row in rows} == {(f"key:{account.key_id}", account.id, account.key_id)}
+    assert {(row["actor"], row["user_id"], row["key_id"]) for row in rows} == {
+        (f"key:{account.key_id}", account.id, account.key_id)
+    }
 
 
 async def test_a_refusal_of_nobody_knows_whom_is_recorded_all_the_same(client: Client) -> None:
     account = await client.register()
-    assert (await client.admit_one(account, hashes=[hash_of("stranger")], address=None))["outcome"] == "INVALID_KEY"
-    assert await client.value("select occurrences from public.audit_logs where action = 'INVALID_KEY' and actor = 'unknown'") == 1
+    assert (await client.admit_one(account, hashes=[hash_of("stranger")], address=None))[
+        "outcome"
+    ] == "INVALID_KEY"
+    assert (
+        await client.value(
+            "select occurrences from public.audit_logs where action = 'INVALID_KEY' and actor = 'unknown'"
+        )
+        == 1
+    )
 
 
 async def test_a_test_key_holds_and_costs_nothing(client: Client) -> None:
@@ -358,14 +405,21 @@ async def test_a_test_key_holds_and_costs_nothing(client: Client) -> None:
 async def test_verification_names_the_caller_and_writes_nothing(client: Client) -> None:
     account = await client.register()
     answer = await client.admit_one(account, holds=False, verb="read", models=None)
-    assert (answer["outcome"], answer["user_id"], answer["role"], answer["key_name"]) == ("verified", account.id, "user", "primary")
+    assert (answer["outcome"], answer["user_id"], answer["role"], answer["key_name"]) == (
+        "verified",
+        account.id,
+        "user",
+        "primary",
+    )
     assert await client.value("select count(*) from public.usage_records where user_id = $1", account.id) == 0
     assert (await client.counters(account))["requests_used"] == 0
 
 
 async def test_counters_that_are_missing_are_made_so_that_limits_hold(client: Client) -> None:
     account = await client.register(credits_nanos=50_000, limits={"requests_per_day": 1})
-    await client.value("delete from public.rate_limit_usage where subject_id in ($1, $2)", account.id, account.key_id)
+    await client.value(
+        "delete from public.rate_limit_usage where subject_id in ($1, $2)", account.id, account.key_id
+    )
     assert [(await client.admit_one(account))["outcome"] for _ in range(2)] == ["admitted", "rate_limit"]
     await client.assert_sound()
 
@@ -381,11 +435,14 @@ async def test_an_instance_of_the_other_mode_is_told_so(client: Client) -> None:
 async def test_an_unlocked_user_is_busy_even_when_nobody_holds_the_lock(client: Client) -> None:
     account = await client.register(credits_nanos=5_000)
     item = request(account)
-    answer = await client.ask("select public.admit_one(jsonb_populate_record(null::public.admission_item, $1::jsonb), '{}')", item)
+    answer = await client.ask(
+        "select public.admit_one(jsonb_populate_record(null::public.admission_item, $1::jsonb), '{}')", item
+    )
     assert answer["outcome"] == "busy"
     assert (await client.admit(item))[0]["outcome"] == "admitted"
     answer = await client.ask(
-        "select public.settle_one(jsonb_populate_record(null::public.settlement_item, $1::jsonb), '{}')", settlement(item["request_id"])
+        "select public.settle_one(jsonb_populate_record(null::public.settlement_item, $1::jsonb), '{}')",
+        settlement(item["request_id"]),
     )
     assert answer["outcome"] == "busy"
     await client.assert_sound()

@@ -19,8 +19,18 @@ async def test_a_grant_adds_credits_ends_the_trial_and_is_recorded(client: Clien
     user = await client.user(account)
     assert (user["credits_nanos"], user["subscription_status"], user["is_funded"]) == (700, "active", True)
     (entry,) = await client.rows("select * from public.credit_transactions where user_id = $1", account.id)
-    assert (entry["kind"], entry["amount_nanos"], entry["balance_after_nanos"], entry["reason"]) == ("grant", 700, 700, "welcome")
-    assert await client.value("select count(*) from public.audit_logs where action = 'add_credits' and user_id = $1", account.id) == 1
+    assert (entry["kind"], entry["amount_nanos"], entry["balance_after_nanos"], entry["reason"]) == (
+        "grant",
+        700,
+        700,
+        "welcome",
+    )
+    assert (
+        await client.value(
+            "select count(*) from public.audit_logs where action = 'add_credits' and user_id = $1", account.id
+        )
+        == 1
+    )
     await client.assert_sound()
 
 
@@ -29,7 +39,11 @@ async def test_the_same_grant_twice_is_one(client: Client) -> None:
     first = await client.grant(account, 700, idempotency_key=key)
     await client.grant(account, 50)
     again = await client.grant(account, 700, idempotency_key=key)
-    assert (again["outcome"], again["transaction_id"], again["balance_nanos"]) == ("repeated", first["transaction_id"], 750)
+    assert (again["outcome"], again["transaction_id"], again["balance_nanos"]) == (
+        "repeated",
+        first["transaction_id"],
+        750,
+    )
     await client.assert_sound()
 
 
@@ -41,7 +55,9 @@ async def test_the_same_grant_many_times_at_once_is_one(client: Client) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"amount_nanos": 701}, {"other_user": True}], ids=str)
-async def test_an_idempotency_key_of_another_order_is_a_conflict(client: Client, changes: dict[str, Any]) -> None:
+async def test_an_idempotency_key_of_another_order_is_a_conflict(
+    client: Client, changes: dict[str, Any]
+) -> None:
     account, other, key = await client.register(), await client.register(), new_id()
     await client.grant(account, 700, idempotency_key=key)
     target = other if "other_user" in changes else account
@@ -97,7 +113,9 @@ async def test_credits_never_fall_below_what_is_held_even_for_the_owner(client: 
 
 
 @pytest.mark.parametrize("table", ["credit_transactions", "audit_logs", "usage_records"])
-@pytest.mark.parametrize("statement", ["update {0} set id = id", "delete from {0}", "truncate {0}", "truncate {0} cascade"])
+@pytest.mark.parametrize(
+    "statement", ["update {0} set id = id", "delete from {0}", "truncate {0}", "truncate {0} cascade"]
+)
 async def test_books_are_append_only_even_for_the_owner(client: Client, table: str, statement: str) -> None:
     account = await client.register(credits_nanos=5_000)
     answer = await client.admit_one(account)
@@ -113,7 +131,12 @@ async def test_truncating_the_users_does_not_reach_the_books(client: Client) -> 
 
 
 @pytest.mark.parametrize(
-    "change", ["occurrences = occurrences - 1", "action = 'x', occurrences = occurrences + 1", "details = '{\"a\": 1}'"]
+    "change",
+    [
+        "occurrences = occurrences - 1",
+        "action = 'x', occurrences = occurrences + 1",
+        "details = '{\"a\": 1}'",
+    ],
 )
 async def test_of_an_audit_row_only_the_count_may_grow(client: Client, change: str) -> None:
     account = await client.register()

@@ -1,4 +1,6 @@
-"""No window of a limit's length ever exceeds the limit, and Retry-After is true: after it, the request is admitted."""
+"""No window of a limit's length ever exceeds the limit, and Retry-After is true: after it, the request is
+admitted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 # The window that each ring stands for, in milliseconds.
 WINDOWS = {"burst_ring": 1_000, "minute_ring": 60_000, "hour_ring": 3_600_000, "day_ring": 86_400_000}
 
-# One statement plays a whole history: events are [ms, requests' limit, tokens' limit, tokens, correction of an earlier event or null].
+# One statement plays a whole history: events are [ms, requests' limit, tokens' limit, tokens, correction of
+# an earlier event or null].
 PLAY = """
 create or replace function pg_temp.play(p_size int, p_width bigint, p_requests bigint, p_tokens bigint, p_events jsonb) returns jsonb
 language plpgsql as $$
@@ -50,10 +53,14 @@ end $$
 """
 
 
-async def play(client: Client, ring: str, limits: tuple[int | None, int | None], events: list[dict[str, int]]) -> list[dict[str, Any]]:
+async def play(
+    client: Client, ring: str, limits: tuple[int | None, int | None], events: list[dict[str, int]]
+) -> list[dict[str, Any]]:
     size, width = RINGS[ring]
     await client.value(PLAY)
-    answer = await client.value("select pg_temp.play($1, $2, $3, $4, $5)", size, width, *limits, json.dumps(events))
+    answer = await client.value(
+        "select pg_temp.play($1, $2, $3, $4, $5)", size, width, *limits, json.dumps(events)
+    )
     return list(json.loads(answer))
 
 
@@ -61,7 +68,20 @@ def history(chance: random.Random, window: int, count: int) -> list[dict[str, in
     """Arrivals of every rhythm: bursts, waits around a bucket's and the window's length, long idle."""
     at, events = 1_800_000_000_000 + chance.randrange(window), []
     for _ in range(count):
-        at += chance.choice([0, 0, 1, window // 100, window // 10, window // 10 + 1, window // 3, window - 1, window, 5 * window])
+        at += chance.choice(
+            [
+                0,
+                0,
+                1,
+                window // 100,
+                window // 10,
+                window // 10 + 1,
+                window // 3,
+                window - 1,
+                window,
+                5 * window,
+            ]
+        )
         events.append({"at": at, "tokens": chance.randrange(0, 50)})
     return events
 
@@ -106,7 +126,10 @@ async def test_a_refused_request_is_admitted_after_its_retry_after_and_not_a_buc
 async def test_requests_count_even_while_the_clock_is_set_back(client_18: Client, ring: str) -> None:
     window = WINDOWS[ring]
     start = 1_800_000_000_000
-    events = [{"at": at, "tokens": 1} for at in (start, start - 3 * window, start - 2 * window, start - 2 * window, start - 1, start)]
+    events = [
+        {"at": at, "tokens": 1}
+        for at in (start, start - 3 * window, start - 2 * window, start - 2 * window, start - 1, start)
+    ]
     answers = await play(client_18, ring, (3, None), events)
     assert [answer["ok"] for answer in answers] == [True, True, True, False, False, False]
 
@@ -140,15 +163,24 @@ async def test_corrections_keep_the_sum_of_tokens_true(client_18: Client, ring: 
 
 
 async def test_the_longest_of_several_refusals_is_told(client_18: Client) -> None:
-    account = await client_18.register(credits_nanos=10**6, limits={"requests_per_minute": 1, "requests_per_hour": 1, "burst": 1})
+    account = await client_18.register(
+        credits_nanos=10**6, limits={"requests_per_minute": 1, "requests_per_hour": 1, "burst": 1}
+    )
     await client_18.admit_one(account)
     refusal = await client_18.admit_one(account)
-    assert (refusal["outcome"], refusal["window"], refusal["unit"], refusal["limit"]) == ("rate_limit", "hour", "requests", 1)
+    assert (refusal["outcome"], refusal["window"], refusal["unit"], refusal["limit"]) == (
+        "rate_limit",
+        "hour",
+        "requests",
+        1,
+    )
     assert 3_300 <= refusal["retry_after"] <= 3_900
 
 
 async def test_a_request_that_can_never_pass_is_told_so_whatever_else_refuses_it(client: Client) -> None:
-    account = await client.register(credits_nanos=10**6, limits={"requests_per_hour": 1, "tokens_per_minute": 5})
+    account = await client.register(
+        credits_nanos=10**6, limits={"requests_per_hour": 1, "tokens_per_minute": 5}
+    )
     refusal = await client.admit_one(account, prompt_estimate=6)
     assert (refusal["never"], refusal["unit"], refusal["need"]) == (True, "tokens", 6)
     await client.admit_one(account, prompt_estimate=1)
@@ -160,7 +192,10 @@ async def test_a_request_that_can_never_pass_is_told_so_whatever_else_refuses_it
 async def test_a_limit_of_zero_refuses_all(client: Client, name: str) -> None:
     account = await client.register(credits_nanos=10**6, limits={name: 0})
     refusal = await client.admit_one(account)
-    assert (refusal["outcome"], refusal["never"]) == ("concurrency" if name == "concurrency" else "rate_limit", True)
+    assert (refusal["outcome"], refusal["never"]) == (
+        "concurrency" if name == "concurrency" else "rate_limit",
+        True,
+    )
 
 
 async def test_a_limit_of_null_refuses_nothing_and_shows_no_header(client: Client) -> None:
@@ -171,7 +206,9 @@ async def test_a_limit_of_null_refuses_nothing_and_shows_no_header(client: Clien
     assert (answers[0]["limits"]["request_left"], answers[0]["limits"]["token_left"]) == (None, None)
 
 
-@pytest.mark.parametrize("name", ["burst", "requests_per_minute", "requests_per_hour", "requests_per_day", "concurrency"])
+@pytest.mark.parametrize(
+    "name", ["burst", "requests_per_minute", "requests_per_hour", "requests_per_day", "concurrency"]
+)
 async def test_a_limit_of_n_admits_exactly_n_of_many_at_once(client: Client, name: str) -> None:
     account = await client.register(credits_nanos=10**9, limits={name: 5})
     batches = await asyncio.gather(*(client.admit(*(request(account) for _ in range(4))) for _ in range(6)))
@@ -200,7 +237,12 @@ async def test_tokens_that_were_estimated_too_high_are_given_back(client: Client
 
 async def test_a_keys_limits_hold_beside_its_users(client: Client) -> None:
     account = await client.register(credits_nanos=10**9)
-    order = {"key_id": account.key_id, "subject": "key", "limits": {"requests_per_minute": 2}, "actor": "admin"}
+    order = {
+        "key_id": account.key_id,
+        "subject": "key",
+        "limits": {"requests_per_minute": 2},
+        "actor": "admin",
+    }
     assert (await client.call("set_rate_limits", order))["outcome"] == "set"
     outcomes = [(await client.admit_one(account))["outcome"] for _ in range(3)]
     assert outcomes == ["admitted", "admitted", "rate_limit"]
@@ -211,12 +253,19 @@ async def test_limits_of_a_key_are_never_set_on_another_users(client: Client) ->
     order = {"user_id": mine.id, "subject": "key", "limits": {"requests_per_minute": 0}, "actor": "admin"}
     assert (await client.call("set_rate_limits", order))["outcome"] == "not_found"
     assert (await client.call("set_rate_limits", {**order, "key_id": other.key_id}))["outcome"] == "not_found"
-    assert await client.rows("select * from public.rate_limit_configs where subject = 'key' and subject_id = $1", other.key_id) == []
+    assert (
+        await client.rows(
+            "select * from public.rate_limit_configs where subject = 'key' and subject_id = $1", other.key_id
+        )
+        == []
+    )
 
 
 async def test_a_user_without_limits_of_their_own_has_the_defaults(client: Client) -> None:
     account = await client.register(credits_nanos=10**9)
-    await client.value("delete from public.rate_limit_configs where subject = 'user' and subject_id = $1", account.id)
+    await client.value(
+        "delete from public.rate_limit_configs where subject = 'user' and subject_id = $1", account.id
+    )
     answer = await client.admit_one(account)
     assert (answer["limits"]["request_limit"], answer["limits"]["request_left"]) == (60, 59)
     assert (answer["limits"]["token_limit"], answer["limits"]["token_left"]) == (10_000, 9_990)
@@ -250,7 +299,9 @@ async def on_plan(client: Client, account: Account, **limits: Any) -> int:
     names = ", ".join(limits)
     marks = ", ".join(f"${n}" for n in range(2, len(limits) + 2))
     plan = await client.value(
-        f"insert into public.plans (slug, name, {names}) values ($1, 'Plan', {marks}) returning id", f"plan-{account.id}", *limits.values()
+        f"insert into public.plans (slug, name, {names}) values ($1, 'Plan', {marks}) returning id",
+        f"plan-{account.id}",
+        *limits.values(),
     )
     order = {"user_id": account.id, "plan_id": plan, "duration_months": 1, "actor": "admin"}
     assert (await client.call("assign_plan", order))["outcome"] == "assigned"
@@ -266,19 +317,27 @@ async def on_plan(client: Client, account: Account, **limits: Any) -> int:
         ("monthly_token_limit", 25, "plan month"),
     ],
 )
-async def test_a_plans_limit_refuses_until_its_utc_day_or_month_ends(client: Client, name: str, limit: int, window: str) -> None:
+async def test_a_plans_limit_refuses_until_its_utc_day_or_month_ends(
+    client: Client, name: str, limit: int, window: str
+) -> None:
     account = await client.register(credits_nanos=10**9)
     await on_plan(client, account, **{name: limit})
     outcomes = [await client.admit_one(account) for _ in range(3)]
     assert [answer["outcome"] for answer in outcomes] == ["admitted", "admitted", "plan_limit"]
     refusal, now = outcomes[-1], datetime.now(UTC)
     start = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    end = start + timedelta(days=1) if window == "plan day" else (start.replace(day=1) + timedelta(days=32)).replace(day=1)
+    end = (
+        start + timedelta(days=1)
+        if window == "plan day"
+        else (start.replace(day=1) + timedelta(days=32)).replace(day=1)
+    )
     assert refusal["window"] == window
     assert abs(refusal["retry_after"] - (end - now).total_seconds()) < 30
 
 
-async def advanced(client: Client, usage: dict[str, Any], now: str, window: str | None = None) -> dict[str, Any]:
+async def advanced(
+    client: Client, usage: dict[str, Any], now: str, window: str | None = None
+) -> dict[str, Any]:
     """Counters as of `now`."""
     query = (
         "select to_jsonb(public.advance_usage(jsonb_populate_record(null::public.rate_limit_usage, "
@@ -297,7 +356,9 @@ async def advanced(client: Client, usage: dict[str, Any], now: str, window: str 
         ("2026-01-30T12:00:00Z", 7, 70),  # the clock was set back
     ],
 )
-async def test_plan_counters_start_anew_with_the_utc_day_and_month(client: Client, now: str, day: int, month: int) -> None:
+async def test_plan_counters_start_anew_with_the_utc_day_and_month(
+    client: Client, now: str, day: int, month: int
+) -> None:
     usage = {
         "plan_day": "2026-01-31",
         "plan_month": "2026-01-01",
@@ -307,14 +368,22 @@ async def test_plan_counters_start_anew_with_the_utc_day_and_month(client: Clien
         "plan_month_tokens": 70,
     }
     found = await advanced(client, usage, now)
-    assert [found[f"plan_{name}"] for name in ("day_requests", "day_tokens", "month_requests", "month_tokens")] == [day, day, month, month]
+    assert [
+        found[f"plan_{name}"] for name in ("day_requests", "day_tokens", "month_requests", "month_tokens")
+    ] == [day, day, month, month]
 
 
 async def test_staging_keys_have_the_plans_limits_times_its_factor(client: Client) -> None:
     account = await client.register(credits_nanos=10**9, environment="staging")
     plan = await on_plan(client, account, daily_request_limit=4)
-    await client.value("update public.plans set environment_factors = '{\"staging\": 0.5}' where id = $1", plan)
-    assert [(await client.admit_one(account))["outcome"] for _ in range(3)] == ["admitted", "admitted", "plan_limit"]
+    await client.value(
+        "update public.plans set environment_factors = '{\"staging\": 0.5}' where id = $1", plan
+    )
+    assert [(await client.admit_one(account))["outcome"] for _ in range(3)] == [
+        "admitted",
+        "admitted",
+        "plan_limit",
+    ]
 
 
 async def test_a_plan_allows_only_its_models_and_its_concurrency(client: Client) -> None:
@@ -352,7 +421,9 @@ async def test_a_budget_bounds_what_a_key_holds_and_spends(client: Client, windo
 async def test_a_budget_is_not_exceeded_by_many_at_once(client: Client) -> None:
     account = await client.register(credits_nanos=10**6)
     await client.change_key(account, budget_nanos=5_600, budget_window="day")
-    batches = await asyncio.gather(*(client.admit(*(request(account, min_output=100) for _ in range(3))) for _ in range(5)))
+    batches = await asyncio.gather(
+        *(client.admit(*(request(account, min_output=100) for _ in range(3))) for _ in range(5))
+    )
     assert [answer["outcome"] for batch in batches for answer in batch].count("admitted") == 5
     await client.assert_sound()
 
@@ -366,7 +437,9 @@ async def test_a_budget_is_not_exceeded_by_many_at_once(client: Client) -> None:
         ("lifetime", "-infinity", "2026-03-01T00:00:00Z", "2099-01-01T00:00:00Z"),
     ],
 )
-async def test_a_budget_starts_anew_with_its_window(client: Client, window: str, since: str, before: str, after: str) -> None:
+async def test_a_budget_starts_anew_with_its_window(
+    client: Client, window: str, since: str, before: str, after: str
+) -> None:
     usage = {"budget_since": since, "budget_spent_nanos": 5, "budget_held_nanos": 3}
     assert (await advanced(client, usage, before, window))["budget_spent_nanos"] == 5
     found = await advanced(client, usage, after, window)

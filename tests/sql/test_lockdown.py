@@ -1,4 +1,6 @@
-"""Strangers can do nothing in the database, even where its default privileges give everything away; the gateway can do what it must."""
+"""Strangers can do nothing in the database, even where its default privileges give everything away; the
+gateway can do what it must.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ async def test_the_gateway_may_call_every_function_and_read_every_table(client: 
 )
 async def test_the_gateway_may_not_change_the_books(client: Client, table: str, refused: list[str]) -> None:
     for privilege in refused:
-        assert not await client.value("select has_table_privilege('service_role', $1, $2)", f"public.{table}", privilege)
+        assert not await client.value(
+            "select has_table_privilege('service_role', $1, $2)", f"public.{table}", privilege
+        )
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await client.ask(f"delete from public.{table}")
 

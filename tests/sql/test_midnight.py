@@ -1,4 +1,6 @@
-"""What happens at midnight UTC? Counters begin anew, and plans begin and end, to the microsecond and whatever the session's time zone."""
+"""What happens at midnight UTC? Counters begin anew, and plans begin and end, to the microsecond and whatever
+the session's time zone.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ async def admits(client: Client, account: Account, at: datetime) -> bool:
 async def plan_at(client: Client, account: Account, at: datetime) -> str:
     query = "select (public.current_plan(u, $2)).id from public.users u where u.id = $1"
     found = await client.value(query, account.id, at)
-    built_in = await client.value("select slug from public.plans where id = $1 and slug in ('free', 'pay-as-you-go')", found)
+    built_in = await client.value(
+        "select slug from public.plans where id = $1 and slug in ('free', 'pay-as-you-go')", found
+    )
     return str(built_in or found)
 
 
@@ -63,18 +67,26 @@ async def test_a_spent_counter_is_full_again_at_midnight_and_not_a_microsecond_b
 ) -> None:
     account = await funded(client)
     await assign(
-        client, account, await plan(client, **{f"{window}_{unit}_limit": 2 if unit == "request" else 20}), midnight - timedelta(days=5)
+        client,
+        account,
+        await plan(client, **{f"{window}_{unit}_limit": 2 if unit == "request" else 20}),
+        midnight - timedelta(days=5),
     )
     evening = midnight - timedelta(hours=1)
     assert [await admits(client, account, evening) for _ in range(3)] == [True, True, False]
     refused = await decide(client, account, midnight - TICK)
-    assert (refused["outcome"], refused["window"]) == ("plan_limit", "plan day" if window == "daily" else "plan month")
+    assert (refused["outcome"], refused["window"]) == (
+        "plan_limit",
+        "plan day" if window == "daily" else "plan month",
+    )
     assert [await admits(client, account, midnight) for _ in range(3)] == [True, True, False]
 
 
 async def test_a_month_s_counter_does_not_begin_anew_on_any_other_day(client: Client) -> None:
     account = await funded(client)
-    await assign(client, account, await plan(client, monthly_request_limit=1), MIDNIGHT - timedelta(days=1), months=2)
+    await assign(
+        client, account, await plan(client, monthly_request_limit=1), MIDNIGHT - timedelta(days=1), months=2
+    )
     assert await admits(client, account, MIDNIGHT - TICK)
     for at in (MIDNIGHT, MIDNIGHT + timedelta(days=10), FIRST - TICK):
         assert not await admits(client, account, at)
@@ -87,7 +99,9 @@ async def test_the_retry_after_of_a_plan_ends_at_midnight(client: Client) -> Non
     assert await admits(client, account, MIDNIGHT - timedelta(hours=1))
     refused = await decide(client, account, MIDNIGHT - timedelta(minutes=10))
     assert refused["retry_after"] == 600
-    assert await admits(client, account, MIDNIGHT - timedelta(minutes=10) + timedelta(seconds=refused["retry_after"]))
+    assert await admits(
+        client, account, MIDNIGHT - timedelta(minutes=10) + timedelta(seconds=refused["retry_after"])
+    )
 
 
 @pytest.mark.parametrize("zone", ["Pacific/Auckland", "America/Los_Angeles", "Asia/Kolkata"])
@@ -98,7 +112,11 @@ async def test_midnight_is_that_of_utc_whatever_the_session_s_time_zone(client: 
     await connection.execute(f"set timezone to '{zone}'")
 
     async def outcome(at: datetime) -> str:
-        return str(json.loads(await connection.fetchval(DECIDE, json.dumps(request(account)), at, account.key_id))["outcome"])
+        return str(
+            json.loads(await connection.fetchval(DECIDE, json.dumps(request(account)), at, account.key_id))[
+                "outcome"
+            ]
+        )
 
     assert await outcome(MIDNIGHT - timedelta(hours=1)) == "admitted"
     assert await outcome(MIDNIGHT - TICK) == "plan_limit"
@@ -112,7 +130,10 @@ async def test_a_plan_that_starts_at_midnight_applies_from_its_first_moment(clie
     account = await funded(client)
     number = await plan(client, daily_request_limit=0)
     await assign(client, account, number, MIDNIGHT)
-    assert [await plan_at(client, account, at) for at in (MIDNIGHT - TICK, MIDNIGHT)] == ["pay-as-you-go", str(number)]
+    assert [await plan_at(client, account, at) for at in (MIDNIGHT - TICK, MIDNIGHT)] == [
+        "pay-as-you-go",
+        str(number),
+    ]
     assert [await admits(client, account, at) for at in (MIDNIGHT - TICK, MIDNIGHT)] == [True, False]
 
 
@@ -144,7 +165,8 @@ async def test_a_plan_replaced_at_midnight_leaves_no_moment_with_both_or_neither
     assert await plan_at(client, account, MIDNIGHT - TICK) == str(strict)
     await assign(client, account, generous, MIDNIGHT)
     rows = await client.rows(
-        "select plan_id, start_date, end_date, is_active from public.user_plans where user_id = $1 order by id", account.id
+        "select plan_id, start_date, end_date, is_active from public.user_plans where user_id = $1 order by id",
+        account.id,
     )
     assert [(row["plan_id"], row["start_date"], row["end_date"], row["is_active"]) for row in rows] == [
         (strict, MIDNIGHT - timedelta(days=3), MIDNIGHT, False),
@@ -172,13 +194,27 @@ async def test_a_plan_replaced_during_the_day_keeps_what_the_day_has_used(client
         (datetime(2031, 3, 1, tzinfo=UTC), 120, datetime(2041, 3, 1, tzinfo=UTC)),
     ],
 )
-async def test_months_of_a_plan_are_the_calendar_s_in_utc(client: Client, start: datetime, months: int, end: datetime) -> None:
+async def test_months_of_a_plan_are_the_calendar_s_in_utc(
+    client: Client, start: datetime, months: int, end: datetime
+) -> None:
     account = await funded(client)
-    order = {"user_id": account.id, "plan_id": await plan(client), "duration_months": months, "actor": "admin"}
+    order = {
+        "user_id": account.id,
+        "plan_id": await plan(client),
+        "duration_months": months,
+        "actor": "admin",
+    }
     connection = await client.connect()
-    await connection.execute("set timezone to 'Europe/Berlin'")  # 1 March and 1 April stand on two sides of its summer time
+    await connection.execute(
+        "set timezone to 'Europe/Berlin'"
+    )  # 1 March and 1 April stand on two sides of its summer time
     await connection.fetchval("select public.assign_plan_at($1, $2)", json.dumps(order), start)
-    assert await client.value("select end_date from public.user_plans where user_id = $1 and is_active", account.id) == end
+    assert (
+        await client.value(
+            "select end_date from public.user_plans where user_id = $1 and is_active", account.id
+        )
+        == end
+    )
 
 
 # What is shown of the limits is what admission decides by.
@@ -200,13 +236,25 @@ async def test_the_limits_of_a_verified_key_begin_anew_at_midnight_too(client: C
 @pytest.mark.parametrize("subject", ["user", "key"])
 async def test_limits_are_shown_where_nothing_was_counted_yet(client: Client, subject: str) -> None:
     account = await funded(client)
-    order = {"user_id": account.id, "key_id": account.key_id, "subject": subject, "limits": {"requests_per_minute": 9}, "actor": "admin"}
+    order = {
+        "user_id": account.id,
+        "key_id": account.key_id,
+        "subject": subject,
+        "limits": {"requests_per_minute": 9},
+        "actor": "admin",
+    }
     await client.call("set_rate_limits", order)
     await client.value(
-        "delete from public.rate_limit_usage where (subject, subject_id) in (('user', $1), ('key', $2))", account.id, account.key_id
+        "delete from public.rate_limit_usage where (subject, subject_id) in (('user', $1), ('key', $2))",
+        account.id,
+        account.key_id,
     )
     answer = await client.admit_one(account, holds=False, verb="read")
-    assert (answer["outcome"], answer["limits"]["request_limit"], answer["limits"]["request_left"]) == ("verified", 9, 9)
+    assert (answer["outcome"], answer["limits"]["request_limit"], answer["limits"]["request_left"]) == (
+        "verified",
+        9,
+        9,
+    )
 
 
 # The rows that apply to everybody without one of their own.
@@ -225,8 +273,20 @@ async def test_limits_are_shown_where_nothing_was_counted_yet(client: Client, su
         "truncate public.rate_limit_configs",
     ],
 )
-async def test_without_the_built_in_rows_nobody_would_be_limited_so_they_stay(client: Client, statement: str) -> None:
+async def test_without_the_built_in_rows_nobody_would_be_limited_so_they_stay(
+    client: Client, statement: str
+) -> None:
     with pytest.raises(asyncpg.RestrictViolationError):
         await client.owner.execute(statement)
-    assert await client.value("select count(*) from public.plans where slug in ('free', 'pay-as-you-go') and is_active") == 2
-    assert await client.value("select count(*) from public.rate_limit_configs where (subject, subject_id) = ('default', 0)") == 1
+    assert (
+        await client.value(
+            "select count(*) from public.plans where slug in ('free', 'pay-as-you-go') and is_active"
+        )
+        == 2
+    )
+    assert (
+        await client.value(
+            "select count(*) from public.rate_limit_configs where (subject, subject_id) = ('default', 0)"
+        )
+        == 1
+    )

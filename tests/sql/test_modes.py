@@ -25,7 +25,9 @@ async def test_a_live_database_refuses_sandbox_mode(fresh: Client) -> None:
 
 
 @pytest.mark.parametrize("mode", ["", "Live", "production", None])
-async def test_a_mode_that_does_not_exist_is_misuse_and_ends_no_play_money(client: Client, mode: str | None) -> None:
+async def test_a_mode_that_does_not_exist_is_misuse_and_ends_no_play_money(
+    client: Client, mode: str | None
+) -> None:
     with pytest.raises(asyncpg.InvalidParameterValueError):
         await client.call("enter_mode", mode)
     assert await client.value("select mode from public.gateway_state") == "sandbox"
@@ -41,7 +43,13 @@ async def test_going_live_ends_play_money_but_for_what_is_held_and_that_at_settl
     await fresh.settle_one(running["request_id"], billable_nanos="300")
     user = await fresh.user(account)
     assert (user["credits_nanos"], user["held_nanos"], user["is_funded"]) == (0, 0, False)
-    assert await fresh.value("select count(*) from public.credit_transactions where kind = 'expiry' and user_id = $1", account.id) == 2
+    assert (
+        await fresh.value(
+            "select count(*) from public.credit_transactions where kind = 'expiry' and user_id = $1",
+            account.id,
+        )
+        == 2
+    )
     await fresh.assert_sound()
 
 
@@ -61,13 +69,17 @@ async def test_a_play_requests_overrun_takes_no_real_money(fresh: Client) -> Non
 async def test_a_registration_that_races_the_switch_leaves_no_play_money(fresh: Client) -> None:
     async with fresh.database.connection("postgres") as other:
         await other.execute("begin")
-        await other.execute("select public.register_user($1)", json.dumps(registration("early", "early", signup_nanos=500)))
+        await other.execute(
+            "select public.register_user($1)", json.dumps(registration("early", "early", signup_nanos=500))
+        )
         switching = asyncio.create_task(fresh.call("enter_mode", "live"))
         await until_blocked(fresh)
         await other.execute("commit")
         await switching
     assert await fresh.value("select sum(credits_nanos) from public.users") == 0
-    assert (await fresh.call("register_user", registration("late", "late", signup_nanos=500, mode="sandbox")))["outcome"] == "wrong_mode"
+    assert (
+        await fresh.call("register_user", registration("late", "late", signup_nanos=500, mode="sandbox"))
+    )["outcome"] == "wrong_mode"
     await fresh.assert_sound()
 
 
@@ -75,7 +87,11 @@ async def test_admissions_that_race_the_switch_hold_play_money_or_are_refused(fr
     accounts = [await fresh.register(credits_nanos=20_000) for _ in range(4)]
 
     async def admit() -> list[dict[str, Any]]:
-        return [answer for _ in range(6) for answer in await fresh.admit(*(request(account) for account in accounts))]
+        return [
+            answer
+            for _ in range(6)
+            for answer in await fresh.admit(*(request(account) for account in accounts))
+        ]
 
     async def switch() -> None:
         async with asyncio.timeout(10):
@@ -94,11 +110,16 @@ async def test_admissions_that_race_the_switch_hold_play_money_or_are_refused(fr
     await fresh.assert_sound()
 
 
-async def test_play_money_of_a_deleted_account_leaves_once_when_the_database_has_gone_live(client: Client) -> None:
+async def test_play_money_of_a_deleted_account_leaves_once_when_the_database_has_gone_live(
+    client: Client,
+) -> None:
     account = await client.register(credits_nanos=5_000)
     held = await client.admit_one(account)
     await client.call("delete_account", {"user_id": account.id, "actor": "admin"})
     await client.call("enter_mode", "live")
     await client.settle_one(held["request_id"])
-    assert await client.value("select credits_nanos + held_nanos from public.users where id = $1", account.id) == 0
+    assert (
+        await client.value("select credits_nanos + held_nanos from public.users where id = $1", account.id)
+        == 0
+    )
     await client.assert_sound()

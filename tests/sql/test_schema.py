@@ -76,7 +76,9 @@ async def test_schema_sql_says_what_the_migrations_make(client_18: Client, built
 
 
 async def test_schema_sql_shows_each_function_once() -> None:
-    found = Counter(re.findall(r"^create function public\.(\w+\(.*?\))", SCHEMA.read_text(), flags=re.M | re.S))
+    found = Counter(
+        re.findall(r"^create function public\.(\w+\(.*?\))", SCHEMA.read_text(), flags=re.M | re.S)
+    )
     assert found and [name for name, times in found.items() if times > 1] == []
 
 

@@ -1,4 +1,6 @@
-"""Quotes say what admission then does, sums for reconciliation agree with the journal, and a delivery is one instance's at a time."""
+"""Quotes say what admission then does, sums for reconciliation agree with the journal, and a delivery is one
+instance's at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ AMOUNTS = ("models", "prompt_estimate", "fixed_nanos", "output_nanos", "min_outp
 
 async def quote(client: Client, account: Account, item: Json) -> Json:
     asked = {name: item[name] for name in AMOUNTS}
-    return dict(await client.call("quote_request", {**asked, "user_id": account.id, "key_id": account.key_id}))
+    return dict(
+        await client.call("quote_request", {**asked, "user_id": account.id, "key_id": account.key_id})
+    )
 
 
 async def test_a_quote_says_what_admission_then_does(client: Client) -> None:
@@ -44,9 +48,15 @@ async def test_a_quote_says_what_admission_then_does(client: Client) -> None:
         assert quoted["outcome"] == {"admitted": "granted"}.get(answer["outcome"], answer["outcome"])
         if answer["outcome"] == "admitted":
             granted += 1
-            assert (quoted["granted_output"], quoted["hold_nanos"]) == (answer["granted_output"], answer["hold_nanos"])
+            assert (quoted["granted_output"], quoted["hold_nanos"]) == (
+                answer["granted_output"],
+                answer["hold_nanos"],
+            )
         else:
-            assert (quoted["hold_nanos"], quoted["available_nanos"]) == (answer["needed_nanos"], answer["available_nanos"])
+            assert (quoted["hold_nanos"], quoted["available_nanos"]) == (
+                answer["needed_nanos"],
+                answer["available_nanos"],
+            )
     assert 10 < granted < 50
     await client.assert_sound()
 
@@ -54,13 +64,17 @@ async def test_a_quote_says_what_admission_then_does(client: Client) -> None:
 async def test_a_quote_for_somebody_elses_key_is_refused(client: Client) -> None:
     account, other = await client.register(credits_nanos=1000), await client.register(credits_nanos=1000)
     item = request(account)
-    assert (await quote(client, Account(account.id, other.key_id, other.hash), item))["outcome"] == "not_found"
+    assert (await quote(client, Account(account.id, other.key_id, other.hash), item))[
+        "outcome"
+    ] == "not_found"
     assert (await quote(client, Account(10**9, account.key_id, account.hash), item))["outcome"] == "not_found"
 
 
 async def test_the_free_plan_and_a_trial_that_is_over_are_known_to_a_quote(client: Client) -> None:
     account = await client.register(credits_nanos=10**6)
-    await client.change_user(account, subscription_status="trial", trial_expires_at=datetime.now(UTC) - timedelta(days=1))
+    await client.change_user(
+        account, subscription_status="trial", trial_expires_at=datetime.now(UTC) - timedelta(days=1)
+    )
     assert (await quote(client, account, request(account)))["outcome"] == "trial_expired"
     assert (await client.admit_one(account))["outcome"] == "trial_expired"
 
@@ -80,9 +94,25 @@ async def books(fresh: Client) -> tuple[Client, list[Json]]:
         moment = start + timedelta(seconds=dice.randrange(4 * 3600))
         mode = "live" if moment >= live_from else "sandbox"
         record = {"id": UUID(new_id()), "cost": dice.randrange(1, 10**6), "moment": moment, "mode": mode}
-        record |= {"environment": dice.choice(["live", "live", "staging", "test"]), "byok": dice.random() < 0.2}
+        record |= {
+            "environment": dice.choice(["live", "live", "staging", "test"]),
+            "byok": dice.random() < 0.2,
+        }
         await fresh.owner.execute(
-            INSERT, record["id"], user.id, user.key_id, "a/one", None, 1, 1, record["cost"], "completed", "usage", None, 5, moment
+            INSERT,
+            record["id"],
+            user.id,
+            user.key_id,
+            "a/one",
+            None,
+            1,
+            1,
+            record["cost"],
+            "completed",
+            "usage",
+            None,
+            5,
+            moment,
         )
         written.append(record)
     await fresh.owner.execute("alter table public.usage_records disable trigger all")
@@ -96,11 +126,18 @@ async def books(fresh: Client) -> tuple[Client, list[Json]]:
     return fresh, written
 
 
-async def test_live_costs_are_the_journals_before_and_after_they_are_summed_up(books: tuple[Client, list[Json]]) -> None:
+async def test_live_costs_are_the_journals_before_and_after_they_are_summed_up(
+    books: tuple[Client, list[Json]],
+) -> None:
     client, written = books
     first = min(record["moment"] for record in written).replace(minute=0, second=0, microsecond=0)
     bill = [r for r in written if r["mode"] == "live" and r["environment"] != "test" and not r["byok"]]
-    starts = (first, first + timedelta(hours=2), first + timedelta(hours=2, minutes=15), first + timedelta(hours=3))
+    starts = (
+        first,
+        first + timedelta(hours=2),
+        first + timedelta(hours=2, minutes=15),
+        first + timedelta(hours=3),
+    )
     expected = {start: sum(r["cost"] for r in bill if r["moment"] >= start) for start in starts}
     for summed in (False, True):
         for start, cost in expected.items():
@@ -123,11 +160,17 @@ async def test_open_items_are_noted_once_and_listed_until_they_are_resolved(fres
         settlement(fine, billable_nanos="0"),
     )
     for _ in range(2):
-        assert [i["request_id"] for i in await fresh.call("list_open_items", "unknown", None, 10)] == [unknown]
-        assert [i["request_id"] for i in await fresh.call("list_open_items", "overrun", None, 10)] == [overrun]
+        assert [i["request_id"] for i in await fresh.call("list_open_items", "unknown", None, 10)] == [
+            unknown
+        ]
+        assert [i["request_id"] for i in await fresh.call("list_open_items", "overrun", None, 10)] == [
+            overrun
+        ]
         assert await fresh.call("list_open_items", "unknown", unknown, 10) == []
         assert await fresh.call("list_open_items", "expired", None, 10) == []
-        await fresh.owner.execute("update public.usage_sums_state set summed_until = clock_timestamp() + interval '1 second'")
+        await fresh.owner.execute(
+            "update public.usage_sums_state set summed_until = clock_timestamp() + interval '1 second'"
+        )
         await asyncio.gather(*(fresh.call("note_open_items") for _ in range(4)))
     assert await fresh.value("select count(*) from public.open_items") == 2
     await fresh.settle(settlement(unknown, status="cancelled", source="generation", billable_nanos="0"))
@@ -140,7 +183,9 @@ async def test_open_items_are_noted_once_and_listed_until_they_are_resolved(fres
 async def webhook_with(client: Client, deliveries: int) -> tuple[Account, int]:
     account = await client.register()
     order = {"user_id": account.id, "maker_id": account.key_id, "actor": "test"}
-    made = await client.call("create_webhook", {**order, "url": "https://a.example.com/", "encrypted_secret": "x"})
+    made = await client.call(
+        "create_webhook", {**order, "url": "https://a.example.com/", "encrypted_secret": "x"}
+    )
     await client.owner.execute(
         "insert into public.webhook_deliveries (webhook_id, user_id) select $1, $2 from generate_series(1, $3)",
         made["id"], account.id, deliveries,
@@ -169,7 +214,13 @@ async def test_an_end_that_comes_after_the_lease_changes_nothing(fresh: Client) 
     (first,) = await fresh.call("claim_deliveries", 1, 0, None)
     (second,) = await fresh.call("claim_deliveries", 1, 60, None)
     assert (first["id"], second["attempts"]) == (second["id"], 2)
-    end: dict[str, Any] = {"id": first["id"], "status": 200, "delivered": True, "gone": False, "retry_seconds": 60}
+    end: dict[str, Any] = {
+        "id": first["id"],
+        "status": 200,
+        "delivered": True,
+        "gone": False,
+        "retry_seconds": 60,
+    }
     assert (await fresh.call("finish_delivery", {**end, "attempt": 1}))["outcome"] == "stale"
     answers = await asyncio.gather(*(fresh.call("finish_delivery", {**end, "attempt": 2}) for _ in range(3)))
     assert sorted(answer["outcome"] for answer in answers) == ["finished", "stale", "stale"]
@@ -188,7 +239,9 @@ async def test_the_account_of_a_credit_view_is_of_one_moment(client: Client) -> 
 async def test_a_deleted_account_leaves_no_customer_webhook_or_event(fresh: Client) -> None:
     account, _ = await webhook_with(fresh, 1)
     order = {"user_id": account.id, "maker_id": account.key_id, "actor": "test"}
-    await fresh.call("create_end_user_budget", {**order, "end_user": "ada", "budget_nanos": "1", "budget_window": "day"})
+    await fresh.call(
+        "create_end_user_budget", {**order, "end_user": "ada", "budget_nanos": "1", "budget_window": "day"}
+    )
     await fresh.call("set_provider_key", {**order, "encrypted_key": "x", "label": "x"})
     await fresh.owner.execute(
         "insert into public.budget_events (user_id, end_user, level, budget_nanos, spent_nanos, budget_window, window_start, request_id) "

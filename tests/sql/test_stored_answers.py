@@ -1,4 +1,6 @@
-"""One idempotency key runs once, a cached answer costs nothing, and neither is kept longer, or told to others, than it should be."""
+"""One idempotency key runs once, a cached answer costs nothing, and neither is kept longer, or told to
+others, than it should be.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ DAY = 86_400
 
 def key(name: str, body: str = "body", **changes: Any) -> Json:
     """The fields of a request with this idempotency key."""
-    return {"idempotency": {"place": hash_of(name), "fingerprint": hash_of(body), "ttl_seconds": DAY, **changes}}
+    return {
+        "idempotency": {"place": hash_of(name), "fingerprint": hash_of(body), "ttl_seconds": DAY, **changes}
+    }
 
 
 def cache(body: str = "body", **changes: Any) -> Json:
@@ -25,15 +29,23 @@ def cache(body: str = "body", **changes: Any) -> Json:
 
 def kept(body: str = "body", seconds: int = 300) -> Json:
     """The fields of a settlement whose answer goes to the cache."""
-    return {"stored_answer": "sealed", "cache": {"place": hash_of(body), "fingerprint": hash_of("vault"), "ttl_seconds": seconds}}
+    return {
+        "stored_answer": "sealed",
+        "cache": {"place": hash_of(body), "fingerprint": hash_of("vault"), "ttl_seconds": seconds},
+    }
 
 
 async def stored(client: Client, account: Account, kind: str = "idempotency") -> list[Json]:
-    return await client.rows("select * from public.stored_answers where user_id = $1 and kind = $2 order by id", account.id, kind)
+    return await client.rows(
+        "select * from public.stored_answers where user_id = $1 and kind = $2 order by id", account.id, kind
+    )
 
 
 async def has_expired(client: Client, account: Account) -> None:
-    await client.value("update public.stored_answers set expires_at = now() - interval '1 second' where user_id = $1", account.id)
+    await client.value(
+        "update public.stored_answers set expires_at = now() - interval '1 second' where user_id = $1",
+        account.id,
+    )
 
 
 # Idempotency keys.
@@ -93,7 +105,11 @@ async def test_while_the_first_runs_the_second_is_told_to_wait(client: Client) -
     account = await client.register(credits_nanos=5_000)
     first = await client.admit_one(account, **key("a"))
     second = await client.admit_one(account, **key("a"))
-    assert (second["outcome"], second["original_request_id"], second["expired"]) == ("idempotency_running", first["request_id"], None)
+    assert (second["outcome"], second["original_request_id"], second["expired"]) == (
+        "idempotency_running",
+        first["request_id"],
+        None,
+    )
     assert 1 <= second["retry_after"] <= 30
     assert (await client.user(account))["held_nanos"] == FULL
 
@@ -137,7 +153,11 @@ async def test_what_was_charged_and_has_no_answer_is_not_run_again(client: Clien
     first = await client.admit_one(account, **key("a"))
     await client.settle_one(first["request_id"], status="cancelled")
     again = await client.admit_one(account, **key("a"))
-    assert (again["outcome"], again["original_request_id"], again["cost_nanos"]) == ("idempotency_not_kept", first["request_id"], 500)
+    assert (again["outcome"], again["original_request_id"], again["cost_nanos"]) == (
+        "idempotency_not_kept",
+        first["request_id"],
+        500,
+    )
     assert again["status"] == "cancelled" and "answer" not in again
     assert (await client.user(account))["credits_nanos"] == 4_500
 
@@ -193,7 +213,10 @@ async def test_a_key_whose_request_is_settled_but_that_was_left_running_is_free(
     """A release that knew nothing of idempotency keys has settled it."""
     account = await client.register(credits_nanos=5_000)
     first = await client.admit_one(account, **key("a"))
-    await client.value("update public.usage_records set has_idempotency_key = false where request_id = $1::text::uuid", first["request_id"])
+    await client.value(
+        "update public.usage_records set has_idempotency_key = false where request_id = $1::text::uuid",
+        first["request_id"],
+    )
     await client.settle_one(first["request_id"])
     assert (await client.admit_one(account, **key("a", "another body")))["outcome"] == "admitted"
 
@@ -234,7 +257,9 @@ async def test_of_twenty_requests_with_an_expired_key_exactly_one_runs(client: C
     await client.settle_one(first["request_id"], stored_answer="sealed")
     await has_expired(client, account)
     async with open_client(client.database, 8) as crowd:
-        answers = await asyncio.gather(*(crowd.admit_one(account, **key("a")) for _ in range(20)), crowd.call("delete_expired_answers"))
+        answers = await asyncio.gather(
+            *(crowd.admit_one(account, **key("a")) for _ in range(20)), crowd.call("delete_expired_answers")
+        )
     outcomes = [answer["outcome"] for answer in answers[:-1]]
     assert (outcomes.count("admitted"), outcomes.count("idempotency_running")) == (1, 19)
 
@@ -272,7 +297,9 @@ async def test_a_poisoned_item_fails_alone_or_is_served(client: Client, poison: 
 async def test_an_answer_that_cannot_be_stored_fails_its_own_settlement_alone(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     first, second = await client.admit_one(account, **key("a")), await client.admit_one(account)
-    answers = await client.settle(settlement(first["request_id"], stored_answer="x" * 2_000_001), settlement(second["request_id"]))
+    answers = await client.settle(
+        settlement(first["request_id"], stored_answer="x" * 2_000_001), settlement(second["request_id"])
+    )
     assert [answer["outcome"] for answer in answers] == ["failed", "settled"]
     assert (await client.settle_one(first["request_id"]))["outcome"] == "settled"
     await client.assert_sound()
@@ -302,14 +329,26 @@ async def test_a_cached_answer_is_on_record_and_costs_nothing(client: Client) ->
         "limits": hit["limits"],
     }
     record = await client.record(hit["request_id"])
-    assert (record["status"], record["settlement_source"], record["cost_nanos"], record["hold_nanos"]) == ("completed", "usage", 0, 0)
-    assert (record["cache_hit"], record["prompt_tokens"], record["completion_tokens"], record["end_user"]) == (True, 0, 0, "customer")
+    assert (record["status"], record["settlement_source"], record["cost_nanos"], record["hold_nanos"]) == (
+        "completed",
+        "usage",
+        0,
+        0,
+    )
+    assert (
+        record["cache_hit"],
+        record["prompt_tokens"],
+        record["completion_tokens"],
+        record["end_user"],
+    ) == (True, 0, 0, "customer")
     assert (record["balance_after_nanos"], record["upstream_cost_nanos"]) == (4_500, 0)
     await client.assert_sound()
 
 
 async def test_a_hit_counts_as_a_request_without_tokens_and_takes_no_slot(client: Client) -> None:
-    account = await client.register(credits_nanos=5_000, limits={"requests_per_minute": 2, "tokens_per_minute": 40, "concurrency": 1})
+    account = await client.register(
+        credits_nanos=5_000, limits={"requests_per_minute": 2, "tokens_per_minute": 40, "concurrency": 1}
+    )
     first = await client.admit_one(account, **cache())
     await client.settle_one(first["request_id"], **kept())
     hit = await client.admit_one(account, **cache(), prompt_estimate=30)
@@ -334,7 +373,11 @@ async def test_a_hit_may_be_the_answer_of_an_idempotency_key(client: Client) -> 
     await client.settle_one(first["request_id"], **kept())
     hit = await client.admit_one(account, **cache(), **key("a"))
     again = await client.admit_one(account, **cache(), **key("a"))
-    assert (hit["outcome"], again["outcome"], again["original_request_id"]) == ("cached", "replayed", hit["request_id"])
+    assert (hit["outcome"], again["outcome"], again["original_request_id"]) == (
+        "cached",
+        "replayed",
+        hit["request_id"],
+    )
     assert (again["answer"], again["cost_nanos"], again["balance_after_nanos"]) == ("sealed", 0, 4_500)
 
 
@@ -346,7 +389,12 @@ async def test_a_hit_may_be_the_answer_of_an_idempotency_key(client: Client) -> 
         {"cache": {"place": hash_of("body"), "fingerprint": hash_of("another vault"), "ttl_seconds": 300}},
         {"cache": {"place": hash_of("body"), "fingerprint": hash_of("vault")}},
     ],
-    ids=["the cache is not asked", "another body", "sealed with another key", "neither request nor key say how long"],
+    ids=[
+        "the cache is not asked",
+        "another body",
+        "sealed with another key",
+        "neither request nor key say how long",
+    ],
 )
 async def test_what_is_another_question_is_no_hit(client: Client, other: Json) -> None:
     account = await client.register(credits_nanos=50_000)
@@ -395,7 +443,9 @@ async def test_clearing_removes_what_is_there_and_asks_anew(client: Client) -> N
     assert await stored(client, account, "cache") == []
 
 
-@pytest.mark.parametrize("change", [{"status": "failed"}, {"status": "cancelled"}, {"stored_answer": None}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"status": "failed"}, {"status": "cancelled"}, {"stored_answer": None}], ids=str
+)
 async def test_only_whole_answers_are_cached(client: Client, change: Json) -> None:
     account = await client.register(credits_nanos=5_000)
     first = await client.admit_one(account, **cache())
@@ -476,9 +526,17 @@ async def test_a_deleted_accounts_answers_and_secrets_go_with_it(client: Client)
     await client.settle_one(first["request_id"], **kept())
     running = await client.admit_one(account, **key("b"))
     caching = await client.admit_one(account, **cache("another body"))
-    await client.value("insert into public.provider_keys (user_id, encrypted_key, label) values ($1, 'sealed', 'sk-or-...1')", account.id)
-    await client.value("insert into public.webhooks (user_id, url, encrypted_secret) values ($1, 'https://a.example', 's')", account.id)
-    assert (await client.call("delete_account", {"user_id": account.id, "actor": "admin"}))["outcome"] == "deleted"
+    await client.value(
+        "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, 'sealed', 'sk-or-...1')",
+        account.id,
+    )
+    await client.value(
+        "insert into public.webhooks (user_id, url, encrypted_secret) values ($1, 'https://a.example', 's')",
+        account.id,
+    )
+    assert (await client.call("delete_account", {"user_id": account.id, "actor": "admin"}))[
+        "outcome"
+    ] == "deleted"
     for table in ("stored_answers", "provider_keys", "webhooks"):
         assert await client.value(f"select count(*) from public.{table} where user_id = $1", account.id) == 0
     assert (await client.settle_one(running["request_id"], stored_answer="sealed"))["outcome"] == "settled"
@@ -496,7 +554,12 @@ async def test_a_receipt_shows_the_record_and_what_was_refunded(client: Client) 
     request_id = (await client.admit_one(account, price_basis=basis, end_user="customer"))["request_id"]
     await client.settle_one(request_id)
     for number, amount in enumerate((100, 50)):
-        order = {"refunded_request_id": request_id, "amount_nanos": amount, "actor": "admin", "idempotency_key": f"{request_id} {number}"}
+        order = {
+            "refunded_request_id": request_id,
+            "amount_nanos": amount,
+            "actor": "admin",
+            "idempotency_key": f"{request_id} {number}",
+        }
         assert (await client.call("refund_request", order))["outcome"] == "refunded"
     receipt = await client.call("read_receipt", account.id, request_id)
     assert [refund["amount_nanos"] for refund in receipt["refunds"]] == [100, 50]
@@ -508,7 +571,9 @@ async def test_a_receipt_shows_the_record_and_what_was_refunded(client: Client) 
 
 
 async def test_the_balance_on_a_receipt_is_what_the_settlement_said(fresh: Client) -> None:
-    """Also where more leaves the account with the settlement: play credits at the switch to live, the rest of a deleted account."""
+    """Also where more leaves the account with the settlement: play credits at the switch to live, the rest of
+    a deleted account.
+    """
     played, deleted = await fresh.register(credits_nanos=5_000), await fresh.register(credits_nanos=5_000)
     requests = [(await fresh.admit_one(account))["request_id"] for account in (played, deleted)]
     await fresh.call("delete_account", {"user_id": deleted.id, "actor": "admin"})

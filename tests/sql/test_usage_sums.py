@@ -1,4 +1,6 @@
-"""The sums that reports are made of add up to the journal: before, while and after they are brought up to date."""
+"""The sums that reports are made of add up to the journal: before, while and after they are brought up to
+date.
+"""
 
 from __future__ import annotations
 
@@ -59,14 +61,18 @@ async def write_records(client: Client, count: int, *, seed: str) -> list[dict[s
 
 
 async def forget_sums(client: Client) -> None:
-    """As if nothing had been summed up: the gateway never writes a record into a time that is closed, these tests do."""
+    """As if nothing had been summed up: the gateway never writes a record into a time that is closed, these
+    tests do.
+    """
     await client.owner.execute("update public.usage_sums_state set summed_until = '-infinity'")
     await client.owner.execute("delete from public.usage_slots")
     await client.owner.execute("delete from public.usage_totals")
     await client.owner.execute("delete from public.usage_days")
 
 
-async def report(client: Client, *, user_id: int | None, zone: str, bucket: str, group: str) -> list[dict[str, Any]]:
+async def report(
+    client: Client, *, user_id: int | None, zone: str, bucket: str, group: str
+) -> list[dict[str, Any]]:
     end = NOW + timedelta(days=1)
     return list(await client.call("report_usage", user_id, START, end, zone, bucket, group, 10_000))
 
@@ -94,15 +100,24 @@ async def test_reports_count_every_settled_record_whether_summed_up_or_not(clien
     assert await client.rows("select * from public.audit_usage()") == []
 
 
-@pytest.mark.parametrize("group", ["none", "model", "key", "user", "provider", "environment", "endpoint", "status", "error_code"])
-@pytest.mark.parametrize(("zone", "bucket"), [("UTC", "day"), ("UTC", "month"), ("America/St_Johns", "hour"), ("Europe/Berlin", "none")])
+@pytest.mark.parametrize(
+    "group", ["none", "model", "key", "user", "provider", "environment", "endpoint", "status", "error_code"]
+)
+@pytest.mark.parametrize(
+    ("zone", "bucket"),
+    [("UTC", "day"), ("UTC", "month"), ("America/St_Johns", "hour"), ("Europe/Berlin", "none")],
+)
 async def test_every_grouping_has_the_same_total(client: Client, group: str, zone: str, bucket: str) -> None:
     await write_records(client, 40, seed=group + zone + bucket)
     rows = await report(client, user_id=None, zone=zone, bucket=bucket, group=group)
     (journal,) = await client.rows(
-        "select count(*) as n, sum(cost_nanos)::bigint as cost from public.usage_records where created_at >= $1", START
+        "select count(*) as n, sum(cost_nanos)::bigint as cost from public.usage_records where created_at >= $1",
+        START,
     )
-    assert (sum(row["requests"] for row in rows), sum(row["cost_nanos"] for row in rows)) == (journal["n"], journal["cost"])
+    assert (sum(row["requests"] for row in rows), sum(row["cost_nanos"] for row in rows)) == (
+        journal["n"],
+        journal["cost"],
+    )
 
 
 async def test_a_pending_request_keeps_its_time_open(client: Client) -> None:
@@ -121,7 +136,9 @@ async def test_a_record_amended_after_it_was_summed_up_takes_the_sums_along(clie
     user = await client.register(credits_nanos=10**9)
     moment = NOW - timedelta(days=3)
     request_id = UUID(int=77)
-    await client.owner.execute(INSERT, request_id, user.id, user.key_id, "a/one", "X", 1, 1, 0, "expired", "none", "lost", 5, moment)
+    await client.owner.execute(
+        INSERT, request_id, user.id, user.key_id, "a/one", "X", 1, 1, 0, "expired", "none", "lost", 5, moment
+    )
     await forget_sums(client)
     await sum_up(client)
     known = {"prompt_tokens": 3, "completion_tokens": 4, "billable_nanos": "500"}
@@ -130,7 +147,9 @@ async def test_a_record_amended_after_it_was_summed_up_takes_the_sums_along(clie
     assert (answer["outcome"], answer["cost_nanos"]) == ("settled", 500)
     assert await client.rows("select * from public.audit_usage()") == []
     rows = await report(client, user_id=user.id, zone="UTC", bucket="none", group="status")
-    assert [(row["group"], row["cost_nanos"], row["prompt_tokens"]) for row in rows] == [("completed", 500, 3)]
+    assert [(row["group"], row["cost_nanos"], row["prompt_tokens"]) for row in rows] == [
+        ("completed", 500, 3)
+    ]
 
 
 async def test_quantiles_lie_within_their_bucket(client: Client) -> None:

@@ -1,4 +1,5 @@
-"""Reads a body into CostDrivers: chat, completions, embeddings; dispatches the rest. Only what we bill or route on is looked at.
+"""Reads a body into CostDrivers: chat, completions, embeddings; dispatches the rest. Only what we bill or
+route on is looked at.
 
 It must refuse what has no bound, by the name of the field, and never raise anything but a GatewayError.
 """
@@ -25,13 +26,21 @@ from gateway.pricing.cost_drivers import (
     wrong,
 )
 from gateway.pricing.readers.content_parts import read_part, read_parts
-from gateway.pricing.readers.media import read_image, read_rerank, read_speech, read_transcription, refuse_extras
+from gateway.pricing.readers.media import (
+    read_image,
+    read_rerank,
+    read_speech,
+    read_transcription,
+    refuse_extras,
+)
 from gateway.pricing.readers.messages import read_messages
 from gateway.pricing.readers.responses import read_responses
 from gateway.pricing.readers.tools import read_plugins, read_tools
 
 MAX_CHOICES = 128
-CONVERSATIONS = frozenset(("chat/completions", "responses", "messages"))  # whose prompts show schemas and calls of tools
+CONVERSATIONS = frozenset(
+    ("chat/completions", "responses", "messages")
+)  # whose prompts show schemas and calls of tools
 NUMBER_BYTES = 22  # the longest that a number is written
 
 ANTHROPIC_TIERS = ("standard", "standard_only")
@@ -44,8 +53,12 @@ UNBOUNDED_FIELDS = {
 }
 
 
-def read_body(endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: set[str], seconds: int | None = None) -> Ask:
-    """What a body asks for, its models reached through these suffixes, its recording this long. Raises BadRequest or UnboundedCost."""
+def read_body(
+    endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: set[str], seconds: int | None = None
+) -> Ask:
+    """What a body asks for, its models reached through these suffixes, its recording this long. Raises
+    BadRequest or UnboundedCost.
+    """
     ask = Ask(raw_size, seconds=seconds)
     refuse_unbounded(body, UNBOUNDED_FIELDS)
     if not isinstance(body.get("user"), str | None):
@@ -68,9 +81,13 @@ def read_body(endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: s
 
 
 def _growth_of_numbers(body: Mapping[str, Any]) -> int:
-    """The bytes that a body may grow by as its numbers are written anew: 1e20 becomes 21 digits, 1e-6 becomes 0.000001."""
+    """The bytes that a body may grow by as its numbers are written anew: 1e20 becomes 21 digits, 1e-6 becomes
+    0.000001.
+    """
     grown = 0
-    containers = [value for name, value in body.items() if name != "provider" and isinstance(value, dict | list)]
+    containers = [
+        value for name, value in body.items() if name != "provider" and isinstance(value, dict | list)
+    ]
     while containers:
         container = containers.pop()
         for value in container.values() if isinstance(container, dict) else container:
@@ -180,9 +197,13 @@ def _read_tier(endpoint: str, body: Mapping[str, Any], ask: Ask, suffixes: set[s
     Source: https://openrouter.ai/docs/guides/features/service-tiers
     """
     tier = body.get("service_tier")
-    if tier not in (None, "default", "auto", "flex") and (endpoint != "messages" or tier not in ANTHROPIC_TIERS):
+    if tier not in (None, "default", "auto", "flex") and (
+        endpoint != "messages" or tier not in ANTHROPIC_TIERS
+    ):
         raise UnboundedCost("Only the default and flex service tiers have a bound.", param="service_tier")
-    if body.get("speed") not in (None, "standard") and endpoint != "audio/speech":  # there it is that of the voice
+    if (
+        body.get("speed") not in (None, "standard") and endpoint != "audio/speech"
+    ):  # there it is that of the voice
         raise UnboundedCost("A faster `speed` is billed at the price of the priority tier.", param="speed")
     if tier == "auto" or "nitro" in suffixes:
         # `auto` leaves the tier to the account, `:nitro` admits priority endpoints: unless the tier is named.

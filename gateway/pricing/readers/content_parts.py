@@ -51,7 +51,10 @@ def read_part(part: object, param: str, ask: Ask) -> None:
 def _refuse_stored(part: Mapping[str, Any], within: Mapping[str, Any], param: str) -> None:
     """What an id stands for would lie in the operator's account, among every tenant's."""
     if part.get("file_id") is not None or within.get("file_id") is not None:
-        raise BadRequest("`file_id`: the gateway keeps no files. Send the file itself, in `file_data` or `image_url`.", param=param)
+        raise BadRequest(
+            "`file_id`: the gateway keeps no files. Send the file itself, in `file_data` or `image_url`.",
+            param=param,
+        )
 
 
 def size_of(data: object, prefix: str = "") -> int:

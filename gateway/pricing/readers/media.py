@@ -1,6 +1,7 @@
 """Images, speech, transcription, rerank. /rerank, /images, /audio/speech, /audio/transcriptions.
 
-These endpoints take no tools and no plugins, and most take no price caps: their bounds rest on the prices of the model list.
+These endpoints take no tools and no plugins, and most take no price caps: their bounds rest on the prices of
+the model list.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ MAX_REFERENCES = 16
 SMALL_SIZES = frozenset(("512", "1k", "2k", "auto"))
 PIXELS = re.compile(r"(\d{1,5})x(\d{1,5})")
 
-# A search unit is a query with up to 100 documents; a document longer than 500 tokens together with the query counts as
-# several; a query of more than 256 tokens used to be cut, and is counted in full. Source: https://cohere.com/pricing, https://docs.cohere.com/docs/rerank
+# A search unit is a query with up to 100 documents; a document longer than 500 tokens together with the query
+# counts as several; a query of more than 256 tokens used to be cut, and is counted in full. Source:
+# https://cohere.com/pricing, https://docs.cohere.com/docs/rerank
 UNIT_DOCUMENTS = 100
 CHUNK_TOKENS = 500 - 256
 
-# A provider has a minute for a recording (https://openrouter.ai/docs/guides/overview/multimodal/stt): in it, none is
-# known to get through a day of silence, however few bytes that may take.
+# A provider has a minute for a recording (https://openrouter.ai/docs/guides/overview/multimodal/stt): in it,
+# none is known to get through a day of silence, however few bytes that may take.
 MAX_SECONDS = 86_400
 # Those who bill by the second may count at least 10 or 15 of them, or begun minutes.
 BILLED_SECONDS = 60
@@ -105,15 +107,21 @@ def read_speech(body: Mapping[str, Any], ask: Ask) -> None:
 
 
 def read_transcription(body: Mapping[str, Any], ask: Ask) -> None:
-    """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is not among them."""
+    """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is
+    not among them.
+    """
     ask.limit_names, ask.is_text = (), False
     ask.modalities = frozenset(("text",))
     ask.has_audio = True
-    ask.least_input = MAX_SECONDS if ask.seconds is None else -(-max(1, ask.seconds) // BILLED_SECONDS) * BILLED_SECONDS
+    ask.least_input = (
+        MAX_SECONDS if ask.seconds is None else -(-max(1, ask.seconds) // BILLED_SECONDS) * BILLED_SECONDS
+    )
     audio = body.get("input_audio")
     ask.takes_provider = audio is not None
     if audio is None:
-        ask.media_bytes = ask.raw_size - min(ask.raw_size, sum(_bytes(value) for value in body.values() if isinstance(value, str)))
+        ask.media_bytes = ask.raw_size - min(
+            ask.raw_size, sum(_bytes(value) for value in body.values() if isinstance(value, str))
+        )
     elif not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
         raise wrong("input_audio", "an object with the recording in `data`")
     else:
@@ -128,7 +136,9 @@ def refuse_extras(body: Mapping[str, Any], suffixes: set[str]) -> None:
     if "online" in suffixes:
         raise UnboundedCost("Only endpoints for text can search the web.", param="model")
     if object_of(body.get("provider"), "provider").get("options") is not None:
-        raise UnboundedCost("Options for one provider can change what is made and billed.", param="provider.options")
+        raise UnboundedCost(
+            "Options for one provider can change what is made and billed.", param="provider.options"
+        )
 
 
 def _bytes(text: str) -> int:

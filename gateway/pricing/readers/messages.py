@@ -31,7 +31,14 @@ CONTEXT_EDITS = frozenset(("clear_tool_uses_20250919", "clear_thinking_20251015"
 
 SYSTEM_BLOCKS = frozenset(("text",))
 RESULT_BLOCKS = frozenset(("text", "image", "document", "search_result", "tool_reference"))
-BLOCKS = RESULT_BLOCKS | {"tool_use", "tool_result", "thinking", "redacted_thinking", "server_tool_use", "web_search_tool_result"}
+BLOCKS = RESULT_BLOCKS | {
+    "tool_use",
+    "tool_result",
+    "thinking",
+    "redacted_thinking",
+    "server_tool_use",
+    "web_search_tool_result",
+}
 
 
 def read_messages(body: Mapping[str, Any], ask: Ask) -> None:
@@ -41,7 +48,10 @@ def read_messages(body: Mapping[str, Any], ask: Ask) -> None:
     _read_context_edits(body)
     _read_thinking(body)
     # `output_format` is its name under the beta feature that passes (structured outputs).
-    if object_of(body.get("output_config"), "output_config").get("format") is not None or body.get("output_format") is not None:
+    if (
+        object_of(body.get("output_config"), "output_config").get("format") is not None
+        or body.get("output_format") is not None
+    ):
         ask.allowance += SCHEMA_TOKENS
     _read_blocks(body.get("system"), "system", SYSTEM_BLOCKS, ask)
     messages = list_of(body, "messages")
@@ -59,7 +69,9 @@ def _read_context_edits(body: Mapping[str, Any]) -> None:
     for edit in list_of(object_of(body.get(param), param), "edits", f"{param}."):
         kind = edit.get("type") if isinstance(edit, dict) else None
         if not isinstance(kind, str) or kind not in CONTEXT_EDITS:
-            raise UnboundedCost(f"One of the edits has no bound; these have: {', '.join(sorted(CONTEXT_EDITS))}.", param=param)
+            raise UnboundedCost(
+                f"One of the edits has no bound; these have: {', '.join(sorted(CONTEXT_EDITS))}.", param=param
+            )
 
 
 def _read_thinking(body: Mapping[str, Any]) -> None:
@@ -67,7 +79,9 @@ def _read_thinking(body: Mapping[str, Any]) -> None:
     budget = integer(object_of(body.get("thinking"), "thinking"), "budget_tokens", None, "thinking.")
     limit = integer(body, "max_tokens")
     if budget is not None and (limit is None or budget >= limit):
-        raise BadRequest("`thinking.budget_tokens` must be below `max_tokens`.", param="thinking.budget_tokens")
+        raise BadRequest(
+            "`thinking.budget_tokens` must be below `max_tokens`.", param="thinking.budget_tokens"
+        )
 
 
 def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: Ask) -> None:

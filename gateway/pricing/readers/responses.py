@@ -1,6 +1,7 @@
 """OpenAI Responses. Its input items, and the fields of that endpoint alone.
 
-Source: https://openrouter.ai/docs/api_reference/responses/overview, and OpenAI's Responses API for what the items hold.
+Source: https://openrouter.ai/docs/api_reference/responses/overview, and OpenAI's Responses API for what the
+items hold.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UnboundedCost
-from gateway.pricing.cost_drivers import MESSAGE_TOKENS, SCHEMA_TOKENS, Ask, list_of, object_of, refuse_foreign, refuse_unbounded, wrong
+from gateway.pricing.cost_drivers import (
+    MESSAGE_TOKENS,
+    SCHEMA_TOKENS,
+    Ask,
+    list_of,
+    object_of,
+    refuse_foreign,
+    refuse_unbounded,
+    wrong,
+)
 from gateway.pricing.readers.content_parts import read_parts, size_of, unknown_kind
 
 STORED = "Nothing is stored here. Send the whole conversation in `input`."
@@ -21,7 +31,9 @@ UNBOUNDED = {
 }
 # Items that are the text that they show, calls of tools that the client runs and their results included.
 TEXT_ITEMS = frozenset(("function_call", "custom_tool_call", "local_shell_call", "apply_patch_call"))
-RESULT_ITEMS = frozenset(("function_call_output", "custom_tool_call_output", "local_shell_call_output", "apply_patch_call_output"))
+RESULT_ITEMS = frozenset(
+    ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "apply_patch_call_output")
+)
 # Items that stand for what a tool of the upstream found.
 HIDDEN_ITEMS = frozenset(("web_search_call", "openrouter:web_search", "openrouter:datetime"))
 
@@ -31,7 +43,9 @@ def read_responses(body: Mapping[str, Any], ask: Ask) -> None:
     refuse_foreign(body, "messages", "max_tokens", "max_completion_tokens", "n")
     refuse_unbounded(body, UNBOUNDED)
     if body.get("background") not in (None, False):
-        raise UnboundedCost("A response in the background has no end at which it could be charged.", param="background")
+        raise UnboundedCost(
+            "A response in the background has no end at which it could be charged.", param="background"
+        )
     if not isinstance(body.get("instructions"), str | None):
         raise wrong("instructions", "a string")
     if object_of(body.get("text"), "text").get("format") is not None:
@@ -54,7 +68,9 @@ def _read_item(item: object, ask: Ask) -> None:
         raise unknown_kind(kind, "input")
     if kind == "message":
         if not isinstance(item.get("role"), str):
-            raise unknown_kind("item_reference", "input")  # an item that is only an id stands for a stored one
+            raise unknown_kind(
+                "item_reference", "input"
+            )  # an item that is only an id stands for a stored one
         read_parts(item.get("content"), "input", ask)
     elif kind == "reasoning":
         # Encrypted, it is as long as what it hides.

@@ -11,7 +11,17 @@ from typing import Any
 
 from common.errors import UnboundedCost
 from common.money import EXACT
-from gateway.pricing.cost_drivers import TOOL_TOKENS, TOOLS_TOKENS, Ask, choice_of, integer, list_of, object_of, price_of, wrong
+from gateway.pricing.cost_drivers import (
+    TOOL_TOKENS,
+    TOOLS_TOKENS,
+    Ask,
+    choice_of,
+    integer,
+    list_of,
+    object_of,
+    price_of,
+    wrong,
+)
 
 MAX_SEARCH_RESULTS = 25
 DEFAULT_SEARCH_RESULTS = 5
@@ -23,9 +33,13 @@ NATIVE_TURNS = 11
 
 CLIENT_TOOLS = frozenset(("function", "custom"))
 RESPONSES_TOOLS = frozenset(("function", "custom", "local_shell", "apply_patch"))
-SEARCH_TOOLS = frozenset(("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"))
+SEARCH_TOOLS = frozenset(
+    ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11")
+)
 ANTHROPIC_SEARCH = "web_search_20250305"
-ANTHROPIC_TOOLS = re.compile(r"(?:bash|text_editor|computer|memory)_\d{8}")  # run by the client, described by Anthropic
+ANTHROPIC_TOOLS = re.compile(
+    r"(?:bash|text_editor|computer|memory)_\d{8}"
+)  # run by the client, described by Anthropic
 ANTHROPIC_TOOL_TOKENS = 1_024
 
 HARMLESS_PLUGINS = frozenset(("response-healing", "context-compression", "moderation"))
@@ -42,7 +56,9 @@ def read_tools(endpoint: str, body: Mapping[str, Any], ask: Ask) -> None:
     sent = [_read_tool(endpoint, tool, ask) for tool in tools]
     if ask.tool_steps:
         if ask.native_turns and any(str(tool.get("type")).startswith("openrouter:") for tool in sent):
-            raise UnboundedCost(f"`{ANTHROPIC_SEARCH}` has no bound together with OpenRouter's own tools.", param="tools")
+            raise UnboundedCost(
+                f"`{ANTHROPIC_SEARCH}` has no bound together with OpenRouter's own tools.", param="tools"
+            )
         ask.patch["tools"] = sent
         _end_the_loop(body, ask)
 
@@ -78,8 +94,12 @@ def _read_server_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[s
 
 def _read_responses_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
     if kind in SEARCH_TOOLS:
-        if tool.get("parameters") is not None:  # OpenRouter's form of it takes them there, and may prefer them
-            raise UnboundedCost(f"The settings of {kind!r} stand beside its `type`, and not in `parameters`.", param="tools")
+        if (
+            tool.get("parameters") is not None
+        ):  # OpenRouter's form of it takes them there, and may prefer them
+            raise UnboundedCost(
+                f"The settings of {kind!r} stand beside its `type`, and not in `parameters`.", param="tools"
+            )
         return _read_search_tool(tool, ask)
     if kind != "namespace":
         raise _no_bound(kind)
@@ -116,10 +136,13 @@ def _read_search_tool(settings: Mapping[str, Any], ask: Ask, *, has_engine: bool
 def _end_the_loop(body: Mapping[str, Any], ask: Ask) -> None:
     """Hold the loop to so many steps, or the client's own fewer.
 
-    Any condition of `stop_server_tools_when` ends it, and then `max_tool_calls` is ignored; hence both are set.
-    Source: https://openrouter.ai/docs/guides/features/server-tools#tool-call-limits
+    Any condition of `stop_server_tools_when` ends it, and then `max_tool_calls` is ignored; hence both are
+    set. Source: https://openrouter.ai/docs/guides/features/server-tools#tool-call-limits
     """
-    conditions = [object_of(condition, "stop_server_tools_when") for condition in list_of(body, "stop_server_tools_when")]
+    conditions = [
+        object_of(condition, "stop_server_tools_when")
+        for condition in list_of(body, "stop_server_tools_when")
+    ]
     steps = [integer(body, "max_tool_calls")]
     for condition in conditions:
         if condition.get("type") == "step_count_is":
@@ -128,14 +151,19 @@ def _end_the_loop(body: Mapping[str, Any], ask: Ask) -> None:
             cost = price_of(condition.get("max_cost_in_dollars"), "stop_server_tools_when").scaleb(9, EXACT)
             ask.tool_cost = cost if ask.tool_cost is None else min(ask.tool_cost, cost)
     ask.tool_steps = min(ask.tool_steps, MAX_TOOL_STEPS, *(own for own in steps if own is not None))
-    ask.patch["stop_server_tools_when"] = [*conditions, {"type": "step_count_is", "step_count": ask.tool_steps}]
+    ask.patch["stop_server_tools_when"] = [
+        *conditions,
+        {"type": "step_count_is", "step_count": ask.tool_steps},
+    ]
     if body.get("max_tool_calls") is not None:
         ask.patch["max_tool_calls"] = ask.tool_steps
 
 
 def _no_bound(kind: object) -> UnboundedCost:
     known = "function tools and web searches"
-    return UnboundedCost(f"A tool of type {str(kind)[:40]!r} has no bound here. These have one: {known}.", param="tools")
+    return UnboundedCost(
+        f"A tool of type {str(kind)[:40]!r} has no bound here. These have one: {known}.", param="tools"
+    )
 
 
 def _engine(value: object, param: str) -> str:
@@ -153,8 +181,12 @@ def read_plugins(body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
     if ask.search_results:
         ask.patch["plugins"] = ask.plugins
     if ask.has_files and ask.pdf_engine is None:
-        hint = '`plugins: [{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}]`, or the engine "native"'
-        raise UnboundedCost(f"Files may be billed by the page. Choose a parser without a fee: {hint}.", param="plugins")
+        hint = (
+            '`plugins: [{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}]`, or the engine "native"'
+        )
+        raise UnboundedCost(
+            f"Files may be billed by the page. Choose a parser without a fee: {hint}.", param="plugins"
+        )
 
 
 def _read_plugin(plugin: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Chat and text completions. Where an answer, a stream and an error keep usage, cost, and their end.
 
-`Dialect` itself speaks for chat and text completions, and for everything that answers with one JSON object and its `usage`. It knows
-nothing of accounts or databases.
+`Dialect` itself speaks for chat and text completions, and for everything that answers with one JSON object
+and its `usage`. It knows nothing of accounts or databases.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Dialect:
 
     def _marked(self, chunk: bytes) -> int:
         end = len(chunk)
-        for mark in self.remarkable:  # each by itself: a search for all of them at once takes ten times as long
+        for (
+            mark
+        ) in self.remarkable:  # each by itself: a search for all of them at once takes ten times as long
             found = chunk.find(mark, 0, end)
             end = end if found < 0 else found
         return end
@@ -99,7 +101,9 @@ class Dialect:
         return sanitise(error)
 
     def without_secrets(self, raw: bytes, sanitise: Sanitise) -> bytes:
-        """A JSON object as clients may see it: the same bytes, unless it holds an error, the operator's identity or NaN."""
+        """A JSON object as clients may see it: the same bytes, unless it holds an error, the operator's
+        identity or NaN.
+        """
         if not any(mark in raw for mark in self.marks):
             return raw
         constants: list[str] = []
@@ -117,12 +121,20 @@ class Dialect:
         return changed
 
     def tail(
-        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+        self,
+        said: Said,
+        held: bytes | None,
+        last: bytes,
+        gateway_usage: bytes,
+        failure: GatewayError | None,
+        request_id: str,
     ) -> bytes:
         """The last bytes of a stream: its accounting, with `gateway_usage`, and our error where there is one."""
         parts = [usage_event(held, said, gateway_usage)]
         if failure is not None:
-            parts.append(b"data: " + orjson.dumps(self.failure_event(failure, said, request_id), default=str) + b"\n\n")
+            parts.append(
+                b"data: " + orjson.dumps(self.failure_event(failure, said, request_id), default=str) + b"\n\n"
+            )
         return b"".join((*parts, DONE))
 
     def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
@@ -131,7 +143,9 @@ class Dialect:
 
 
 def usage_event(held: bytes | None, said: Said, gateway_usage: bytes) -> bytes:
-    """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own with empty choices."""
+    """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own
+    with empty choices.
+    """
     if held is not None:
         return with_charge(held, gateway_usage)
     return b"data: " + with_field(orjson.dumps(own_chunk(said)), "gateway_usage", gateway_usage) + b"\n\n"

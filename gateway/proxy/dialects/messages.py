@@ -23,7 +23,9 @@ NO_CITATIONS = (b'"citations":null', b'"citations": null')
 
 
 class Messages(Named):
-    """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then `message_stop`."""
+    """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then
+    `message_stop`.
+    """
 
     remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
     is_anthropic = True
@@ -48,7 +50,9 @@ class Messages(Named):
             return Place.LAST
         if kind == "ping":
             return Place.BESIDE
-        return Place.HOLD if data.get("error") or (kind == "message_delta" and data.get("usage")) else Place.GOES
+        return (
+            Place.HOLD if data.get("error") or (kind == "message_delta" and data.get("usage")) else Place.GOES
+        )
 
     def is_whole(self, said: Said) -> bool:
         return said.ended or said.finish_reason is not None
@@ -80,7 +84,13 @@ class Messages(Named):
         return {"type": kind, "message": shown["message"], "code": code}
 
     def tail(
-        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+        self,
+        said: Said,
+        held: bytes | None,
+        last: bytes,
+        gateway_usage: bytes,
+        failure: GatewayError | None,
+        request_id: str,
     ) -> bytes:
         parts = [] if held is None else [with_charge(held, gateway_usage)]
         if failure is not None:
@@ -94,7 +104,8 @@ class Messages(Named):
 def without_null_citations(raw: bytes) -> bytes:
     """A whole message whose text blocks name no citations where they have none; everything else as it came.
 
-    OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients take no null (Vercel's AI SDK).
+    OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients take no null
+    (Vercel's AI SDK).
     """
     if not any(mark in raw for mark in NO_CITATIONS):
         return raw
@@ -102,21 +113,39 @@ def without_null_citations(raw: bytes) -> bytes:
         # Numbers stay as they are written: what a tool is called with may be longer than a float.
         data = json.loads(raw, parse_int=orjson.Fragment, parse_float=orjson.Fragment)
         content = data.get("content")
-        blocks = [block for block in (content if isinstance(content, list) else ()) if isinstance(block, dict)]
-        bare = [block for block in blocks if block.get("type") == "text" and "citations" in block and block["citations"] is None]
+        blocks = [
+            block for block in (content if isinstance(content, list) else ()) if isinstance(block, dict)
+        ]
+        bare = [
+            block
+            for block in blocks
+            if block.get("type") == "text" and "citations" in block and block["citations"] is None
+        ]
         for block in bare:
             del block["citations"]
         return orjson.dumps(data) if bare else raw
-    except (orjson.JSONEncodeError, RecursionError):  # half surrogates, and depths, that no strict encoder takes
+    except (
+        orjson.JSONEncodeError,
+        RecursionError,
+    ):  # half surrogates, and depths, that no strict encoder takes
         return raw
 
 
 def read_message_usage(value: Mapping[str, Any]) -> Usage | None:
     """Anthropic's usage, in which `input_tokens` leaves out what was written to and read from the cache."""
     cached = value.get("cache_read_input_tokens")
-    inputs = [value.get(name) or 0 for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
+    inputs = [
+        value.get(name) or 0
+        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    ]
     plain = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in inputs)
-    return read_usage({**value, "prompt_tokens": sum(inputs) if plain else None, "prompt_tokens_details": {"cached_tokens": cached}})
+    return read_usage(
+        {
+            **value,
+            "prompt_tokens": sum(inputs) if plain else None,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+    )
 
 
 MESSAGES = Messages()

@@ -11,7 +11,8 @@ from gateway.proxy.dialects.chat import CHAT, Dialect, own_chunk
 from gateway.proxy.dialects.messages import MESSAGES
 from gateway.proxy.dialects.responses import RESPONSES, Responses
 
-# What OpenRouter's error types mean as a status, of those that an upstream may tell (its OpenAPI file, August 2026).
+# What OpenRouter's error types mean as a status, of those that an upstream may tell (its OpenAPI file, August
+# 2026).
 STATUSES = {
     "invalid_request": 400,
     "invalid_prompt": 400,
@@ -33,7 +34,9 @@ STATUSES = {
 
 
 class OpenRouterChat(Dialect):
-    """Chat completions as OpenRouter's clients read their errors: every `code` is a status, and an error event is a chunk."""
+    """Chat completions as OpenRouter's clients read their errors: every `code` is a status, and an error
+    event is a chunk.
+    """
 
     def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
         shown = sanitise(error)
@@ -52,10 +55,16 @@ CHAT_FOR_OPENROUTER = OpenRouterChat()
 
 
 class OpenRouterResponses(Responses):
-    """Responses name their errors by words for OpenRouter's clients, too; what is ours beside that has OpenRouter's form."""
+    """Responses name their errors by words for OpenRouter's clients, too; what is ours beside that has
+    OpenRouter's form.
+    """
 
     def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
         return failure.openrouter_body(request_id)
 
 
-FOR_OPENROUTER: Mapping[Dialect, Dialect] = {CHAT: CHAT_FOR_OPENROUTER, RESPONSES: OpenRouterResponses(), MESSAGES: MESSAGES}
+FOR_OPENROUTER: Mapping[Dialect, Dialect] = {
+    CHAT: CHAT_FOR_OPENROUTER,
+    RESPONSES: OpenRouterResponses(),
+    MESSAGES: MESSAGES,
+}

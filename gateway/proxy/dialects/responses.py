@@ -16,9 +16,18 @@ from gateway.upstream.usage import read_text, read_usage
 
 
 class Responses(Named):
-    """OpenAI's Responses: named events, the answer within `response`, which the event that ends the stream holds whole."""
+    """OpenAI's Responses: named events, the answer within `response`, which the event that ends the stream
+    holds whole.
+    """
 
-    remarkable = (*Dialect.remarkable, b'"response"', b"response.completed", b"response.incomplete", b"response.failed", b"response.error")
+    remarkable = (
+        *Dialect.remarkable,
+        b'"response"',
+        b"response.completed",
+        b"response.incomplete",
+        b"response.failed",
+        b"response.error",
+    )
     marks = (*MARKS, b"response.error")
     ends = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
     errors = frozenset(("error", "response.error"))
@@ -33,7 +42,9 @@ class Responses(Named):
             said.error = sanitise(data)
         said.ended = said.ended or kind in self.ends
         if said.ended or answer is data:
-            said.finish_reason = read_text(answer.get("status")) or (kind.removeprefix("response.") if kind in self.ends else None)
+            said.finish_reason = read_text(answer.get("status")) or (
+                kind.removeprefix("response.") if kind in self.ends else None
+            )
         return Place.HOLD if kind in self.ends or kind in self.errors else Place.GOES
 
     def is_whole(self, said: Said) -> bool:
@@ -59,7 +70,13 @@ class Responses(Named):
         return changed
 
     def tail(
-        self, said: Said, held: bytes | None, last: bytes, gateway_usage: bytes, failure: GatewayError | None, request_id: str
+        self,
+        said: Said,
+        held: bytes | None,
+        last: bytes,
+        gateway_usage: bytes,
+        failure: GatewayError | None,
+        request_id: str,
     ) -> bytes:
         parts = [] if held is None else [with_charge(held, gateway_usage)]
         if failure is not None:
@@ -69,7 +86,11 @@ class Responses(Named):
             data = orjson.dumps(about, default=str)
             parts.append(event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
         elif not parts:
-            parts.append(event(b"gateway.usage", with_field(b'{"type":"gateway.usage"}', "gateway_usage", gateway_usage)))
+            parts.append(
+                event(
+                    b"gateway.usage", with_field(b'{"type":"gateway.usage"}', "gateway_usage", gateway_usage)
+                )
+            )
         return b"".join((*parts, last))
 
 

@@ -1,4 +1,5 @@
-"""What does a client's program need besides the client? An account of its own on the running gateway, and its books.
+"""What does a client's program need besides the client? An account of its own on the running gateway, and its
+books.
 
 Also what the sandbox says to the questions that the programs ask: its answers derive from the request alone.
 """
@@ -38,10 +39,17 @@ WEATHER = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather of a city.", "parameters": WEATHER}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "The weather of a city.", "parameters": WEATHER},
+}
 FORECAST = {
     "type": "object",
-    "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}, "sky": {"type": "string", "enum": ["clear", "cloudy"]}},
+    "properties": {
+        "city": {"type": "string"},
+        "degrees": {"type": "integer"},
+        "sky": {"type": "string", "enum": ["clear", "cloudy"]},
+    },
     "required": ["city", "degrees", "sky"],
     "additionalProperties": False,
 }
@@ -106,7 +114,9 @@ def model_that_makes(output: str) -> str:
     return str(next(model["id"] for model in models if output in model["architecture"]["output_modalities"]))
 
 
-def assert_booked(record: Mapping[str, Any], *, prompt: int, completion: int, cost: float | None = None) -> None:
+def assert_booked(
+    record: Mapping[str, Any], *, prompt: int, completion: int, cost: float | None = None
+) -> None:
     """The journal says what the client was told, and something was charged."""
     assert (record["status"], record["settlement_source"]) == ("completed", "usage")
     assert (record["prompt_tokens"], record["completion_tokens"]) == (prompt, completion)
@@ -122,7 +132,9 @@ def assert_cut_short(record: Mapping[str, Any]) -> None:
 
 
 def assert_left(record: Mapping[str, Any]) -> None:
-    """The same where the stream does not say who serves it: then it is read to its end, as that provider may bill it whole."""
+    """The same where the stream does not say who serves it: then it is read to its end, as that provider may
+    bill it whole.
+    """
     assert record["status"] == "cancelled"
     assert 0 < record["completion_tokens"] <= LONG
     assert record["cost"] > 0

@@ -1,4 +1,6 @@
-"""Does Anthropic's SDK for Python work unchanged? It sends its key as `x-api-key`, and reads errors in Anthropic's own form."""
+"""Does Anthropic's SDK for Python work unchanged? It sends its key as `x-api-key`, and reads errors in
+Anthropic's own form.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def sdk(key: str, **options: Any) -> anthropic.Anthropic:
 
 
 def say(client: anthropic.Anthropic, **body: Any) -> Any:
-    return client.messages.create(**{"model": CLAUDE, "max_tokens": 400, "messages": [{"role": "user", "content": PROMPT}], **body})
+    return client.messages.create(
+        **{"model": CLAUDE, "max_tokens": 400, "messages": [{"role": "user", "content": PROMPT}], **body}
+    )
 
 
 def text_of(message: Any) -> str:
@@ -49,14 +53,21 @@ def assert_billed(record: dict[str, Any], usage: Any) -> None:
 
 def test_a_message_is_billed_as_told(account: Account) -> None:
     answer = say(sdk(account.key))
-    assert (text_of(answer), answer.stop_reason, answer.role, answer.type) == (SAID, "end_turn", "assistant", "message")
+    assert (text_of(answer), answer.stop_reason, answer.role, answer.type) == (
+        SAID,
+        "end_turn",
+        "assistant",
+        "message",
+    )
     record = account.settled_record()
     assert_billed(record, answer.usage)
     assert record["endpoint"] == "messages"
 
 
 def test_a_stream_ends_with_its_usage(account: Account) -> None:
-    with sdk(account.key).messages.stream(model=CLAUDE, max_tokens=400, messages=[{"role": "user", "content": PROMPT}]) as stream:
+    with sdk(account.key).messages.stream(
+        model=CLAUDE, max_tokens=400, messages=[{"role": "user", "content": PROMPT}]
+    ) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert text == text_of(final) == SAID
@@ -69,7 +80,11 @@ def test_a_stream_ends_with_its_usage(account: Account) -> None:
 def test_the_raw_events_come_in_anthropics_order(account: Account) -> None:
     kinds = [event.type for event in say(sdk(account.key), stream=True)]
     assert (kinds[0], kinds[-2], kinds[-1]) == ("message_start", "message_delta", "message_stop")
-    assert kinds.index("content_block_start") < kinds.index("content_block_delta") < kinds.index("content_block_stop")
+    assert (
+        kinds.index("content_block_start")
+        < kinds.index("content_block_delta")
+        < kinds.index("content_block_stop")
+    )
     assert account.settled_record()["status"] == "completed"
 
 
@@ -78,8 +93,13 @@ def test_a_tool_is_used_and_its_result_is_answered(account: Account) -> None:
     first = say(client, messages=[asked], tools=[TOOL])
     (use,) = [block for block in first.content if isinstance(block, ToolUseBlock)]
     assert (use.name, use.input, first.stop_reason) == ("get_weather", {"city": QUESTION}, "tool_use")
-    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "18 degrees"}]}
-    second = say(client, messages=[asked, {"role": "assistant", "content": first.content}, result], tools=[TOOL])
+    result = {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "18 degrees"}],
+    }
+    second = say(
+        client, messages=[asked, {"role": "assistant", "content": first.content}, result], tools=[TOOL]
+    )
     assert "18 degrees" in text_of(second)
     assert_billed(account.settled_record(2), second.usage)
 
@@ -161,7 +181,9 @@ def test_one_retry_is_enough_because_retry_after_is_honoured(account: Account) -
 
 
 def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
-    stream = say(sdk(account.key), model=f"{CLAUDE}:slow;ms=20;tokens={LONG}", stream=True, max_tokens=2 * LONG)
+    stream = say(
+        sdk(account.key), model=f"{CLAUDE}:slow;ms=20;tokens={LONG}", stream=True, max_tokens=2 * LONG
+    )
     deltas = (event for event in stream if event.type == "content_block_delta")
     assert len([event for event, _ in zip(deltas, range(3), strict=False)]) == 3
     stream.close()

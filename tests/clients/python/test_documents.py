@@ -1,4 +1,6 @@
-"""Does docs/clients.md say what works? Its programs are run as they stand there, and its versions are the ones that are locked."""
+"""Does docs/clients.md say what works? Its programs are run as they stand there, and its versions are the
+ones that are locked.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_every_client_has_a_line_and_a_program() -> None:
 
 
 def test_the_versions_are_those_that_are_locked() -> None:
-    python = dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / "requirements-clients.txt").read_text(), re.MULTILINE))
+    python = dict(
+        re.findall(r"^([a-z0-9-]+)==([^ ]+)", (ROOT / "requirements-clients.txt").read_text(), re.MULTILINE)
+    )
     node = json.loads((CLIENTS / "node" / "package.json").read_text())["dependencies"]
     for name, _, versions in TABLE:
         locked = node if name.endswith("Node") or name in ("Vercel AI SDK", "OpenRouter SDK") else python

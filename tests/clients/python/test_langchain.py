@@ -1,4 +1,6 @@
-"""Does LangChain's ChatOpenAI work unchanged? It adds message types, tool binding and parsers of its own to OpenAI's SDK."""
+"""Does LangChain's ChatOpenAI work unchanged? It adds message types, tool binding and parsers of its own to
+OpenAI's SDK.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from pydantic import BaseModel, SecretStr
 
 
 def chat(key: str, model: str = MODEL, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(model=model, base_url=f"{URL}/v1", api_key=SecretStr(key), **{"max_retries": 0, **options})
+    return ChatOpenAI(
+        model=model, base_url=f"{URL}/v1", api_key=SecretStr(key), **{"max_retries": 0, **options}
+    )
 
 
 @tool
@@ -52,7 +56,9 @@ def test_a_completion_is_billed_as_told(account: Account) -> None:
     assert answer.text == SAID
     assert answer.usage_metadata is not None
     told = answer.usage_metadata
-    assert_booked(account.settled_record(), prompt=told["input_tokens"], completion=told["output_tokens"], cost=COST)
+    assert_booked(
+        account.settled_record(), prompt=told["input_tokens"], completion=told["output_tokens"], cost=COST
+    )
     assert answer.response_metadata["token_usage"]["cost"] == COST
 
 
@@ -66,7 +72,9 @@ def test_a_stream_ends_with_its_usage(account: Account) -> None:
     assert pieces > 10
     assert whole.usage_metadata is not None
     told = whole.usage_metadata
-    assert_booked(account.settled_record(), prompt=told["input_tokens"], completion=told["output_tokens"], cost=COST)
+    assert_booked(
+        account.settled_record(), prompt=told["input_tokens"], completion=told["output_tokens"], cost=COST
+    )
 
 
 def test_a_bound_tool_is_called_and_its_result_is_answered(account: Account) -> None:
@@ -91,7 +99,10 @@ def test_structured_output_becomes_a_model(account: Account, method: Any) -> Non
 
 
 def test_an_image_is_read(account: Account) -> None:
-    parts: list[str | dict[Any, Any]] = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
+    parts: list[str | dict[Any, Any]] = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": IMAGE}},
+    ]
     answer = chat(account.key).invoke([HumanMessage(parts)])
     assert answer.text.startswith("The sandbox read “What is this? [image_url]”.")
     assert answer.usage_metadata is not None
@@ -149,7 +160,11 @@ def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account) -> No
 @pytest.mark.endpoint("POST /v1/embeddings")
 def test_texts_become_vectors(account: Account) -> None:
     embedder = OpenAIEmbeddings(
-        model=EMBEDDER, base_url=f"{URL}/v1", api_key=SecretStr(account.key), check_embedding_ctx_length=False, dimensions=8
+        model=EMBEDDER,
+        base_url=f"{URL}/v1",
+        api_key=SecretStr(account.key),
+        check_embedding_ctx_length=False,
+        dimensions=8,
     )
     vectors = embedder.embed_documents(["one", "two"])
     assert [len(vector) for vector in vectors] == [8, 8]

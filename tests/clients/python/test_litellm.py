@@ -1,4 +1,6 @@
-"""Does LiteLLM's SDK work unchanged? Both ways in: its OpenAI provider, and its OpenRouter provider under `/api/v1`."""
+"""Does LiteLLM's SDK work unchanged? Both ways in: its OpenAI provider, and its OpenRouter provider under
+`/api/v1`.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ def test_a_completion_is_billed_as_told(account: Account, entrance: str) -> None
     assert answer.choices[0].message.content == SAID
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.cost == COST
-    assert_booked(account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens, cost=COST)
+    assert_booked(
+        account.settled_record(),
+        prompt=answer.usage.prompt_tokens,
+        completion=answer.usage.completion_tokens,
+        cost=COST,
+    )
 
 
 @either_entrance
@@ -56,7 +63,9 @@ def test_a_stream_ends_with_its_usage(account: Account, entrance: str) -> None:
     events = list(say(account.key, entrance, stream=True, stream_options={"include_usage": True}))
     assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == SAID
     told = [event.usage for event in events if getattr(event, "usage", None)][-1]
-    assert_booked(account.settled_record(), prompt=told.prompt_tokens, completion=told.completion_tokens, cost=COST)
+    assert_booked(
+        account.settled_record(), prompt=told.prompt_tokens, completion=told.completion_tokens, cost=COST
+    )
 
 
 @either_entrance
@@ -69,13 +78,20 @@ def test_a_tool_is_called_and_its_result_is_answered(account: Account, entrance:
     second = say(account.key, entrance, messages=[*messages, first.choices[0].message, result], tools=[TOOL])
     assert second.choices[0].message.content.startswith("The sandbox read “18 degrees”.")
     record = account.settled_record(2)
-    assert_booked(record, prompt=second.usage.prompt_tokens, completion=second.usage.completion_tokens, cost=second.usage.cost)
+    assert_booked(
+        record,
+        prompt=second.usage.prompt_tokens,
+        completion=second.usage.completion_tokens,
+        cost=second.usage.cost,
+    )
 
 
 @either_entrance
 def test_structured_output_conforms_to_its_schema(account: Account, entrance: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "forecast", "strict": True, "schema": FORECAST}}
-    answer = say(account.key, entrance, messages=[{"role": "user", "content": QUESTION}], response_format=form)
+    answer = say(
+        account.key, entrance, messages=[{"role": "user", "content": QUESTION}], response_format=form
+    )
     assert json.loads(answer.choices[0].message.content) == {"city": QUESTION, "degrees": 1, "sky": "clear"}
     assert account.settled_record()["status"] == "completed"
 
@@ -85,7 +101,9 @@ def test_an_image_is_read(account: Account, entrance: str) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
     answer = say(account.key, entrance, messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content.startswith("The sandbox read “What is this? [image_url]”.")
-    assert_booked(account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens)
+    assert_booked(
+        account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens
+    )
 
 
 @either_entrance
@@ -135,7 +153,11 @@ def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account, entra
 @pytest.mark.endpoint("POST /v1/embeddings")
 def test_texts_become_vectors(account: Account) -> None:
     answer: Any = litellm.embedding(
-        model=f"openai/{EMBEDDER}", input=["one", "two"], dimensions=8, api_base=ENTRANCES["openai"], api_key=account.key
+        model=f"openai/{EMBEDDER}",
+        input=["one", "two"],
+        dimensions=8,
+        api_base=ENTRANCES["openai"],
+        api_key=account.key,
     )
     assert [len(entry["embedding"]) for entry in answer.data] == [8, 8]
     record = account.settled_record()
@@ -145,10 +167,15 @@ def test_texts_become_vectors(account: Account) -> None:
 @pytest.mark.endpoint("POST /v1/completions")
 def test_a_text_completion_is_billed_as_told(account: Account) -> None:
     answer: Any = litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}", prompt=PROMPT, api_base=ENTRANCES["openai"], api_key=account.key
+        model=f"text-completion-openai/{MODEL}",
+        prompt=PROMPT,
+        api_base=ENTRANCES["openai"],
+        api_key=account.key,
     )
     assert answer.choices[0].text.startswith(READ)
-    assert_booked(account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens)
+    assert_booked(
+        account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens
+    )
 
 
 @pytest.mark.endpoint("POST /v1/messages")
@@ -161,13 +188,18 @@ def test_its_anthropic_provider_reads_messages(account: Account) -> None:
         max_tokens=200,
     )
     assert answer.choices[0].message.content.startswith(READ)
-    assert_booked(account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens)
+    assert_booked(
+        account.settled_record(), prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens
+    )
 
 
 @pytest.mark.endpoint("POST /v1/images/generations")
 def test_an_image_is_made(account: Account) -> None:
     answer: Any = litellm.image_generation(
-        model=f"openai/{model_that_makes('image')}", prompt="A red dot.", api_base=ENTRANCES["openai"], api_key=account.key
+        model=f"openai/{model_that_makes('image')}",
+        prompt="A red dot.",
+        api_base=ENTRANCES["openai"],
+        api_key=account.key,
     )
     assert answer.data[0].b64_json
     assert account.settled_record()["cost"] > 0

@@ -1,4 +1,6 @@
-"""Does OpenAI's SDK for Python work unchanged? Chat completions in every way that it offers, its error classes, and its retries."""
+"""Does OpenAI's SDK for Python work unchanged? Chat completions in every way that it offers, its error
+classes, and its retries.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ from account import (
 from openai.types.chat import ChatCompletionFunctionToolParam
 from pydantic import BaseModel
 
-FUNCTION: ChatCompletionFunctionToolParam = {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}
+FUNCTION: ChatCompletionFunctionToolParam = {
+    "type": "function",
+    "function": {"name": "get_weather", "parameters": WEATHER},
+}
 
 
 def sdk(key: str, **options: Any) -> openai.OpenAI:
@@ -38,7 +43,9 @@ def sdk(key: str, **options: Any) -> openai.OpenAI:
 
 
 def say(client: openai.OpenAI, **body: Any) -> Any:
-    return client.chat.completions.create(**{"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], **body})
+    return client.chat.completions.create(
+        **{"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], **body}
+    )
 
 
 def test_a_completion_says_what_it_cost_and_the_books_agree(account: Account) -> None:
@@ -46,7 +53,12 @@ def test_a_completion_says_what_it_cost_and_the_books_agree(account: Account) ->
     assert answer.choices[0].message.content == SAID
     assert answer.choices[0].finish_reason == "stop"
     record = account.settled_record()
-    assert_booked(record, prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens, cost=answer.usage.cost)
+    assert_booked(
+        record,
+        prompt=answer.usage.prompt_tokens,
+        completion=answer.usage.completion_tokens,
+        cost=answer.usage.cost,
+    )
     assert answer.usage.cost == COST
     assert answer.gateway_usage["cost"] == record["cost"]
     assert answer.gateway_usage["request_id"] == answer._request_id == record["request_id"]
@@ -59,13 +71,17 @@ def test_a_stream_ends_with_its_usage(account: Account) -> None:
     assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "stop"
     (told,) = [event for event in events if event.usage]
     record = account.settled_record()
-    assert_booked(record, prompt=told.usage.prompt_tokens, completion=told.usage.completion_tokens, cost=told.usage.cost)
+    assert_booked(
+        record, prompt=told.usage.prompt_tokens, completion=told.usage.completion_tokens, cost=told.usage.cost
+    )
     assert record["streamed"] is True
     assert told.gateway_usage["cost"] == record["cost"] == COST
 
 
 def test_the_stream_helper_gathers_the_whole_answer(account: Account) -> None:
-    with sdk(account.key).chat.completions.stream(model=MODEL, messages=[{"role": "user", "content": PROMPT}]) as stream:
+    with sdk(account.key).chat.completions.stream(
+        model=MODEL, messages=[{"role": "user", "content": PROMPT}]
+    ) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == SAID
     assert account.settled_record()["cost"] == COST
@@ -73,8 +89,12 @@ def test_the_stream_helper_gathers_the_whole_answer(account: Account) -> None:
 
 async def ask_asynchronously(key: str) -> tuple[str | None, str]:
     async with openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key=key, max_retries=0) as client:
-        plain = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": PROMPT}])
-        stream = await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": PROMPT}], stream=True)
+        plain = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": PROMPT}]
+        )
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": PROMPT}], stream=True
+        )
         streamed = "".join([event.choices[0].delta.content or "" async for event in stream])
     return plain.choices[0].message.content, streamed
 
@@ -94,7 +114,12 @@ def test_a_tool_is_called_and_its_result_is_answered(account: Account) -> None:
     second = say(client, messages=[*messages, first.choices[0].message, result], tools=[TOOL])
     assert second.choices[0].message.content.startswith("The sandbox read “18 degrees”.")
     record = account.settled_record(2)
-    assert_booked(record, prompt=second.usage.prompt_tokens, completion=second.usage.completion_tokens, cost=second.usage.cost)
+    assert_booked(
+        record,
+        prompt=second.usage.prompt_tokens,
+        completion=second.usage.completion_tokens,
+        cost=second.usage.cost,
+    )
     assert account.spent() == pytest.approx(first.usage.cost + second.usage.cost, abs=1e-12)
 
 
@@ -132,14 +157,23 @@ def test_an_image_is_read(account: Account) -> None:
     answer = say(sdk(account.key), messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content.startswith("The sandbox read “What is this? [image_url]”.")
     record = account.settled_record()
-    assert_booked(record, prompt=answer.usage.prompt_tokens, completion=answer.usage.completion_tokens, cost=answer.usage.cost)
+    assert_booked(
+        record,
+        prompt=answer.usage.prompt_tokens,
+        completion=answer.usage.completion_tokens,
+        cost=answer.usage.cost,
+    )
     assert answer.usage.prompt_tokens > 85  # OpenAI's fewest tokens for an image
 
 
 def test_a_wrong_key_is_an_authentication_error() -> None:
     with pytest.raises(openai.AuthenticationError) as refusal:
         say(sdk(WRONG_KEY))
-    assert (refusal.value.status_code, refusal.value.code, refusal.value.type) == (401, "invalid_api_key", "authentication_error")
+    assert (refusal.value.status_code, refusal.value.code, refusal.value.type) == (
+        401,
+        "invalid_api_key",
+        "authentication_error",
+    )
     assert refusal.value.request_id
 
 
@@ -161,7 +195,11 @@ def test_without_credits_it_is_a_402_that_is_not_repeated() -> None:
     account = new_account(credits=0)
     with pytest.raises(openai.APIStatusError) as refusal:
         say(sdk(account.key, max_retries=2))
-    assert (refusal.value.status_code, refusal.value.code, refusal.value.type) == (402, "insufficient_credits", "insufficient_quota")
+    assert (refusal.value.status_code, refusal.value.code, refusal.value.type) == (
+        402,
+        "insufficient_credits",
+        "insufficient_quota",
+    )
     assert refusal.value.response.request.headers["x-stainless-retry-count"] == "0"
     assert account.records() == []
 
@@ -182,7 +220,9 @@ def test_one_retry_is_enough_because_retry_after_is_honoured(account: Account) -
     account.limit(burst=1)
     client = sdk(account.key, max_retries=1)
     say(client)
-    answer = client.chat.completions.with_raw_response.create(model=MODEL, messages=[{"role": "user", "content": PROMPT}])
+    answer = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=[{"role": "user", "content": PROMPT}]
+    )
     assert answer.retries_taken == 1
     assert answer.parse().choices[0].message.content == SAID
     account.settled_record(2)

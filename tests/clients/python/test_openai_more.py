@@ -1,4 +1,6 @@
-"""Do the other endpoints of OpenAI's SDK for Python work unchanged? Responses, embeddings, text completions, images and audio."""
+"""Do the other endpoints of OpenAI's SDK for Python work unchanged? Responses, embeddings, text completions,
+images and audio.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,12 @@ def test_a_response_calls_a_tool_and_answers_its_result(account: Account) -> Non
         tools=[TOOL],
         input=[
             {"role": "user", "content": QUESTION},
-            {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+            {
+                "type": "function_call",
+                "call_id": call.call_id,
+                "name": call.name,
+                "arguments": call.arguments,
+            },
             {"type": "function_call_output", "call_id": call.call_id, "output": "18 degrees"},
         ],
     )
@@ -129,7 +136,9 @@ def test_a_response_reads_an_image(account: Account) -> None:
     )
     assert answer.output_text.startswith("The sandbox read “What is this?")
     assert answer.usage is not None
-    assert_booked(account.settled_record(), prompt=answer.usage.input_tokens, completion=answer.usage.output_tokens)
+    assert_booked(
+        account.settled_record(), prompt=answer.usage.input_tokens, completion=answer.usage.output_tokens
+    )
 
 
 @responses
@@ -153,7 +162,9 @@ def test_a_response_is_refused_with_the_same_classes_of_error(account: Account, 
 
 @responses
 def test_who_leaves_a_streamed_response_has_one_settled_record(account: Account) -> None:
-    stream = sdk(account.key).responses.create(model=f"{MODEL}:slow;ms=5;tokens={LONG}", input=PROMPT, stream=True)
+    stream = sdk(account.key).responses.create(
+        model=f"{MODEL}:slow;ms=5;tokens={LONG}", input=PROMPT, stream=True
+    )
     deltas = (event for event in stream if event.type == "response.output_text.delta")
     assert len([event for event, _ in zip(deltas, range(3), strict=False)]) == 3
     stream.close()
@@ -163,11 +174,17 @@ def test_who_leaves_a_streamed_response_has_one_settled_record(account: Account)
 @embeddings
 @pytest.mark.parametrize("form", ["float", "base64"])
 def test_texts_become_vectors(account: Account, form: Any) -> None:
-    answer = sdk(account.key).embeddings.create(model=EMBEDDER, input=["one", "two"], dimensions=8, encoding_format=form)
+    answer = sdk(account.key).embeddings.create(
+        model=EMBEDDER, input=["one", "two"], dimensions=8, encoding_format=form
+    )
     assert [entry.index for entry in answer.data] == [0, 1]
     record = account.settled_record()
     told: Any = answer.usage
-    assert (record["endpoint"], record["prompt_tokens"], record["cost"]) == ("embeddings", told.prompt_tokens, told.cost)
+    assert (record["endpoint"], record["prompt_tokens"], record["cost"]) == (
+        "embeddings",
+        told.prompt_tokens,
+        told.cost,
+    )
     assert told.cost > 0
     if form == "float":
         assert [len(entry.embedding) for entry in answer.data] == [8, 8]
@@ -178,7 +195,9 @@ def test_texts_become_vectors(account: Account, form: Any) -> None:
 def test_the_sdk_asks_for_base64_by_itself_and_decodes_it(account: Account) -> None:
     client = sdk(account.key)
     (by_itself,) = client.embeddings.create(model=EMBEDDER, input="one", dimensions=8).data
-    (as_numbers,) = client.embeddings.create(model=EMBEDDER, input="one", dimensions=8, encoding_format="float").data
+    (as_numbers,) = client.embeddings.create(
+        model=EMBEDDER, input="one", dimensions=8, encoding_format="float"
+    ).data
     assert by_itself.embedding == pytest.approx(as_numbers.embedding, abs=1e-6)
     account.settled_record(2)
 
@@ -198,7 +217,9 @@ def test_a_streamed_text_completion_ends_with_its_usage(account: Account) -> Non
     events = list(sdk(account.key).completions.create(model=MODEL, prompt=PROMPT, stream=True))
     assert "".join(event.choices[0].text for event in events if event.choices).startswith(READ)
     told: Any = [event.usage for event in events if event.usage][-1]
-    assert_booked(account.settled_record(), prompt=told.prompt_tokens, completion=told.completion_tokens, cost=told.cost)
+    assert_booked(
+        account.settled_record(), prompt=told.prompt_tokens, completion=told.completion_tokens, cost=told.cost
+    )
 
 
 @images
@@ -227,7 +248,9 @@ def a_second_of_silence() -> io.BytesIO:
 
 @speech
 def test_a_text_is_spoken(account: Account) -> None:
-    answer = sdk(account.key).audio.speech.create(model=model_that_makes("speech"), voice="alloy", input=PROMPT)
+    answer = sdk(account.key).audio.speech.create(
+        model=model_that_makes("speech"), voice="alloy", input=PROMPT
+    )
     assert len(answer.read()) > 100
     assert answer.response.headers["content-type"].startswith("audio/")
     record = account.settled_record()
@@ -247,7 +270,9 @@ def test_a_spoken_text_is_streamed_to_a_file(account: Account, tmp_path: Any) ->
 @transcriptions
 def test_a_sound_is_written_down() -> None:
     account = new_account(credits=0.1)  # for a second of sound a fraction of a cent is held
-    answer = sdk(account.key).audio.transcriptions.create(model=model_that_makes("transcription"), file=a_second_of_silence())
+    answer = sdk(account.key).audio.transcriptions.create(
+        model=model_that_makes("transcription"), file=a_second_of_silence()
+    )
     assert answer.text
     record = account.settled_record()
     assert (record["status"], record["endpoint"]) == ("completed", "audio/transcriptions")
@@ -257,10 +282,24 @@ def test_a_sound_is_written_down() -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        pytest.param(lambda client, model: client.embeddings.create(model=model, input="one"), marks=embeddings, id="embeddings"),
-        pytest.param(lambda client, model: client.completions.create(model=model, prompt="one"), marks=completions, id="completions"),
-        pytest.param(lambda client, model: client.images.generate(model=model, prompt="one"), marks=images, id="images"),
-        pytest.param(lambda client, model: client.audio.speech.create(model=model, voice="alloy", input="one"), marks=speech, id="speech"),
+        pytest.param(
+            lambda client, model: client.embeddings.create(model=model, input="one"),
+            marks=embeddings,
+            id="embeddings",
+        ),
+        pytest.param(
+            lambda client, model: client.completions.create(model=model, prompt="one"),
+            marks=completions,
+            id="completions",
+        ),
+        pytest.param(
+            lambda client, model: client.images.generate(model=model, prompt="one"), marks=images, id="images"
+        ),
+        pytest.param(
+            lambda client, model: client.audio.speech.create(model=model, voice="alloy", input="one"),
+            marks=speech,
+            id="speech",
+        ),
         pytest.param(
             lambda client, model: client.audio.transcriptions.create(model=model, file=a_second_of_silence()),
             marks=transcriptions,
