@@ -91,7 +91,7 @@ def create_app(configuration: Configuration) -> FastAPI:
     )
     app.add_middleware(cors)
     app.front = lambda inner: RequestLog(
-        proxy.Shortcut(inner), max_body_bytes=settings.max_body_bytes, cors=cors
+        proxy.FastPath(inner), max_body_bytes=settings.max_body_bytes, cors=cors
     )
     return app
 

@@ -99,7 +99,7 @@ def predicate(finding: Mapping[str, Any]) -> str:
     return (str(finding["msg"]) if make is None else make(finding.get("ctx") or {})).rstrip(".")
 
 
-def explain(finding: Mapping[str, Any]) -> tuple[str, str | None]:
+def describe(finding: Mapping[str, Any]) -> tuple[str, str | None]:
     """The sentence for one of pydantic's findings, and the field it is about (dotted), None for the body as a
     whole.
     """

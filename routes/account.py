@@ -18,8 +18,8 @@ from routes.dependencies import Caller, Declared, may
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
-from routes.http.responses import Reply, utc_now
-from routes.listings import AnyPart, Within, answer, records, transactions
+from routes.http.responses import JsonResponse, utc_now
+from routes.listings import AnyPart, Within, list_response, records, transactions
 from routes.reports import ABOUT_LATENCY, Bucket, Format, Group, Zone, usage_report
 from routes.schemas.accounts import AccountDeletion, Profile, ProfileChange
 from routes.schemas.keys import Moment
@@ -49,7 +49,7 @@ async def read_balance(request: Request, caller: Annotated[Caller, may("read", "
     runtime: Runtime = await request.app.state.runtime.ready()
     user = await _require_user(runtime, caller)
     credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
-    return Reply(
+    return JsonResponse(
         Balance(
             api_key=caller.masked_key,
             credits=credits,
@@ -64,7 +64,7 @@ async def read_balance(request: Request, caller: Annotated[Caller, may("read", "
 @router.get("/profile", summary="Your account", response_model=Profile)
 async def read_profile(request: Request, caller: ProfileReader) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return Reply(await _profile(runtime, caller))
+    return JsonResponse(await _profile(runtime, caller))
 
 
 @router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
@@ -79,7 +79,7 @@ async def update_profile(
     if found["outcome"] == "too_large":
         raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
     raise_taken(found, name_field="name")
-    return Reply(await _profile(runtime, caller))
+    return JsonResponse(await _profile(runtime, caller))
 
 
 @router.delete("/account", summary="Delete your account, for good")
@@ -94,7 +94,9 @@ async def delete_account(
         runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])}
     )
     message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
-    return Reply({"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()})
+    return JsonResponse(
+        {"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()}
+    )
 
 
 @router.get("/monitor", summary="What you have used, and your limits")
@@ -103,7 +105,7 @@ async def read_monitor(request: Request, caller: UsageReader) -> Response:
     user = await _require_user(runtime, caller)
     metrics = await db.usage_metrics(runtime.client, caller.user_id)
     limits = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "timestamp": utc_now(),
@@ -122,7 +124,7 @@ async def read_limit(request: Request, caller: UsageReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     shown = (*LIMITS, "concurrency", "burst")
     key_limits = found["key_limits"]
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "api_key": caller.masked_key,
@@ -147,7 +149,7 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
         entry["key_count"] += 1
         if row["max_requests"] is not None:
             entry["total_max_requests"] = (entry["total_max_requests"] or 0) + row["max_requests"]
-    return Reply({"status": "success", "environment_usage": found})
+    return JsonResponse({"status": "success", "environment_usage": found})
 
 
 @router.get(
@@ -186,7 +188,7 @@ async def list_usage_records(
     request: Request, caller: UsageReader, within: Within, part: AnyPart
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, records(runtime, caller.user_id, within), part, "records")
+    return await list_response(request, records(runtime, caller.user_id, within), part, "records")
 
 
 @router.get(
@@ -199,7 +201,7 @@ async def list_transactions(
     request: Request, caller: Annotated[Caller, may("read", "transactions")], within: Within, part: AnyPart
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, transactions(runtime, caller.user_id, within), part, "transactions")
+    return await list_response(request, transactions(runtime, caller.user_id, within), part, "transactions")
 
 
 async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:

@@ -20,7 +20,7 @@ from models import errors_of
 from routes.dependencies import Caller, Declared, may
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
-from routes.http.responses import Reply, utc_now
+from routes.http.responses import JsonResponse, utc_now
 from routes.schemas.spending import (
     EndUserChange,
     EndUserOrder,
@@ -54,7 +54,7 @@ async def read_provider_key(request: Request, caller: AccountReader) -> Response
     row = await db_security.get_provider_key(runtime.client, caller.user_id)
     if row is None:
         raise NotFound("You have no upstream key of your own here.")
-    return Reply(ProviderKeyView(status="success", provider_key=row))
+    return JsonResponse(ProviderKeyView(status="success", provider_key=row))
 
 
 @router.put(
@@ -73,7 +73,9 @@ async def set_provider_key(request: Request, order: ProviderKeyOrder, caller: Ac
     }
     found = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **kept})
     require_found(found)
-    return Reply(ProviderKeyView(status="success", provider_key=_without_outcome(found), checked=checked))
+    return JsonResponse(
+        ProviderKeyView(status="success", provider_key=_without_outcome(found), checked=checked)
+    )
 
 
 @router.delete("/provider-key", summary="Forget your own OpenRouter key")
@@ -83,7 +85,7 @@ async def delete_provider_key(request: Request, caller: AccountWriter) -> Respon
     found = await db_security.delete_provider_key(runtime.client, caller.stamp())
     if found["outcome"] == "not_found":
         raise NotFound("You have no upstream key of your own here.")
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "Your key is forgotten: requests use the gateway's account, and your credits, again.",
@@ -126,12 +128,14 @@ async def list_end_users(
         row = await db.end_user_standing(
             runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat()
         )
-        return Reply(
+        return JsonResponse(
             EndUsers(status="success", end_users=[] if row is None else [_view(row)], next_cursor=None)
         )
     rows = await db.list_end_user_budgets(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None
-    return Reply(EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following))
+    return JsonResponse(
+        EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following)
+    )
 
 
 @router.post(
@@ -156,7 +160,7 @@ async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetW
             "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
         )
     require_found(found)
-    return Reply(_view(found), status_code=201)
+    return JsonResponse(_view(found), status_code=201)
 
 
 @router.put("/end-users/{budget_id}", summary="Change a customer's budget", response_model=EndUserView)
@@ -174,7 +178,7 @@ async def update_end_user(
         runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
     )
     require_found(found, "There is no such budget.", "budget_id")
-    return Reply(_view(found))
+    return JsonResponse(_view(found))
 
 
 @router.delete("/end-users/{budget_id}", summary="Take a customer's budget away")
@@ -183,7 +187,7 @@ async def delete_end_user(request: Request, budget_id: PathId, caller: BudgetWri
     forbid_test_key(caller)
     found = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
     require_found(found, "There is no such budget.", "budget_id")
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "The budget is gone; that of `*` applies, if there is one.",

@@ -13,7 +13,7 @@ from common.errors import InvalidKey, Misconfigured
 from gateway.runtime.instance import Runtime
 from models import Swept, errors_of
 from routes.dependencies import Declared, refuse_guesses
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from security import presented_key
 
 router = APIRouter(
@@ -31,7 +31,7 @@ async def sweep(request: Request) -> Response:
     await _require_secret(request, runtime)
     swept = await runtime.sweep()
     await runtime.sum_up()
-    return Reply({"status": "success", **swept})
+    return JsonResponse({"status": "success", **swept})
 
 
 async def _require_secret(request: Request, runtime: Runtime) -> None:

@@ -18,8 +18,8 @@ from routes.dependencies import Caller, Declared, may
 from routes.http.export import EXPORTED
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import PathId
-from routes.http.responses import Reply, utc_now
-from routes.listings import AnyPart, Events, answer, own_audit
+from routes.http.responses import JsonResponse, utc_now
+from routes.listings import AnyPart, Events, list_response, own_audit
 from routes.schemas.keys import (
     AuditLogs,
     KeyChange,
@@ -51,7 +51,7 @@ Writer = Annotated[Caller, may("write", "keys")]
 async def list_keys(request: Request, caller: Reader) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_security.list_keys(runtime.client, caller.user_id)
-    return Reply(Keys(status="success", total_keys=len(rows), keys=[view(row) for row in rows]))
+    return JsonResponse(Keys(status="success", total_keys=len(rows), keys=[view(row) for row in rows]))
 
 
 @router.post("", summary="Make a key", response_model=KeyMade)
@@ -80,7 +80,7 @@ def made(order: KeyOrder, key: str, found: dict[str, Any]) -> Response:
     """The key as it is shown to whoever asked for it. Raises what a refusal means."""
     raise_key_refusal(found)
     shown = view(found["key"])
-    return Reply(
+    return JsonResponse(
         KeyMade(
             status="success",
             message="Keep the API key: it is shown this once."
@@ -106,7 +106,9 @@ async def read_usage(request: Request, caller: Reader) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_security.list_keys(runtime.client, caller.user_id)
     keys = [view(row) for row in rows]
-    return Reply({"user_id": caller.user_id, "total_keys": len(keys), "keys": keys, "audit_logging": True})
+    return JsonResponse(
+        {"user_id": caller.user_id, "total_keys": len(keys), "keys": keys, "audit_logging": True}
+    )
 
 
 @router.get(
@@ -116,7 +118,7 @@ async def list_audit_logs(
     request: Request, caller: Annotated[Caller, may("read", "audit")], asked: Events, part: AnyPart
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(
+    return await list_response(
         request,
         own_audit(runtime, replace(asked, user_id=caller.user_id)),
         part,
@@ -130,7 +132,7 @@ async def read_key(request: Request, key_id: PathId, caller: Reader) -> Response
     runtime: Runtime = await request.app.state.runtime.ready()
     for row in await db_security.list_keys(runtime.client, caller.user_id):
         if row["id"] == key_id:
-            return Reply(view(row))
+            return JsonResponse(view(row))
     raise NotFound("There is no such key.", param="key_id")
 
 
@@ -145,7 +147,7 @@ async def reveal_key(request: Request, key_id: PathId, caller: Writer) -> Respon
             "This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).",
             param="key_id",
         )
-    return Reply({"status": "success", "api_key": key, "key": view(found["key"])})
+    return JsonResponse({"status": "success", "api_key": key, "key": view(found["key"])})
 
 
 @router.put("/{key_id}", summary="Change or rotate a key", response_model=KeyChanged)
@@ -163,7 +165,7 @@ async def update_key(request: Request, key_id: PathId, order: KeyChange, caller:
         runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes}
     )
     raise_key_refusal(found)
-    return Reply(
+    return JsonResponse(
         KeyChanged(
             status="success",
             message="The key is changed",
@@ -186,7 +188,7 @@ async def revoke_key(request: Request, key_id: PathId, order: KeyRevocation, cal
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
     raise_key_refusal(found)
-    return Reply(
+    return JsonResponse(
         KeyRevoked(
             status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()
         )
@@ -201,7 +203,7 @@ async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> 
     )
     raise_key_refusal(found)
     changed = view(found["keys"][0])
-    return Reply(
+    return JsonResponse(
         KeyChanged(
             status="success",
             message="The key has a new secret",
@@ -228,7 +230,7 @@ async def _rotate_all(runtime: Runtime, caller: Caller, order: KeyChange) -> Res
         for row, (key, _) in zip(found["keys"], secrets, strict=True)
     ]
     message = f"{len(new)} keys have new secrets"
-    return Reply(
+    return JsonResponse(
         KeyChanged(
             status="success", message=message, rotated_count=len(new), new_keys=new, timestamp=utc_now()
         )

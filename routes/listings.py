@@ -21,7 +21,7 @@ from gateway.runtime.instance import Runtime
 from models import AdminTransaction, AdminUsageRecord, Transaction, UsageRecord
 from routes.http.export import Listing, export
 from routes.http.pagination import BY_ID, BY_MOMENT, NO_NUL, Cursor, QueryId
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.keys import AuditLog, Moment
 
 PAGE_ROWS = 100
@@ -80,7 +80,7 @@ Within = Annotated[db.Range, Depends(_within)]
 Events = Annotated[AuditFilter, Depends(_events)]
 
 
-async def answer(
+async def list_response(
     request: Request, listing: Listing, part: Part, field: str, *, counted: str | None = None
 ) -> Response:
     """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises
@@ -93,7 +93,7 @@ async def answer(
     rows = await listing.fetch(before, limit)
     count = {} if counted is None else {counted: len(rows)}
     following = listing.order.following(rows, limit)
-    return Reply(
+    return JsonResponse(
         {"status": "success", **count, field: [listing.show(row) for row in rows], "next_cursor": following}
     )
 

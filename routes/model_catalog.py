@@ -12,7 +12,7 @@ from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import shown_environment
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.openrouter import CountAnswer
 
 router = APIRouter(tags=["public"], responses=errors_of(503))
@@ -57,7 +57,7 @@ async def read_model_of_author(request: Request, author: str, slug: str) -> Resp
 async def count_models(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(shown_environment(request)).models()
-    return Reply(CountAnswer(data={"count": len(index.raw)}))
+    return JsonResponse(CountAnswer(data={"count": len(index.raw)}))
 
 
 @router.get(
@@ -82,7 +82,9 @@ async def list_endpoints(request: Request, author: str, slug: str) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     environment, model_id = shown_environment(request), f"{author}/{slug}"
     index = await runtime.catalog(environment).models()
-    found = None if index.get(model_id) is None else await runtime.endpoint_lists(environment).get(model_id)
+    found = (
+        None if index.get(model_id) is None else await runtime.provider_endpoints(environment).get(model_id)
+    )
     if found is None:
         raise _unknown(model_id, "slug")
     return Response(found, media_type="application/json")

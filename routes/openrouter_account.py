@@ -20,7 +20,7 @@ from common.money import credits_from_nanos
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, may
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.openrouter import (
     CreditsAnswer,
     CreditsData,
@@ -68,7 +68,7 @@ async def read_key(request: Request, caller: Annotated[Caller, may("read", "usag
     row = await db_security.read_key(runtime.client, caller.user_id, caller.key_id)
     if row is None:
         raise NotFound("This key no longer exists.")
-    return Reply(KeyAnswer(data=_key(row, free_models=runtime.settings.free_models)))
+    return JsonResponse(KeyAnswer(data=_key(row, free_models=runtime.settings.free_models)))
 
 
 @router.get("/v1/credits", summary="What the account was given and has used", response_model=CreditsAnswer)
@@ -79,7 +79,7 @@ async def read_credits(request: Request, caller: Annotated[Caller, may("read", "
     if row is None:
         raise NotFound("This account no longer exists.")
     granted, balance = credits_from_nanos(row["granted_nanos"]), credits_from_nanos(row["balance_nanos"])
-    return Reply(CreditsAnswer(data=CreditsData(total_credits=granted, total_usage=granted - balance)))
+    return JsonResponse(CreditsAnswer(data=CreditsData(total_credits=granted, total_usage=granted - balance)))
 
 
 @router.get(
@@ -114,7 +114,7 @@ async def read_generation(
             code="generation_pending",
             retry_after=1,
         )
-    return Reply(GenerationAnswer(data=_generation(row)))
+    return JsonResponse(GenerationAnswer(data=_generation(row)))
 
 
 async def _find(runtime: Runtime, user_id: int, wanted: str) -> dict[str, Any] | None:

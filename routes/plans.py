@@ -16,7 +16,7 @@ from routes.budgets import forbid_test_key
 from routes.dependencies import AdminOnly, Caller, Declared, may
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import NO_NUL, PathId
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.accounts import Plan, PlanChange, PlanOrderNew
 
 ERRORS: Any = errors_of(400, 401, 403, 404, 409, 503)
@@ -35,7 +35,7 @@ PlanReader = Annotated[Caller, may("read", "plan")]
 @router.get("/plans", summary="The plans on offer", response_model=list[Plan])
 async def list_plans(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return Reply([shown_plan(row) for row in await db.list_plans(runtime.client)])
+    return JsonResponse([shown_plan(row) for row in await db.list_plans(runtime.client)])
 
 
 @router.get("/plans/{plan_id}", summary="One plan", response_model=Plan)
@@ -44,7 +44,7 @@ async def read_plan(request: Request, plan_id: PathId) -> Response:
     row = await db.get_plan(runtime.client, plan_id)
     if row is None or not row["is_active"]:
         raise NotFound("There is no such plan.", param="plan_id")
-    return Reply(shown_plan(row))
+    return JsonResponse(shown_plan(row))
 
 
 @router.get("/user/plan", summary="Your plan; 404 without one", dependencies=Declared)
@@ -57,7 +57,7 @@ async def read_own_plan(request: Request, caller: PlanReader) -> Response:
             "You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan"
         )
     period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
-    return Reply(
+    return JsonResponse(
         {"status": "success", "plan": shown_plan(found["plan"]), "limits": _limits(found["plan"]), **period}
     )
 
@@ -69,7 +69,9 @@ async def cancel_plan(request: Request, caller: Annotated[Caller, may("write", "
     found = await db.cancel_plan(runtime.client, caller.stamp())
     if found["outcome"] == "no_plan":
         raise NotFound("You have no plan.", code="no_plan")
-    return Reply({"status": "success", "message": "The plan is cancelled", "plan_id": found["plan_id"]})
+    return JsonResponse(
+        {"status": "success", "message": "The plan is cancelled", "plan_id": found["plan_id"]}
+    )
 
 
 @router.get("/user/plan/usage", summary="What you have used of your plan's limits", dependencies=Declared)
@@ -78,7 +80,7 @@ async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     limits, used = _limits(found["plan"]), found["plan_used"]
     remaining = {name: None if limits[name] is None else max(0, limits[name] - used[name]) for name in LIMITS}
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "has_plan": found["assigned"] is not None,
@@ -100,7 +102,7 @@ async def read_entitlements(
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     plan, assigned = found["plan"], found["assigned"]
-    return Reply(
+    return JsonResponse(
         {
             "has_plan": assigned is not None,
             "plan_name": plan["name"],
@@ -124,7 +126,7 @@ async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -
     )
     if found["outcome"] == "slug_taken":
         raise Conflict("There is a plan with this slug already.", param="slug")
-    return Reply(shown_plan(found["plan"]))
+    return JsonResponse(shown_plan(found["plan"]))
 
 
 @router.put(
@@ -136,7 +138,7 @@ async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -
 )
 async def update_plan(request: Request, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return Reply(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
+    return JsonResponse(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
 
 
 @router.delete(
@@ -145,7 +147,7 @@ async def update_plan(request: Request, plan_id: PathId, order: PlanChange, admi
 async def withdraw_plan(request: Request, plan_id: PathId, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "The plan is no longer offered; who has it keeps it",

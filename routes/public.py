@@ -21,7 +21,7 @@ from routes.dependencies import MaybeAdmin, shown_environment
 from routes.http.client_address import address_of
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
-from routes.http.responses import Reply, utc_now
+from routes.http.responses import JsonResponse, utc_now
 from security import DEFAULT_SCOPES, address_subject, new_key, printable_header
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
@@ -48,7 +48,7 @@ FEATURES = [
 async def read_root(request: Request) -> Response:
     service: Service = request.app.state.runtime
     schema = await asyncio.to_thread(request.app.openapi)  # made once; streams must not wait for it
-    return Reply(
+    return JsonResponse(
         {
             "name": "AI Gateway",
             "version": VERSION,
@@ -75,19 +75,19 @@ def _by_area(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
 @router.get("/health", summary="Whether it can serve, and if not why", response_model=Health)
 async def read_health(request: Request) -> Response:
     health = await _health(request.app.state.runtime)
-    return Reply(health, status_code=200 if health.status == "healthy" else 503)
+    return JsonResponse(health, status_code=200 if health.status == "healthy" else 503)
 
 
 @router.get("/health/live", summary="Whether the process runs")
 async def read_live() -> Response:
-    return Reply({"status": "alive"})
+    return JsonResponse({"status": "alive"})
 
 
 @router.get("/health/ready", summary="Whether its database is there, and in its mode")
 async def read_ready(request: Request) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     await runtime.check()
-    return Reply({"status": "ready"})
+    return JsonResponse({"status": "ready"})
 
 
 async def _health(service: Service) -> Health:
@@ -205,7 +205,7 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
         },
     )
     _raise_refusal(found)
-    return Reply(
+    return JsonResponse(
         Registered(
             user_id=found["user_id"],
             username=order.username,

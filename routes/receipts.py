@@ -20,7 +20,7 @@ from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, may
 from routes.http.json_body import ExactRoute
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.spending import (
     Quote,
     QuoteOrder,
@@ -65,7 +65,7 @@ async def read_receipt(
     row = await db.read_receipt(runtime.client, caller.user_id, str(request_id))
     if row is None:
         raise NotFound("You have no request with this id.", param="request_id")
-    return Reply(_receipt(row))
+    return JsonResponse(_receipt(row))
 
 
 @router.post("/v1/quote", summary="What a request would hold and roughly cost", response_model=Quote)
@@ -90,14 +90,18 @@ async def quote(
     endpoint = endpoint_of(order.endpoint)
     bound = quotes.bound_of(endpoint, order.body, models, policy)
     asked = {
-        **quotes.question(bound, markup=settings.price_markup),
+        **quotes.quote_item(bound, markup=settings.price_markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
         "end_user": end_user_of(endpoint, order.body, x_end_user),
     }
     found = {"free": caller.environment == "test", **await db.quote_request(runtime.client, asked)}
-    return Reply(
-        Quote(**quotes.answer(bound, found, markup=settings.price_markup, output_tokens=order.output_tokens))
+    return JsonResponse(
+        Quote(
+            **quotes.quote_fields(
+                bound, found, markup=settings.price_markup, output_tokens=order.output_tokens
+            )
+        )
     )
 
 

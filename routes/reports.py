@@ -16,7 +16,7 @@ from common.errors import BadRequest
 from common.money import credits_from_nanos
 from gateway.runtime.instance import Runtime
 from routes.http.export import csv_answer
-from routes.http.responses import Reply, utc_now
+from routes.http.responses import JsonResponse, utc_now
 
 MAX_ROWS = 10_000
 MAX_DAYS = 3660
@@ -130,7 +130,7 @@ async def usage_report(
     if form == "csv":
         return csv_answer(COLUMNS, rows, "usage.csv")
     about = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
-    return Reply({"status": "success", **about, "total": _total(rows), "rows": rows})
+    return JsonResponse({"status": "success", **about, "total": _total(rows), "rows": rows})
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:

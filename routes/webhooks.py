@@ -17,7 +17,7 @@ from routes.budgets import forbid_test_key, require_found
 from routes.dependencies import Caller, Declared, may
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import BY_ID, Cursor, PageSize, PathId, id_of
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.schemas.webhooks import (
     BudgetEvent,
     BudgetEvents,
@@ -48,7 +48,7 @@ MISSING = "There is no such webhook."
 async def list_webhooks(request: Request, caller: WebhookReader) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_webhooks(runtime.client, caller.user_id)
-    return Reply(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
+    return JsonResponse(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
 
 
 @router.post(
@@ -70,7 +70,7 @@ async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookW
         raise Conflict("You have five webhooks, the most that are allowed. Delete one first.")
     require_found(found)
     message = "Keep the secret: it is shown this once."
-    return Reply(
+    return JsonResponse(
         WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret),
         status_code=201,
     )
@@ -85,7 +85,7 @@ async def list_deliveries(
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_deliveries(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
-    return Reply(
+    return JsonResponse(
         Deliveries(status="success", deliveries=[_delivery(row) for row in rows], next_cursor=following)
     )
 
@@ -104,7 +104,9 @@ async def update_webhook(
     found = await db.update_webhook(runtime.client, {**caller.stamp(), **asked})
     require_found(found, MISSING, "webhook_id")
     message = "The webhook is changed" if secret is None else "Keep the new secret: it is shown this once."
-    return Reply(WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret))
+    return JsonResponse(
+        WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret)
+    )
 
 
 @router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
@@ -113,7 +115,7 @@ async def delete_webhook(request: Request, webhook_id: PathId, caller: WebhookWr
     forbid_test_key(caller)
     found = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
     require_found(found, MISSING, "webhook_id")
-    return Reply({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
+    return JsonResponse({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
 
 
 @router.post(
@@ -141,7 +143,7 @@ async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWrit
         if shown.status == "delivered"
         else "The test has not arrived yet; `last_error` says why"
     )
-    return Reply(DeliveryTested(status="success", message=message, delivery=shown))
+    return JsonResponse(DeliveryTested(status="success", message=message, delivery=shown))
 
 
 @router.get(
@@ -156,7 +158,9 @@ async def list_budget_events(
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_budget_events(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
-    return Reply(BudgetEvents(status="success", events=[_event(row) for row in rows], next_cursor=following))
+    return JsonResponse(
+        BudgetEvents(status="success", events=[_event(row) for row in rows], next_cursor=following)
+    )
 
 
 def _webhook(row: db.Row) -> WebhookView:

@@ -14,12 +14,12 @@ from common.errors import BadRequest
 from gateway.billing.stored_answers import (
     CHARGE_MARK,
     MAX_ANSWER_BYTES,
-    Place,
+    AnswerSlot,
     Recording,
     StoredAnswer,
-    cache_place,
+    cache_slot,
     fingerprint,
-    idempotency_place,
+    idempotency_slot,
     open_answer,
 )
 from gateway.proxy.dialects.chat import usage_event
@@ -118,26 +118,26 @@ def test_a_place_is_what_decides_the_answer_and_nothing_else() -> None:
         {"environment": None},
         {"path": "completions"},
     ]
-    keys = [idempotency_place(**{**base, **change}, key="k", raw=b"{}").place for change in [{}, *others]]
-    keys.append(idempotency_place(**base, key="another", raw=b"{}").place)
-    bodies = [cache_place(**{**base, **change}, body={"a": 1}, vault=VAULT).place for change in [{}, *others]]
+    keys = [idempotency_slot(**{**base, **change}, key="k", raw=b"{}").place for change in [{}, *others]]
+    keys.append(idempotency_slot(**base, key="another", raw=b"{}").place)
+    bodies = [cache_slot(**{**base, **change}, body={"a": 1}, vault=VAULT).place for change in [{}, *others]]
     bodies += [
-        cache_place(**base, body={"a": 1, "stream": stream}, vault=VAULT).place for stream in (True, False)
+        cache_slot(**base, body={"a": 1, "stream": stream}, vault=VAULT).place for stream in (True, False)
     ]
-    bodies.append(cache_place(**base, body={"a": 1}, vault=VAULT, variant="scenario").place)
+    bodies.append(cache_slot(**base, body={"a": 1}, vault=VAULT, variant="scenario").place)
     assert len({*keys, *bodies}) == len(keys) + len(bodies)
     assert all(len(place) == 64 for place in (*keys, *bodies))
 
 
 def test_the_order_of_fields_does_not_matter_to_the_cache_and_the_body_does_to_a_key() -> None:
     one, other = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
-    assert cache_place("live", None, "p", one, VAULT) == cache_place("live", None, "p", other, VAULT)
-    first, second = (idempotency_place("live", None, "p", "key", raw) for raw in (b'{"a":1}', b'{"a": 1}'))
+    assert cache_slot("live", None, "p", one, VAULT) == cache_slot("live", None, "p", other, VAULT)
+    first, second = (idempotency_slot("live", None, "p", "key", raw) for raw in (b'{"a":1}', b'{"a": 1}'))
     assert first.place == second.place and first.fingerprint != second.fingerprint == fingerprint(b'{"a": 1}')
 
 
 def test_what_another_key_sealed_is_another_answer() -> None:
-    places = [cache_place("live", None, "p", {}, Vault(keys)) for keys in ([ONE], [TWO, ONE], [ONE, TWO])]
+    places = [cache_slot("live", None, "p", {}, Vault(keys)) for keys in ([ONE], [TWO, ONE], [ONE, TWO])]
     assert places[0] == places[2] != places[1]
     assert places[0].place == places[1].place
     assert ONE not in places[0].fingerprint
@@ -146,13 +146,13 @@ def test_what_another_key_sealed_is_another_answer() -> None:
 @pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", "\x00"])
 def test_a_key_that_is_none_is_refused_by_name(key: str) -> None:
     with pytest.raises(BadRequest) as refusal:
-        idempotency_place("live", "live", "chat/completions", key, b"{}")
+        idempotency_slot("live", "live", "chat/completions", key, b"{}")
     assert refusal.value.param == "Idempotency-Key"
 
 
 def test_a_place_says_no_more_than_it_must() -> None:
-    assert Place("p", "f").item() == {"place": "p", "fingerprint": "f"}
-    assert Place("p", "f", 5, True).item() == {
+    assert AnswerSlot("p", "f").item() == {"place": "p", "fingerprint": "f"}
+    assert AnswerSlot("p", "f", 5, True).item() == {
         "place": "p",
         "fingerprint": "f",
         "ttl_seconds": 5,

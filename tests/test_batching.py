@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import DatabaseUnavailable
 from gateway.billing import group_commit as batching
-from gateway.billing.group_commit import Queue
+from gateway.billing.group_commit import GroupCommit
 from supabase_config import DatabaseFault
 
 Item = dict[str, Any]
@@ -54,7 +54,7 @@ def item(number: int | str) -> Item:
     return {"request_id": str(number)}
 
 
-async def flying(queue: Queue, server: Server) -> asyncio.Task[Item]:
+async def flying(queue: GroupCommit, server: Server) -> asyncio.Task[Item]:
     """Holds the server's answer back, with one item of its own in flight."""
     server.gate.clear()
     server.arrived.clear()
@@ -64,7 +64,7 @@ async def flying(queue: Queue, server: Server) -> asyncio.Task[Item]:
 
 
 async def submitted(
-    queue: Queue, numbers: range | list[int], group: Callable[[int], Any] = lambda n: n
+    queue: GroupCommit, numbers: range | list[int], group: Callable[[int], Any] = lambda n: n
 ) -> list[asyncio.Task[Item]]:
     tasks = [asyncio.create_task(queue.submit(item(n), group=group(n))) for n in numbers]
     await asyncio.sleep(0)  # each runs as far as its wait
@@ -73,7 +73,7 @@ async def submitted(
 
 async def test_a_call_on_an_idle_queue_is_sent_at_once() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     task = asyncio.create_task(queue.submit(item(1), group=1))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -83,7 +83,7 @@ async def test_a_call_on_an_idle_queue_is_sent_at_once() -> None:
 
 async def test_calls_that_arrive_while_a_batch_is_in_flight_travel_together_in_order() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(10))
     server.gate.set()
@@ -94,7 +94,7 @@ async def test_calls_that_arrive_while_a_batch_is_in_flight_travel_together_in_o
 
 async def test_a_batch_carries_at_most_24() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(150))
     server.gate.set()
@@ -105,7 +105,7 @@ async def test_a_batch_carries_at_most_24() -> None:
 
 async def test_a_group_has_at_most_16_places_and_keeps_its_order() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(40), group=lambda n: "rare" if n == 39 else "hot")
     server.gate.set()
@@ -123,7 +123,7 @@ async def test_an_item_without_an_answer_fails_alone() -> None:
         "request_id": item["request_id"] if item["request_id"] != "1" else "?",
         "outcome": "admitted",
     }
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
     server.gate.set()
@@ -133,7 +133,7 @@ async def test_an_item_without_an_answer_fails_alone() -> None:
 
 async def test_an_item_that_the_database_cannot_read_fails_alone() -> None:
     server = Server()
-    queue = Queue(refusing(server, "5"))
+    queue = GroupCommit(refusing(server, "5"))
     first = await flying(queue, server)
     tasks = await submitted(queue, range(16))
     server.gate.set()
@@ -158,7 +158,7 @@ async def test_answers_that_make_no_sense_leave_no_caller_waiting(answer: Item) 
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
     server = Server()
     server.answer = lambda _: answer
-    queue = Queue(server)
+    queue = GroupCommit(server)
     async with asyncio.timeout(5):
         with pytest.raises((KeyError, LookupError)):
             await queue.submit(item(1), group=1)
@@ -171,7 +171,7 @@ async def test_the_sender_survives_an_unexpected_exception() -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
     server.failures.append(ZeroDivisionError("a bug"))
@@ -185,7 +185,7 @@ async def test_the_sender_survives_an_unexpected_exception() -> None:
 
 async def test_a_cancelled_sender_leaves_no_caller_waiting() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
     (sender,) = (task for task in asyncio.all_tasks() if task.get_name() == "group commit")
@@ -200,14 +200,14 @@ async def test_a_cancelled_sender_leaves_no_caller_waiting() -> None:
 async def test_a_lost_reply_is_asked_for_again_as_resent() -> None:
     server = Server()
     server.failures.append(DatabaseUnavailable())
-    queue = Queue(server)
+    queue = GroupCommit(server)
     assert (await queue.submit({"request_id": "1", "resent": False}, group=1))["outcome"] == "admitted"
     assert [[item["resent"] for item in batch] for batch in server.batches] == [[False], [True]]
 
 
 async def test_a_batch_that_is_lost_again_and_again_is_unavailable_to_all_its_callers() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
     server.failures += [DatabaseUnavailable() for _ in range(2 * (batching.RESENDS + 1))]
@@ -228,7 +228,7 @@ async def test_a_busy_item_goes_again_while_its_neighbours_are_served() -> None:
 
     server = Server()
     server.answer = answer
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(3))
     server.gate.set()
@@ -243,7 +243,7 @@ async def test_a_busy_item_does_not_delay_those_that_arrived_meanwhile() -> None
         "request_id": item["request_id"],
         "outcome": "busy" if item["request_id"] == "first" else "admitted",
     }
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     (neighbour,) = await submitted(queue, [1])
     server.gate.set()
@@ -258,7 +258,7 @@ async def test_patience_with_a_busy_item_ends(monkeypatch: pytest.MonkeyPatch) -
     server = Server()
     server.answer = lambda item: {"request_id": item["request_id"], "outcome": "busy"}
     with pytest.raises(DatabaseUnavailable) as refusal:
-        await Queue(server).submit(item(1), group=1)
+        await GroupCommit(server).submit(item(1), group=1)
     assert refusal.value.retry_after == 1
     assert len(server.batches) > 1
 
@@ -268,7 +268,7 @@ async def test_patience_with_a_busy_item_ends(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_an_admission_is_handed_over_once_when_its_caller_left_before_it_was_sent() -> None:
     server, abandoned = Server(), list[tuple[Item, Item]]()
-    queue = Queue(server, abandoned=lambda *pair: abandoned.append(pair))
+    queue = GroupCommit(server, abandoned=lambda *pair: abandoned.append(pair))
     first = await flying(queue, server)
     left, stayed = await submitted(queue, range(2))
     left.cancel()
@@ -281,7 +281,7 @@ async def test_an_admission_is_handed_over_once_when_its_caller_left_before_it_w
 
 async def test_an_admission_is_handed_over_once_when_its_caller_left_while_it_was_in_flight() -> None:
     server, abandoned = Server(), list[tuple[Item, Item]]()
-    queue = Queue(server, abandoned=lambda *pair: abandoned.append(pair))
+    queue = GroupCommit(server, abandoned=lambda *pair: abandoned.append(pair))
     first = await flying(queue, server)
     first.cancel()
     await asyncio.sleep(0)
@@ -299,7 +299,7 @@ async def test_an_admission_is_handed_over_once_when_its_caller_left_after_the_a
         abandoned.append(item["request_id"])
         callers[0].cancel()  # its answer is there, and it has not run yet
 
-    queue = Queue(server, abandoned=note)
+    queue = GroupCommit(server, abandoned=note)
     first = await flying(queue, server)
     callers += await submitted(queue, range(2))
     callers[1].cancel()
@@ -312,7 +312,7 @@ async def test_an_admission_is_handed_over_once_when_its_caller_left_after_the_a
 
 async def test_a_caller_that_leaves_before_a_failure_is_not_handed_over() -> None:
     server, abandoned = Server(), list[tuple[Item, Item]]()
-    queue = Queue(server, abandoned=lambda *pair: abandoned.append(pair))
+    queue = GroupCommit(server, abandoned=lambda *pair: abandoned.append(pair))
     first = await flying(queue, server)
     first.cancel()
     server.failures += [DatabaseUnavailable() for _ in range(batching.RESENDS + 1)]
@@ -323,14 +323,14 @@ async def test_a_caller_that_leaves_before_a_failure_is_not_handed_over() -> Non
 
 async def test_a_caller_that_stays_is_not_handed_over() -> None:
     server, abandoned = Server(), list[tuple[Item, Item]]()
-    queue = Queue(server, abandoned=lambda *pair: abandoned.append(pair))
+    queue = GroupCommit(server, abandoned=lambda *pair: abandoned.append(pair))
     await asyncio.gather(*(queue.submit(item(n), group=n) for n in range(5)))
     assert abandoned == []
 
 
 async def test_drain_waits_until_all_is_answered() -> None:
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     tasks = await submitted(queue, range(100))
     server.gate.set()
@@ -344,7 +344,7 @@ async def test_a_batch_carries_only_so_many_bytes_and_what_is_too_heavy_goes_alo
 ) -> None:
     monkeypatch.setattr(batching, "BATCH_WEIGHT", 10)
     server = Server()
-    queue = Queue(server)
+    queue = GroupCommit(server)
     first = await flying(queue, server)
     weights = [4, 5, 3, 0, 99, 1, 0]
     tasks = [

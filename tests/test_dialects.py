@@ -22,13 +22,13 @@ from common.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from gateway.proxy.dialects.base import Said
+from gateway.proxy.dialects.base import AnswerState
 from gateway.proxy.dialects.chat import CHAT, Dialect
 from gateway.proxy.dialects.messages import MESSAGES, read_message_usage
 from gateway.proxy.dialects.openrouter import FOR_OPENROUTER, STATUSES
 from gateway.proxy.dialects.responses import RESPONSES
 from gateway.proxy.forwarding import read_answer
-from gateway.proxy.outcome import Ending
+from gateway.proxy.outcome import Outcome
 from gateway.proxy.sse import with_charge
 from gateway.proxy.stream import Stream
 from gateway.upstream.errors import sanitised_error
@@ -537,15 +537,15 @@ def test_any_json_is_survived(events: list[tuple[dict[str, Any], str | None]], d
         raw = orjson.dumps(data)
         Stream(sanitised_error, dialect).feed(b"data: " + raw + b"\n\n")
         with suppress(GatewayError):
-            read_answer(raw, dialect, Ending(), invented=True)
+            read_answer(raw, dialect, Outcome(), invented=True)
     run(dialect, [b"data: " + orjson.dumps(data) + b"\n\n" for data, _ in events])
 
 
 # Whole answers.
 
 
-def answer(dialect: Dialect, **data: Any) -> tuple[bytes, Ending]:
-    ending = Ending()
+def answer(dialect: Dialect, **data: Any) -> tuple[bytes, Outcome]:
+    ending = Outcome()
     return read_answer(orjson.dumps(data), dialect, ending, invented=True), ending
 
 
@@ -605,7 +605,7 @@ def test_an_error_in_a_successful_answer_is_an_error(
 
 
 def test_what_an_answer_says_of_itself_starts_empty() -> None:
-    assert Said().counts is not Said().counts
+    assert AnswerState().counts is not AnswerState().counts
 
 
 # Anthropic's names for our errors.
@@ -673,7 +673,7 @@ def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, s
         "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9},
     }
     raw = json.dumps(message, separators=separators).encode()
-    shown = json.loads(read_answer(raw, MESSAGES, Ending(), invented=False))
+    shown = json.loads(read_answer(raw, MESSAGES, Outcome(), invented=False))
     assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
 
 
@@ -692,7 +692,7 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
         f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}'
         for name in (',"citations":null', "")
     )
-    shown = read_answer(raw.encode(), MESSAGES, Ending(), invented=False)
+    shown = read_answer(raw.encode(), MESSAGES, Outcome(), invented=False)
     written = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
     assert written.decode(shown.decode()) == written.decode(kept)
 
@@ -701,4 +701,4 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
 def test_what_cannot_be_written_anew_goes_as_it_came(value: str) -> None:
     blocks = f'{{"type":"text","text":"a","citations":null}},{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
     raw = f'{{"id":"gen-1","type":"message","content":[{blocks}],"usage":{{"input_tokens":1,"output_tokens":1}}}}'.encode()
-    assert read_answer(raw, MESSAGES, Ending(), invented=False) == raw
+    assert read_answer(raw, MESSAGES, Outcome(), invented=False) == raw

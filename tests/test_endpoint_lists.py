@@ -13,7 +13,7 @@ from gateway.upstream.provider_endpoints import (
     MAX_BYTES,
     MOST_LISTS,
     RETRY_SECONDS,
-    EndpointLists,
+    ProviderEndpoints,
 )
 
 LIST = b'{"data": {"endpoints": []}}'
@@ -40,8 +40,8 @@ class Source:
             raise self.answer
         return self.answer
 
-    def lists(self) -> EndpointLists:
-        return EndpointLists(self.fetch, ttl_seconds=300, clock=lambda: self.now)
+    def lists(self) -> ProviderEndpoints:
+        return ProviderEndpoints(self.fetch, ttl_seconds=300, clock=lambda: self.now)
 
 
 async def test_many_who_ask_at_once_wait_for_one_fetch() -> None:

@@ -22,16 +22,16 @@ from common.errors import (
     InsufficientCredits,
 )
 from common.request_ids import new_request_id
-from gateway.billing.admission import Order
+from gateway.billing.admission import AdmissionRequest
 from gateway.billing.hold import Hold, StoredReply
 from gateway.billing.settlement import settlement
 from gateway.billing.stored_answers import (
     CHARGE_MARK,
-    Place,
+    AnswerSlot,
     Recording,
     StoredAnswer,
-    cache_place,
-    idempotency_place,
+    cache_slot,
+    idempotency_slot,
 )
 from gateway.pricing.prices import Rates
 from gateway.pricing.upper_bound import Bound
@@ -61,7 +61,7 @@ class Caller:
     ) -> Hold | StoredReply:
         """Admission of a request that costs at most `fixed` + 100 x `output` nano-dollars."""
         bound = bound_of(fixed, output, least, most)
-        order = Order(new_request_id(), None, "chat/completions", "chat", False, bound, **changes)
+        order = AdmissionRequest(new_request_id(), None, "chat/completions", "chat", False, bound, **changes)
         return await self.runtime.admission.admit(self.credential, order)
 
     async def hold(self, **changes: Any) -> Hold:
@@ -92,11 +92,11 @@ class Caller:
             settlement(hold.request_id, "completed", "usage", usage, **rest)
         )
 
-    def key(self, name: str = "a", raw: bytes = b"{}") -> Place:
-        return idempotency_place("sandbox", "live", "chat/completions", name, raw)
+    def key(self, name: str = "a", raw: bytes = b"{}") -> AnswerSlot:
+        return idempotency_slot("sandbox", "live", "chat/completions", name, raw)
 
-    def cache(self, **changes: Any) -> Place:
-        return cache_place(
+    def cache(self, **changes: Any) -> AnswerSlot:
+        return cache_slot(
             "sandbox", "live", "chat/completions", BODY, self.runtime.vault, **{"ttl_seconds": 60, **changes}
         )
 
@@ -205,9 +205,9 @@ async def test_a_key_that_caches_by_default_does_from_its_second_request_on_an_i
     caller: Caller,
 ) -> None:
     database = caller.user.gateway.database
-    worked_out: list[Place] = []
+    worked_out: list[AnswerSlot] = []
 
-    def place() -> Place:
+    def place() -> AnswerSlot:
         worked_out.append(caller.cache(ttl_seconds=None))
         return worked_out[-1]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from common.errors import BadRequest
 from gateway.proxy.endpoints import ENDPOINTS, Endpoint, is_anthropic
 from gateway.proxy.multipart import MAX_FIELD_BYTES, MAX_PARTS, read_form
-from gateway.proxy.not_offered import NOT_OFFERED, refusal_of
-from gateway.proxy.request import Request, read_request, write_request
+from gateway.proxy.not_offered import NOT_OFFERED, not_offered_reason
+from gateway.proxy.request import ParsedRequest, read_request, write_request
 
 BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 TRANSCRIPTIONS = BY_NAME["audio/transcriptions"]
@@ -323,7 +323,7 @@ def test_any_bytes_for_a_form_are_read_or_refused(raw: bytes, boundary: bytes) -
     for body in (raw, form(raw), form(FILE, raw)):
         for kind in (FORM, "multipart/form-data; boundary=" + boundary.decode("latin-1")):
             try:
-                found: Request | None = read_request(TRANSCRIPTIONS, body, kind)
+                found: ParsedRequest | None = read_request(TRANSCRIPTIONS, body, kind)
             except BadRequest:
                 found = None
             assert found is None or found.file is not None
@@ -338,7 +338,7 @@ def test_what_is_not_offered_is_named_under_both_prefixes_and_below() -> None:
         for path in (f"/v1/{plain}", f"/api/v1/{plain}", f"/v1/{plain}/abc", f"/api/v1/{plain}/abc/def"):
             if name.endswith("/") and path.endswith(plain):
                 continue
-            assert f"`{plain}`" in (refusal_of(path) or ""), path
+            assert f"`{plain}`" in (not_offered_reason(path) or ""), path
     for path in (
         "/v1/nothing",
         "/files",
@@ -349,12 +349,12 @@ def test_what_is_not_offered_is_named_under_both_prefixes_and_below() -> None:
         "/v1/chat/completions",
         "/v1/generation",
     ):
-        assert refusal_of(path) is None
+        assert not_offered_reason(path) is None
 
 
 def test_no_served_path_is_refused_and_messages_alone_speak_as_anthropic() -> None:
     for endpoint in ENDPOINTS:
         for path in endpoint.all_paths:
-            assert refusal_of(path) is None
+            assert not_offered_reason(path) is None
             assert is_anthropic(path) == (endpoint.name == "messages")
     assert is_anthropic("/v1/messages/count_tokens") and not is_anthropic("/v1/messages2")

@@ -15,11 +15,11 @@ from typing import Any
 from common.errors import GatewayError
 from common.money import plain
 from common.request_ids import new_request_id
-from gateway.billing.group_commit import Queue
+from gateway.billing.group_commit import GroupCommit
 from gateway.billing.hold import Answer, Hold, StoredReply
-from gateway.billing.refusals import refusal_error
-from gateway.billing.stored_answers import Place, StoredAnswer, open_answer
-from gateway.billing.unknown_keys import Strangers
+from gateway.billing.refusals import error_for_refusal
+from gateway.billing.stored_answers import AnswerSlot, StoredAnswer, open_answer
+from gateway.billing.unknown_keys import UnknownKeys
 from gateway.pricing.upper_bound import Bound
 from security import Credential, Vault
 
@@ -27,7 +27,7 @@ MAX_CACHING_KEYS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class AdmissionRequest:
     """What one request asks of admission, besides who is asking.
 
     `price_basis`: fixed_nanos and output_nanos without markup and max_price as sent, for the receipt.
@@ -43,9 +43,9 @@ class Order:
     bound: Bound
     end_user: str | None = None
     price_basis: Mapping[str, Any] | None = None
-    idempotency: Place | None = None
-    cache: Place | None = None
-    default_cache: Callable[[], Place] | None = None
+    idempotency: AnswerSlot | None = None
+    cache: AnswerSlot | None = None
+    default_cache: Callable[[], AnswerSlot] | None = None
 
 
 class Admission:
@@ -63,8 +63,8 @@ class Admission:
         abandoned: Callable[[str], None],
         resolve_expired: Callable[[Sequence[Answer]], Awaitable[None]],
     ) -> None:
-        self._queue = Queue(send, abandoned=lambda item, answer: _hand_over(abandoned, item, answer))
-        self._raises = Queue(raise_holds)
+        self._queue = GroupCommit(send, abandoned=lambda item, answer: _hand_over(abandoned, item, answer))
+        self._raises = GroupCommit(raise_holds)
         self._vault = vault
         self._common = {
             "mode": mode,
@@ -78,7 +78,7 @@ class Admission:
         # worked out before admission, which would cost every request the reading of its body, so their first
         # request here is never a hit.
         self._caching: set[str] = set()
-        self._strangers = Strangers()
+        self._unknown_keys = UnknownKeys()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Answer:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
@@ -93,23 +93,23 @@ class Admission:
         answer = await self._queue.submit(item, group=credential.hashes[0])
         if answer["outcome"] != "verified":
             raise self._refusal(answer, credential, resource)
-        self._strangers.found(credential.hashes[0])
+        self._unknown_keys.clear(credential.hashes[0])
         return answer
 
-    def is_stranger(self, credential: Credential) -> bool:
+    def is_suspect(self, credential: Credential) -> bool:
         """Whether the key is to be verified before anything else: it is not known, and invented ones have
         come from its address lately.
         """
-        return self._strangers.are(credential.address, credential.hashes[0])
+        return self._unknown_keys.is_suspect(credential.address, credential.hashes[0])
 
     def _refusal(
         self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None
     ) -> GatewayError:
         if answer["outcome"] == "INVALID_KEY":
-            self._strangers.note(credential.address)
-        return refusal_error(answer, resource, own_limit=own_limit)
+            self._unknown_keys.add(credential.address)
+        return error_for_refusal(answer, resource, own_limit=own_limit)
 
-    async def admit(self, credential: Credential, order: Order) -> Hold | StoredReply:
+    async def admit(self, credential: Credential, order: AdmissionRequest) -> Hold | StoredReply:
         """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then
         nothing was held and nothing may be sent.
 
@@ -127,7 +127,7 @@ class Admission:
             if stored is not None:
                 return _stored_reply(answer, stored)
             if answer["outcome"] == "replayed":
-                raise refusal_error({**answer, "outcome": "idempotency_not_kept"}, order.resource)
+                raise error_for_refusal({**answer, "outcome": "idempotency_not_kept"}, order.resource)
             # What cannot be read is not there. This request's own id is on the record of the hit.
             again = {
                 "request_id": new_request_id(),
@@ -150,7 +150,7 @@ class Admission:
         item = {"request_id": hold.request_id, **_bound_item(bound), "price_basis": price_basis}
         answer = await self._raises.submit(item, group=hold.user_id)
         if answer["outcome"] != "raised":
-            raise refusal_error(answer, "", own_limit=bound.own_limit)
+            raise error_for_refusal(answer, "", own_limit=bound.own_limit)
         return replace(
             hold,
             granted_output=answer["granted_output"],
@@ -163,8 +163,12 @@ class Admission:
         await self._raises.drain()
 
     def _default_cache(
-        self, credential: Credential, answer: Answer, known: Place | None, place: Callable[[], Place]
-    ) -> Place | None:
+        self,
+        credential: Credential,
+        answer: Answer,
+        known: AnswerSlot | None,
+        place: Callable[[], AnswerSlot],
+    ) -> AnswerSlot | None:
         """Where this answer is to be cached, and what the next request of this key should know."""
         if answer.get("cache_ttl") is None:
             self._caching.discard(credential.hashes[0])
@@ -187,7 +191,7 @@ def _hand_over(abandoned: Callable[[str], None], item: dict[str, Any], answer: d
         abandoned(item["request_id"])
 
 
-def _hold(answer: Answer, cache: Place | None) -> Hold:
+def _hold(answer: Answer, cache: AnswerSlot | None) -> Hold:
     ttl = answer.get("cache_ttl")
     return Hold(
         request_id=answer["request_id"],
@@ -231,7 +235,7 @@ def _bound_item(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _order_item(order: Order, cache: Place | None) -> dict[str, Any]:
+def _order_item(order: AdmissionRequest, cache: AnswerSlot | None) -> dict[str, Any]:
     bound = order.bound
     item = {
         "request_id": order.request_id,

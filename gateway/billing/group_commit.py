@@ -39,7 +39,7 @@ class _Waiting:
     since: float = field(default_factory=time.monotonic)
 
 
-class Queue:
+class GroupCommit:
     """A queue in front of one SQL function that takes and returns arrays.
 
     `send` carries a batch and returns an answer for each item, matched by request_id. `abandoned` gets the

@@ -63,7 +63,7 @@ KEY_TROUBLE = {
 }
 
 
-def refusal_error(answer: Answer, resource: str, *, own_limit: str | None = None) -> GatewayError:
+def error_for_refusal(answer: Answer, resource: str, *, own_limit: str | None = None) -> GatewayError:
     """The error that a refusal of the database means. `own_limit`: the field in which the client set an
     output limit.
     """

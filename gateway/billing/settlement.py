@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from common.errors import GatewayError, UpstreamUnavailable
-from gateway.billing.group_commit import Queue
+from gateway.billing.group_commit import GroupCommit
 from gateway.billing.journal import Item, Journal
 from gateway.upstream.client import Upstream
 from gateway.upstream.usage import Usage, read_generation
@@ -73,7 +73,7 @@ class Settlements:
         open_key: Callable[[str], str | None],
         journal: Journal | None,
     ) -> None:
-        self._queue = Queue(send)
+        self._queue = GroupCommit(send)
         self._upstream_for = upstream_for
         self._open_key = open_key
         self._journal = journal

@@ -35,7 +35,7 @@ CHARGE_MARK = b'"' + secrets.token_hex(16).encode() + b'"'
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AnswerSlot:
     """Where an answer is kept. `ttl_seconds` None: the API key's own `cache_ttl_seconds`; `clear`: what is
     there is removed first.
     """
@@ -58,7 +58,7 @@ def fingerprint(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def idempotency_place(mode: str, environment: str | None, path: str, key: str, raw: bytes) -> Place:
+def idempotency_slot(mode: str, environment: str | None, path: str, key: str, raw: bytes) -> AnswerSlot:
     """The place of an Idempotency-Key on a path, kept for 24 hours. Raises BadRequest for a key that is none.
 
     Gateway mode and the key's environment are part of it: a sandbox's answer is never given in live mode.
@@ -67,12 +67,12 @@ def idempotency_place(mode: str, environment: str | None, path: str, key: str, r
         raise BadRequest(
             f"`Idempotency-Key` is 1 to {MAX_KEY_LENGTH} printable characters.", param="Idempotency-Key"
         )
-    return Place(
+    return AnswerSlot(
         _digest("idempotency", mode, environment, path, key.encode()), fingerprint(raw), IDEMPOTENCY_SECONDS
     )
 
 
-def cache_place(
+def cache_slot(
     mode: str,
     environment: str | None,
     path: str,
@@ -82,7 +82,7 @@ def cache_place(
     variant: str = "",
     ttl_seconds: int | None = None,
     clear: bool = False,
-) -> Place:
+) -> AnswerSlot:
     """The place of a parsed body in the response cache, whatever the order of its fields; `variant` is what
     else decides the answer.
 
@@ -90,7 +90,7 @@ def cache_place(
     answered anew.
     """
     canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-    return Place(
+    return AnswerSlot(
         _digest("cache", mode, environment, path + "\0" + variant, canonical),
         vault.current_id,
         ttl_seconds,

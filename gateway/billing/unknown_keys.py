@@ -18,7 +18,7 @@ REMEMBERED_SECONDS = 60.0
 MAX_REMEMBERED = 10_000
 
 
-class Strangers:
+class UnknownKeys:
     """The addresses, for a minute each; of more than ten thousand the latest. So are keys that were looked up
     there and found, since honest ones may share an address with invented ones: they are looked up first once
     a minute.
@@ -29,16 +29,16 @@ class Strangers:
         self._addresses: OrderedDict[str, float] = OrderedDict()
         self._keys: OrderedDict[str, float] = OrderedDict()
 
-    def note(self, address: str) -> None:
+    def add(self, address: str) -> None:
         """An invented key came from here."""
         self._remember(self._addresses, address_subject(address))
 
-    def found(self, key_hash: str) -> None:
+    def clear(self, key_hash: str) -> None:
         """A key exists."""
         if self._addresses:
             self._remember(self._keys, key_hash)
 
-    def are(self, address: str, key_hash: str) -> bool:
+    def is_suspect(self, address: str, key_hash: str) -> bool:
         """Whether this key is to be looked up first."""
         if not self._addresses:
             return False

@@ -15,7 +15,7 @@ from decimal import Decimal
 from common.errors import Forbidden, ModelNotFound, UnboundedCost
 from common.money import EXACT
 from gateway.pricing.catalog import Model, ModelIndex
-from gateway.pricing.cost_drivers import Ask, list_of
+from gateway.pricing.cost_drivers import CostDrivers, list_of
 from gateway.pricing.prices import ZERO, Price, Rates, search_nanos
 
 SELF_SEARCHES = 5  # what a model that searches by itself is held for: nothing documents its maximum
@@ -32,7 +32,7 @@ IMAGE_TOKENS = 48_169
 
 
 @dataclass(frozen=True, slots=True)
-class Reached:
+class Candidate:
     """A model that the body can reach, and the dearest that it can charge for this body."""
 
     model: Model
@@ -43,15 +43,15 @@ class Reached:
     makes_images: bool = False  # unasked
 
 
-def reach(
+def price_candidate(
     endpoint: str,
     name: str,
-    ask: Ask,
+    ask: CostDrivers,
     models: ModelIndex,
     *,
     more_suffixes: frozenset[str],
     free_models: bool,
-) -> Reached:
+) -> Candidate:
     """What the model of this name can charge. Raises ModelNotFound, UnboundedCost, or Forbidden (it is free,
     and those are off).
     """
@@ -78,7 +78,7 @@ def reach(
         )
         raise Forbidden(message, param="model", code="free_models_disabled")
     searches = _search_nanos(rates, ask, rates.web_search if model.searches else ZERO)
-    return Reached(
+    return Candidate(
         model, rates, prompt_tokens, searches, _max_output(model, rates, ask), _makes_images(model, ask)
     )
 
@@ -89,7 +89,7 @@ def _no_price(name: str, model: Model, endpoint: str) -> str:
     return f"{name!r} has no fixed price here (routers and batch models have none)."
 
 
-def _is_free(model: Model, rates: Rates, ask: Ask) -> bool:
+def _is_free(model: Model, rates: Rates, ask: CostDrivers) -> bool:
     """Whether the model itself asks nothing for this body. The fee of a search plugin does not make it a
     priced one.
     """
@@ -101,7 +101,7 @@ def _is_free(model: Model, rates: Rates, ask: Ask) -> bool:
     return not any((rates.input, rates.output, *fees))
 
 
-def _prompt_tokens(model: Model, ask: Ask, *, searches: bool) -> int:
+def _prompt_tokens(model: Model, ask: CostDrivers, *, searches: bool) -> int:
     """The most units of input that this model can count: tokens, at some endpoints characters or seconds."""
     context = model.context_length
     if not ask.is_text and not ask.has_audio:
@@ -118,7 +118,7 @@ def _prompt_tokens(model: Model, ask: Ask, *, searches: bool) -> int:
     return tokens if context is None else min(tokens, context * ask.inputs)
 
 
-def _unknown_context(model: Model, ask: Ask) -> int:
+def _unknown_context(model: Model, ask: CostDrivers) -> int:
     dearest = (
         None if model.price is None else model.price.tiers[-1][1] if model.price.tiers else model.price.base
     )
@@ -129,7 +129,7 @@ def _unknown_context(model: Model, ask: Ask) -> int:
     )
 
 
-def _rates(model: Model, price: Price, prompt_tokens: int, ask: Ask) -> Rates:
+def _rates(model: Model, price: Price, prompt_tokens: int, ask: CostDrivers) -> Rates:
     """The model's rates for this body: `input` and `output` are the dearest of text and of the media it uses."""
     found, outputs = price.rates_for(prompt_tokens), ask.outputs(model)
     media_out = outputs - {"text"}
@@ -146,13 +146,13 @@ def _rates(model: Model, price: Price, prompt_tokens: int, ask: Ask) -> Rates:
     return replace(found, input=dear_input, output=_output_rate(found, model, ask, outputs))
 
 
-def _audio_rate(found: Rates, model: Model, ask: Ask) -> Decimal:
+def _audio_rate(found: Rates, model: Model, ask: CostDrivers) -> Decimal:
     if not ask.is_text:
         return found.audio or ZERO  # a model that only reads recordings prices them as its prompt
     return _require(found.audio, model, "audio input", "messages")
 
 
-def _output_rate(found: Rates, model: Model, ask: Ask, outputs: frozenset[str]) -> Decimal:
+def _output_rate(found: Rates, model: Model, ask: CostDrivers, outputs: frozenset[str]) -> Decimal:
     dear_output = found.output if ask.has_output else ZERO
     for modality, rate in (("image", found.image_output), ("audio", found.audio_output)):
         if modality not in outputs:
@@ -170,7 +170,7 @@ def _require(rate: Decimal | None, model: Model, what: str, param: str) -> Decim
     return rate
 
 
-def _require_any_price(endpoint: str, model: Model, rates: Rates, ask: Ask) -> None:
+def _require_any_price(endpoint: str, model: Model, rates: Rates, ask: CostDrivers) -> None:
     """A model of media or ranking that names no price for its work is billed in units that the list does not
     show.
     """
@@ -184,7 +184,7 @@ def _require_any_price(endpoint: str, model: Model, rates: Rates, ask: Ask) -> N
         raise UnboundedCost(f"{model.id!r} names no price that bounds this request.", param="model")
 
 
-def _max_output(model: Model, rates: Rates, ask: Ask) -> int | None:
+def _max_output(model: Model, rates: Rates, ask: CostDrivers) -> int | None:
     """The longest output: what the model can write, and where images are asked for, no less than one of them."""
     if not ask.is_text and not rates.output:
         return 0
@@ -193,12 +193,12 @@ def _max_output(model: Model, rates: Rates, ask: Ask) -> int | None:
     return model.max_output
 
 
-def _makes_images(model: Model, ask: Ask) -> bool:
+def _makes_images(model: Model, ask: CostDrivers) -> bool:
     able = model.output_modalities or ask.modalities or frozenset()
     return "image" in able and not ask.made_images and "image" in ask.outputs(model)
 
 
-def _search_nanos(rates: Rates, ask: Ask, own_fee: Decimal) -> Decimal:
+def _search_nanos(rates: Rates, ask: CostDrivers, own_fee: Decimal) -> Decimal:
     nanos = EXACT.multiply(own_fee, Decimal(SELF_SEARCHES))
     if ask.search_results:
         nanos = EXACT.add(nanos, search_nanos(rates, ask.search_results))
@@ -212,7 +212,7 @@ def _search_nanos(rates: Rates, ask: Ask, own_fee: Decimal) -> Decimal:
 # The router.
 
 
-def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
+def _reach_router(model: Model, ask: CostDrivers, models: ModelIndex) -> Candidate:
     own = ask.own_max_price
     for name in ("prompt", "completion", *(("image",) if ask.images else ())):
         if name not in own:
@@ -230,7 +230,7 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
         image=own.get("image", ZERO).scaleb(9, EXACT),
     )
     _restrict(ask, models)
-    return Reached(
+    return Candidate(
         model,
         rates,
         _prompt_tokens(model, ask, searches=False),
@@ -239,7 +239,7 @@ def _reach_router(model: Model, ask: Ask, models: ModelIndex) -> Reached:
     )
 
 
-def _restrict(ask: Ask, models: ModelIndex) -> None:
+def _restrict(ask: CostDrivers, models: ModelIndex) -> None:
     """Keep the router to endpoints that know output limits (others would ignore them), and off models beyond
     any cap.
 

@@ -30,7 +30,7 @@ LARGE_IMAGE_OUTPUT_TOKENS = 17 * TOKENS_PER_MEGAPIXEL  # 4096 x 4096 pixels, or 
 
 
 @dataclass(slots=True)
-class Ask:
+class CostDrivers:
     """What a body of `raw_size` bytes asks for, as far as it costs money."""
 
     raw_size: int

@@ -44,9 +44,9 @@ from typing import Any
 
 from common.errors import BadRequest, ModelNotFound, UnboundedCost
 from common.money import EXACT, plain
-from gateway.pricing.candidates import Reached, reach
+from gateway.pricing.candidates import Candidate, price_candidate
 from gateway.pricing.catalog import MAX_TOKENS, Model, ModelIndex
-from gateway.pricing.cost_drivers import CHAT_LIMITS, Ask, list_of, wrong
+from gateway.pricing.cost_drivers import CHAT_LIMITS, CostDrivers, list_of, wrong
 from gateway.pricing.prices import ZERO, Rates, caps_of, dearest, max_price
 from gateway.pricing.readers.body import UNBOUNDED_FIELDS, read_body
 
@@ -148,7 +148,10 @@ def bound_request(
     suffixes_asked = {suffix for name in names if ":" in name for suffix in name.split(":")[1:]}
     ask = read_body(endpoint, body, raw_size, suffixes_asked, seconds)
     suffixes, free = policy.any_suffix, policy.free_models
-    reached = [reach(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free) for name in names]
+    reached = [
+        price_candidate(endpoint, name, ask, models, more_suffixes=suffixes, free_models=free)
+        for name in names
+    ]
     if ask.routing is not None and not any(each.model.is_router for each in reached):
         raise UnboundedCost(
             "The plugin `auto-router` is bounded together with the model `openrouter/auto` only.",
@@ -217,7 +220,7 @@ def _model_name(value: object, param: str) -> str:
 # What it adds up to.
 
 
-def _turn_nanos(reached: list[Reached], rates: Rates, ask: Ask) -> Decimal:
+def _turn_nanos(reached: list[Candidate], rates: Rates, ask: CostDrivers) -> Decimal:
     """Everything but the output, the searches and what images come on top: prompt, fees for requests and
     images.
     """
@@ -229,7 +232,7 @@ def _turn_nanos(reached: list[Reached], rates: Rates, ask: Ask) -> Decimal:
     return EXACT.add(prompt, fees)
 
 
-def _turns(ask: Ask, turn: Decimal, output: Decimal, high: int) -> tuple[int, Decimal]:
+def _turns(ask: CostDrivers, turn: Decimal, output: Decimal, high: int) -> tuple[int, Decimal]:
     """How often the model may be called at full length, and the nano-dollars that may be spent before.
 
     A loop that is stopped by its cost goes beyond it by the turn that exceeds it, and the last one.
@@ -240,11 +243,11 @@ def _turns(ask: Ask, turn: Decimal, output: Decimal, high: int) -> tuple[int, De
     return (2, ask.tool_cost) if ask.tool_cost < whole else (ask.turns, ZERO)
 
 
-def _caps(rates: Rates, ask: Ask) -> dict[str, Decimal]:
+def _caps(rates: Rates, ask: CostDrivers) -> dict[str, Decimal]:
     return caps_of(rates, images=ask.images > 0, audio=ask.has_audio)
 
 
-def _excludes(reached: list[Reached], ask: Ask) -> bool:
+def _excludes(reached: list[Candidate], ask: CostDrivers) -> bool:
     """Whether a cap of the client's own is what goes out for some model: it lies no higher than what is held,
     or nothing is. A router has none but those.
     """
@@ -257,7 +260,7 @@ def _is_capped(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> bool:
     return any(name not in held or cap <= held[name] for name, cap in own.items())
 
 
-def _estimate(ask: Ask) -> int:
+def _estimate(ask: CostDrivers) -> int:
     media = ask.images + ask.has_files + ask.has_audio + (ask.search_results > 0)
     return max(1, (ask.raw_size - ask.media_bytes) // 4 + media * MEDIUM_ESTIMATE)
 
@@ -266,7 +269,7 @@ def _estimate(ask: Ask) -> int:
 
 
 def _output_limits(
-    reached: list[Reached], ask: Ask, policy: BoundPolicy
+    reached: list[Candidate], ask: CostDrivers, policy: BoundPolicy
 ) -> tuple[int, int, tuple[tuple[str, int | None], ...]]:
     """The smallest and largest output to grant, and the limit fields to send.
 
@@ -283,7 +286,7 @@ def _output_limits(
     return min(MIN_OUTPUT_TOKENS, high) if open_ended else high, high, _limit_fields(capped, ask)
 
 
-def _require_max_output(each: Reached) -> int:
+def _require_max_output(each: Candidate) -> int:
     if each.max_output is None:
         raise UnboundedCost(
             f"{each.model.id!r} takes no output limit and has no known maximum.", param="model"
@@ -291,7 +294,7 @@ def _require_max_output(each: Reached) -> int:
     return each.max_output
 
 
-def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
+def _wanted_output(capped: list[Model], ask: CostDrivers, policy: BoundPolicy) -> int:
     """The client's limit as far as one of the models can reach it, else what all of them can and the default
     allows.
     """
@@ -303,7 +306,7 @@ def _wanted_output(capped: list[Model], ask: Ask, policy: BoundPolicy) -> int:
     )
 
 
-def _limit_fields(capped: list[Model], ask: Ask) -> tuple[tuple[str, int | None], ...]:
+def _limit_fields(capped: list[Model], ask: CostDrivers) -> tuple[tuple[str, int | None], ...]:
     """The client's limit fields, and as many more as it takes for every model to get one that it lists."""
     fields: dict[str, int | None] = {**ask.limits}
     if ask.limit_names is not CHAT_LIMITS:  # the endpoint has one of its own, and the upstream translates it

@@ -1,6 +1,6 @@
-"""Exchange: one proxied request, bound to settlement, on every ending. Bound, admit, forward, relay, settle.
+"""Exchange: one proxied request, bound to settlement, on every outcome. Bound, admit, forward, relay, settle.
 
-From admission on this module owns the hold, and settles it on every ending: answer, error, timeout, a client
+From admission on this module owns the hold, and settles it on every outcome: answer, error, timeout, a client
 that leaves before the first byte or in mid-stream, shutdown. The work runs in a task of its own, so that no
 client's leaving cancels it half-way, and nothing relies on a generator having started.
 """
@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from common.errors import GatewayError, ProviderKeyRefused, UpstreamError, UpstreamTimeout
-from gateway.billing.admission import Order
+from gateway.billing.admission import AdmissionRequest
 from gateway.billing.hold import Hold, StoredReply
 from gateway.billing.rate_limit_headers import limit_headers
 from gateway.billing.settlement import settlement, with_generation
@@ -25,18 +25,25 @@ from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
 from gateway.proxy.beta_headers import beta_headers
 from gateway.proxy.charge_report import charge_headers, gateway_usage
 from gateway.proxy.forwarding import bytes_type, read_answer
-from gateway.proxy.outcome import Client, Ending
-from gateway.proxy.replay import EVENTS, MISS, Keeping, give_again, keep, read_keeping
+from gateway.proxy.outcome import Client, Outcome
+from gateway.proxy.replay import (
+    EVENTS,
+    MISS,
+    ReplayOptions,
+    read_replay_options,
+    seal_answer,
+    send_stored_answer,
+)
 from gateway.proxy.repricing import reprice
-from gateway.proxy.request import Proxied, Request, end_user_of, read_request, write_request
-from gateway.proxy.response_writer import Delivery
+from gateway.proxy.request import IncomingRequest, ParsedRequest, end_user_of, read_request, write_request
+from gateway.proxy.response_writer import ResponseWriter
 from gateway.proxy.sse import with_field
 from gateway.proxy.stream import EventTooLarge, Stream
 from gateway.runtime.instance import Runtime
 from gateway.upstream.client import Unreachable, Upstream
-from gateway.upstream.errors import error_of, is_price_change, sanitised_error
+from gateway.upstream.errors import error_from_upstream, is_price_change, sanitised_error
 from gateway.upstream.providers import stops_on_abort
-from gateway.upstream.response import Answer
+from gateway.upstream.response import UpstreamResponse
 from gateway.upstream.usage import Usage, read_generation_id, read_text
 
 NOTE_GENERATION_SECONDS = 2.0
@@ -50,19 +57,19 @@ class Exchange:
     """
 
     runtime: Runtime
-    request: Proxied
+    request: IncomingRequest
     client: Client
     started: float = field(default_factory=time.monotonic)
-    ending: Ending = field(default_factory=Ending)
+    outcome: Outcome = field(default_factory=Outcome)
     settled: dict[str, Any] | None = None
     hold: Hold | None = None
     _upstream: Upstream = field(init=False)
-    _asked: Request = field(init=False)
+    _asked: ParsedRequest = field(init=False)
     _bound: Bound = field(init=False)
-    _keeping: Keeping = field(init=False)
+    _replay: ReplayOptions = field(init=False)
     _verified: bool = False
     _end_user: str | None = None
-    _delivery: Delivery = field(init=False)
+    _writer: ResponseWriter = field(init=False)
     _plain: bytes | None = None  # a whole answer, or the last piece of one in bytes
     _content_type: str = "application/json"
     _stream: Stream | None = None
@@ -75,7 +82,7 @@ class Exchange:
         settled then, too.
         """
         self._upstream = self.runtime.upstream(self.request.credential.environment)
-        self._delivery = Delivery(
+        self._writer = ResponseWriter(
             self.client, self.runtime.settlements.spawn, self.runtime.keep_alive_seconds
         )
         await self._read_and_bound()
@@ -84,8 +91,8 @@ class Exchange:
             await self._give_again(admitted)
             return
         hold = self.hold = admitted
-        if self._keeping.idempotency is not None or hold.cache is not None:
-            self._delivery.recording = Recording()
+        if self._replay.idempotency is not None or hold.cache is not None:
+            self._writer.recording = Recording()
         try:
             await self._generate(hold)
             hold = self.hold  # it may have been raised
@@ -98,7 +105,7 @@ class Exchange:
             )
             raise
         finally:
-            self._delivery.quiet()
+            self._writer.quiet()
             self._forget_generation()
         await self._finish(hold)
 
@@ -115,11 +122,11 @@ class Exchange:
         have models fetched.
         """
         request, catalog = self.request, self.runtime.catalog(self.request.credential.environment)
-        if self.runtime.admission.is_stranger(request.credential):
+        if self.runtime.admission.is_suspect(request.credential):
             await self._verify()
         try:
             self._asked = read_request(request.endpoint, request.body, request.content_type)
-            self._keeping = read_keeping(request, self._asked, self.runtime)
+            self._replay = read_replay_options(request, self._asked, self.runtime)
             self._end_user = end_user_of(
                 request.endpoint, self._asked.fields, request.headers.get("x-end-user")
             )
@@ -155,9 +162,9 @@ class Exchange:
             )
             self._verified = True
 
-    def _order(self) -> Order:
+    def _order(self) -> AdmissionRequest:
         request = self.request
-        return Order(
+        return AdmissionRequest(
             request_id=request.request_id,
             client_request_id=request.client_request_id,
             endpoint=request.endpoint.name,
@@ -166,35 +173,35 @@ class Exchange:
             bound=self._bound,
             end_user=self._end_user,
             price_basis=self._bound.price_basis,
-            idempotency=self._keeping.idempotency,
-            cache=self._keeping.cache,
-            default_cache=self._keeping.default_cache,
+            idempotency=self._replay.idempotency,
+            cache=self._replay.cache,
+            default_cache=self._replay.default_cache,
         )
 
     async def _give_again(self, stored: StoredReply) -> None:
         self.settled = {**stored.charge, "status": stored.source}
         if not self.client.gone:
-            await give_again(stored, self.client, self._mode_headers())
+            await send_stored_answer(stored, self.client, self._mode_headers())
 
     # The upstream, and what comes back.
 
     async def _generate(self, hold: Hold) -> None:
-        """Forwards the request and relays the answer but for its end; notes in `ending` how it went."""
+        """Forwards the request and relays the answer but for its end; notes in `outcome` how it went."""
         deadline = self.runtime.settings.deadline_seconds
         if self.client.gone:
-            self.ending.refused = True  # by its own client: nothing is sent
+            self.outcome.refused = True  # by its own client: nothing is sent
             return
         try:
             async with asyncio.timeout(deadline - (time.monotonic() - self.started)):
                 await self._exchange(hold)
         except TimeoutError:
-            self.ending.failure = UpstreamTimeout(f"The request took longer than {deadline:g} seconds.")
+            self.outcome.failure = UpstreamTimeout(f"The request took longer than {deadline:g} seconds.")
         except Unreachable as failure:
-            self.ending.failure, self.ending.refused = failure, True
+            self.outcome.failure, self.outcome.refused = failure, True
         except GatewayError as failure:
-            self.ending.failure = failure
+            self.outcome.failure = failure
         except EventTooLarge:
-            self.ending.failure = UpstreamError("The model provider's answer is too large.")
+            self.outcome.failure = UpstreamError("The model provider's answer is too large.")
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self.client.gone or self._reader is None or task is None:
@@ -216,7 +223,7 @@ class Exchange:
             if raised is None or self.client.gone:
                 raise
             self.hold, self._bound = raised
-            self.ending.refused, self.ending.generation_id = False, None
+            self.outcome.refused, self.outcome.generation_id = False, None
             self._forget_generation()
             await self._send(self.hold)
 
@@ -228,12 +235,12 @@ class Exchange:
             self._bound.apply(hold.granted_output),
             lambda text: self.runtime.pseudonym(hold.user_id, text),
         )
-        said = (
+        scenario_header = (
             {"x-sandbox-scenario": scenario}
             if scenario and scenario.isascii() and self._upstream.suffixes
             else {}
         )
-        headers = {**headers, **said, **beta_headers(self.request.headers)}
+        headers = {**headers, **scenario_header, **beta_headers(self.request.headers)}
         answer = await self._upstream.send("/" + endpoint.name, body, headers, api_key=self._own_key(hold))
         try:
             self._learn_generation(hold, answer.generation_id)
@@ -246,7 +253,7 @@ class Exchange:
             else:
                 raw, invented = await answer.read(), bool(self._upstream.suffixes)
                 self._plain = read_answer(
-                    raw, endpoint.dialect, self.ending, invented=invented, own_key=hold.byok
+                    raw, endpoint.dialect, self.outcome, invented=invented, own_key=hold.byok
                 )
         finally:
             await answer.aclose()
@@ -259,60 +266,60 @@ class Exchange:
             return None
         key = self.runtime.vault.decrypt(hold.provider_key) if hold.provider_key is not None else None
         if key is None:
-            self.ending.refused = True
+            self.outcome.refused = True
             raise ProviderKeyRefused(
                 "The OpenRouter key that you have stored cannot be read any more. Store it anew: /user/provider-key."
             )
         return key
 
-    async def _read_refusal(self, hold: Hold, answer: Answer) -> None:
-        self.ending.refused = answer.is_refusal
+    async def _read_refusal(self, hold: Hold, answer: UpstreamResponse) -> None:
+        self.outcome.refused = answer.is_refusal
         raw, invented = await answer.read(), bool(self._upstream.suffixes)
         own_limit = self._bound.own_limit_excludes
-        raise error_of(
+        raise error_from_upstream(
             answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok
         )
 
-    async def _relay(self, hold: Hold, answer: Answer) -> None:
+    async def _relay(self, hold: Hold, answer: UpstreamResponse) -> None:
         stream = self._stream = Stream(
             sanitised_error, self.request.endpoint.dialect, choices=self._bound.choices
         )
-        delivery = self._delivery
+        writer = self._writer
         self._reader = asyncio.current_task()
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 passed = stream.feed(chunk)
-                if stream.data_events and self.ending.first_token_ms is None:
-                    self.ending.first_token_ms = self._elapsed_ms()
-                if self.ending.generation_id is None and stream.body_id is not None:
+                if stream.data_events and self.outcome.first_token_ms is None:
+                    self.outcome.first_token_ms = self._elapsed_ms()
+                if self.outcome.generation_id is None and stream.body_id is not None:
                     self._learn_generation(hold, read_generation_id(stream.body_id))
-                if not delivery.started:
-                    await delivery.start_stream(self._headers(hold))
-                await delivery.send(passed)
+                if not writer.started:
+                    await writer.start_stream(self._headers(hold))
+                await writer.send(passed)
                 if stream.done or (self.client.gone and self._may_abort()):
                     break
-        if not delivery.started:
-            await delivery.start_stream(self._headers(hold))
-        await delivery.send(stream.end())
+        if not writer.started:
+            await writer.start_stream(self._headers(hold))
+        await writer.send(stream.end())
         self._reader = None
-        self.ending.completed = stream.is_whole and not stream.has_failed
+        self.outcome.completed = stream.is_whole and not stream.has_failed
         if not stream.is_whole and stream.error is None and not self.client.gone:
             raise UpstreamError("The model provider's answer ended too early.")
 
-    async def _pass_bytes(self, hold: Hold, answer: Answer) -> None:
+    async def _pass_bytes(self, hold: Hold, answer: UpstreamResponse) -> None:
         """An answer that is no text goes on as it comes; its last piece waits for the settlement."""
         self._content_type = content_type = bytes_type(answer.headers.get("content-type"))
         async with aclosing(answer.chunks()) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
                 if self._plain is None:
-                    self.ending.first_token_ms = self._elapsed_ms()
-                elif not self._delivery.started:
-                    await self._delivery.start({**self._headers(hold), "content-type": content_type})
-                await self._delivery.send(self._plain or b"")
+                    self.outcome.first_token_ms = self._elapsed_ms()
+                elif not self._writer.started:
+                    await self._writer.start({**self._headers(hold), "content-type": content_type})
+                await self._writer.send(self._plain or b"")
                 self._plain = chunk
         if self._plain is None:
             raise UpstreamError("The model provider's answer is empty.")
-        self.ending.completed = True
+        self.outcome.completed = True
 
     def _may_abort(self) -> bool:
         return self._stream is not None and stops_on_abort(self._stream.provider)
@@ -321,7 +328,7 @@ class Exchange:
         """A request that is still running in two seconds has its generation id stored, so that any instance
         can finish it.
         """
-        self.ending.generation_id = generation_id
+        self.outcome.generation_id = generation_id
         if generation_id is not None:
             note = self.runtime.note_generation
             self._timers.append(
@@ -341,69 +348,69 @@ class Exchange:
         """Charges what the request cost. None while that is open: the cost is not known yet, or the database
         does not answer.
         """
-        self._delivery.quiet()
-        ending, stream = self.ending, self._stream
+        self._writer.quiet()
+        outcome, stream = self.outcome, self._stream
         if stream is not None:
-            ending.learn(stream)
+            outcome.learn(stream)
         item = {**self._settlement(hold), **await self._kept(hold)}
         said_all = (
             stream is None or stream.is_whole
         )  # in a stream that broke off, usage may be a running count
-        if ending.generation_id is None or (item["source"] != "none" and said_all):
+        if outcome.generation_id is None or (item["source"] != "none" and said_all):
             return await self.runtime.settlements.settle(item)
         place: dict[str, Any] = {
             "mode": self.runtime.mode,
             "environment": hold.environment,
-            "generation_id": ending.generation_id,
+            "generation_id": outcome.generation_id,
         }
         place |= {"byok": hold.byok, "provider_key": hold.provider_key}
         found = await self.runtime.settlements.look_up_now(place)
         if found is None:
             # Whichever process is there then: what is asked later must be known to all of them.
-            await self.runtime.keep_generation(hold.request_id, ending.generation_id)
+            await self.runtime.keep_generation(hold.request_id, outcome.generation_id)
             self.runtime.settlements.resolve_later(place, item)
             return None
         item = with_generation(item, found)
-        ending.usage = replace(
+        outcome.usage = replace(
             found, prompt_tokens=item["prompt_tokens"], completion_tokens=item["completion_tokens"]
         )
         return await self.runtime.settlements.settle(item)
 
     def _settlement(self, hold: Hold) -> dict[str, Any]:
-        ending = self.ending
-        known = ending.usage is not None and ending.usage.cost is not None
-        usage = ending.usage or (NOTHING_USED if ending.refused else Usage())
-        status = "cancelled" if self.client.gone else "completed" if ending.completed else "failed"
-        failure = ending.failure.code if ending.failure else None
+        outcome = self.outcome
+        known = outcome.usage is not None and outcome.usage.cost is not None
+        usage = outcome.usage or (NOTHING_USED if outcome.refused else Usage())
+        status = "cancelled" if self.client.gone else "completed" if outcome.completed else "failed"
+        failure = outcome.failure.code if outcome.failure else None
         stream_error = (
             self._stream.error.get("code") if self._stream is not None and self._stream.error else None
         )
         return settlement(
             hold.request_id,
             status,
-            "usage" if known or ending.refused else "none",
+            "usage" if known or outcome.refused else "none",
             usage,
-            model_used=ending.model,
-            provider=ending.provider,
-            finish_reason=ending.finish_reason,
+            model_used=outcome.model,
+            provider=outcome.provider,
+            finish_reason=outcome.finish_reason,
             error_code=failure or (None if stream_error is None else read_text(str(stream_error))),
             latency_ms=self._elapsed_ms(),
-            time_to_first_token_ms=ending.first_token_ms,
-            generation_id=ending.generation_id,
+            time_to_first_token_ms=outcome.first_token_ms,
+            generation_id=outcome.generation_id,
         )
 
     async def _kept(self, hold: Hold) -> dict[str, Any]:
         """The answer as it is kept to be given again, where that was asked for and it is whole: the same,
         however often it is settled.
         """
-        recording, ending = self._delivery.recording, self.ending
-        if recording is None or not ending.completed:
+        recording, outcome = self._writer.recording, self.outcome
+        if recording is None or not outcome.completed:
             return {}
         if self._sealing is None:
             recording.add(self._last_bytes(hold, CHARGE_MARK))
             content_type = EVENTS if self._stream is not None else self._content_type
             self._sealing = asyncio.create_task(
-                keep(recording, content_type, ending.generation_id, self.runtime.vault)
+                seal_answer(recording, content_type, outcome.generation_id, self.runtime.vault)
             )
         kept = await asyncio.shield(self._sealing)
         return (
@@ -416,24 +423,24 @@ class Exchange:
         """Whether it was the account's money that ended the answer: with more of it another one would be
         given.
         """
-        used = self.ending.usage.completion_tokens if self.ending.usage else None
+        used = self.outcome.usage.completion_tokens if self.outcome.usage else None
         return hold.granted_output < self._bound.max_output and (used is None or used >= hold.granted_output)
 
     def _last_bytes(self, hold: Hold, charge: bytes) -> bytes:
         """The end of the answer, which tells the client what was charged."""
         if self._stream is not None:
-            return self._stream.tail(charge, self.ending.failure, hold.request_id)
+            return self._stream.tail(charge, self.outcome.failure, hold.request_id)
         last = self._plain or b""
         return with_field(last, "gateway_usage", charge) if self._content_type == "application/json" else last
 
     async def _finish(self, hold: Hold) -> None:
         """The last bytes, which tell the client what was charged."""
-        failure, delivery = self.ending.failure, self._delivery
+        failure, writer = self.outcome.failure, self._writer
         if self.client.gone:
             return
-        if self._stream is not None and delivery.started:
-            await delivery.end(self._last_bytes(hold, self._charge(hold)))
-        elif delivery.started and failure is not None:
+        if self._stream is not None and writer.started:
+            await writer.end(self._last_bytes(hold, self._charge(hold)))
+        elif writer.started and failure is not None:
             return  # unended: only a connection that breaks off tells that these bytes are not all
         elif failure is not None:
             failure.extra_headers |= {**self._headers(hold), **charge_headers(self.settled)}
@@ -442,21 +449,21 @@ class Exchange:
             await self._end_plain(hold, self._last_bytes(hold, self._charge(hold)))
 
     async def _end_plain(self, hold: Hold, last: bytes) -> None:
-        if not self._delivery.started:
+        if not self._writer.started:
             about = {"content-type": self._content_type, "content-length": str(len(last))}
-            await self._delivery.start({**self._headers(hold), **charge_headers(self.settled), **about})
-        await self._delivery.end(last)
+            await self._writer.start({**self._headers(hold), **charge_headers(self.settled), **about})
+        await self._writer.end(last)
 
     def _charge(self, hold: Hold) -> bytes:
         return gateway_usage(hold.request_id, self._tokens(), self.settled)
 
     def _tokens(self) -> int:
-        return self.ending.usage.total_tokens if self.ending.usage else 0
+        return self.outcome.usage.total_tokens if self.outcome.usage else 0
 
     def _headers(self, hold: Hold) -> dict[str, str]:
         found = {**limit_headers(hold.limits), **self._mode_headers()}
-        if self.ending.generation_id:
-            found["x-generation-id"] = self.ending.generation_id
+        if self.outcome.generation_id:
+            found["x-generation-id"] = self.outcome.generation_id
         if hold.cache is not None:
             found |= MISS
         if hold.byok:

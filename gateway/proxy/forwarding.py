@@ -7,11 +7,11 @@ from __future__ import annotations
 import re
 
 from common.errors import UpstreamError
-from gateway.proxy.dialects.base import Said
+from gateway.proxy.dialects.base import AnswerState
 from gateway.proxy.dialects.chat import Dialect
-from gateway.proxy.outcome import Ending
+from gateway.proxy.outcome import Outcome
 from gateway.proxy.sse import BOM
-from gateway.upstream.errors import error_of, error_status, sanitised_error
+from gateway.upstream.errors import error_from_upstream, error_status, sanitised_error
 from gateway.upstream.usage import parse_json, read_generation_id
 
 BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octet-stream", re.IGNORECASE)
@@ -19,9 +19,9 @@ ANY_BYTES = "application/octet-stream"
 
 
 def read_answer(
-    raw: bytes, dialect: Dialect, ending: Ending, *, invented: bool, own_key: bool = False
+    raw: bytes, dialect: Dialect, outcome: Outcome, *, invented: bool, own_key: bool = False
 ) -> bytes:
-    """The answer as the client gets it; notes in `ending` what it says of itself.
+    """The answer as the client gets it; notes in `outcome` what it says of itself.
 
     Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means (see
     `error_of`).
@@ -33,15 +33,15 @@ def read_answer(
         raise UpstreamError("The model provider's answer is not JSON.") from None
     if not isinstance(data, dict):
         raise UpstreamError("The model provider's answer is not a JSON object.")
-    said = Said()
-    dialect.read(data, said, sanitised_error)
-    ending.learn(said)
-    ending.generation_id = ending.generation_id or read_generation_id(data.get("id"))
+    state = AnswerState()
+    dialect.read(data, state, sanitised_error)
+    outcome.learn(state)
+    outcome.generation_id = outcome.generation_id or read_generation_id(data.get("id"))
     if dialect.is_error(data):
         error = data.get("error")
         about = {"error": dialect.error_of(error)} if isinstance(error, dict) else data
-        raise error_of(error_status(about) or 502, {}, raw, invented=invented, own_key=own_key)
-    ending.completed = not dialect.has_failed(said)
+        raise error_from_upstream(error_status(about) or 502, {}, raw, invented=invented, own_key=own_key)
+    outcome.completed = not dialect.has_failed(state)
     return dialect.without_secrets(raw, sanitised_error)
 
 

@@ -77,7 +77,7 @@ NOT_OFFERED = {
 }
 
 
-def refusal_of(path: str) -> str | None:
+def not_offered_reason(path: str) -> str | None:
     """Why a path of OpenAI's, Anthropic's or OpenRouter's API is not served here; None for any other."""
     prefix = next((prefix for prefix in PREFIXES if path.startswith(f"{prefix}/")), None)
     asked = path[len(prefix) + 1 :] if prefix is not None else ""

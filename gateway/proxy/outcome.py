@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import Said
+from gateway.proxy.dialects.base import AnswerState
 from gateway.upstream.usage import Usage
 
 
@@ -22,7 +22,7 @@ class Client(Protocol):
 
 
 @dataclass(slots=True)
-class Ending:
+class Outcome:
     """What is known of how the request ended, as it becomes known."""
 
     completed: bool = False
@@ -36,11 +36,11 @@ class Ending:
     provider: str | None = None
     first_token_ms: int | None = None
 
-    def learn(self, said: Said) -> None:
+    def learn(self, state: AnswerState) -> None:
         """Takes over what the answer says of itself."""
         self.usage, self.finish_reason, self.model, self.provider = (
-            said.usage,
-            said.finish_reason,
-            said.model,
-            said.provider,
+            state.usage,
+            state.finish_reason,
+            state.model,
+            state.provider,
         )

@@ -12,7 +12,7 @@ import orjson
 
 from common.errors import BadRequest, GatewayError
 from common.money import EXACT, credits_from_nanos, plain
-from gateway.billing.refusals import MONEY, refusal_error
+from gateway.billing.refusals import MONEY, error_for_refusal
 from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
 from gateway.proxy.endpoints import Endpoint
@@ -43,7 +43,7 @@ def _as_written(value: object) -> orjson.Fragment:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
+def quote_item(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
     """The amounts of an admission item."""
     return {
         "models": list(bound.models),
@@ -56,7 +56,7 @@ def question(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
     }
 
 
-def answer(
+def quote_fields(
     bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_tokens: int | None
 ) -> dict[str, Any]:
     """The fields of a Quote; `found` is what the database says of it."""
@@ -101,4 +101,4 @@ def _refusal(found: Mapping[str, Any], bound: Bound, needed: int) -> GatewayErro
     """What the request would be told instead of an answer."""
     outcome = "INVALID_KEY" if found["outcome"] == "not_found" else found["outcome"]
     amounts = {"needed_nanos": needed, "held_nanos": 0, "affordable_output": found.get("granted_output")}
-    return refusal_error({**found, **amounts, "outcome": outcome}, "chat", own_limit=bound.own_limit)
+    return error_for_refusal({**found, **amounts, "outcome": outcome}, "chat", own_limit=bound.own_limit)

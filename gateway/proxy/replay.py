@@ -20,11 +20,11 @@ import structlog
 from common.errors import BadRequest
 from gateway.billing.hold import StoredReply
 from gateway.billing.rate_limit_headers import limit_headers
-from gateway.billing.stored_answers import Place, Recording, StoredAnswer, cache_place, idempotency_place
+from gateway.billing.stored_answers import AnswerSlot, Recording, StoredAnswer, cache_slot, idempotency_slot
 from gateway.proxy.beta_headers import beta_headers
 from gateway.proxy.charge_report import charge_headers, gateway_usage
 from gateway.proxy.outcome import Client
-from gateway.proxy.request import Proxied, Request
+from gateway.proxy.request import IncomingRequest, ParsedRequest
 from gateway.runtime.instance import Runtime
 from security import Vault
 
@@ -35,44 +35,46 @@ DEFAULT_CACHE_SECONDS = 300
 CACHE, CACHE_TTL, CACHE_CLEAR = (
     (f"x-gateway-{name}", f"x-openrouter-{name}") for name in ("cache", "cache-ttl", "cache-clear")
 )
-HIT, MISS = ({"x-gateway-cache": said, "x-openrouter-cache-status": said} for said in ("HIT", "MISS"))
+HIT, MISS = ({"x-gateway-cache": status, "x-openrouter-cache-status": status} for status in ("HIT", "MISS"))
 EVENTS = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class ReplayOptions:
     """Where this request's answer may be found, and is to be kept. `default_cache`: where its key uses the
     cache by default.
     """
 
-    idempotency: Place | None = None
-    cache: Place | None = None
-    default_cache: Callable[[], Place] | None = None
+    idempotency: AnswerSlot | None = None
+    cache: AnswerSlot | None = None
+    default_cache: Callable[[], AnswerSlot] | None = None
 
 
-def read_keeping(request: Proxied, asked: Request, runtime: Runtime) -> Keeping:
+def read_replay_options(request: IncomingRequest, asked: ParsedRequest, runtime: Runtime) -> ReplayOptions:
     """What the request's headers ask for. Raises BadRequest."""
     headers, environment = request.headers, request.credential.environment
     key = headers.get("idempotency-key")
     idempotency = (
         None
         if key is None
-        else idempotency_place(runtime.mode, environment, request.endpoint.name, key, _said(request, asked))
+        else idempotency_slot(
+            runtime.mode, environment, request.endpoint.name, key, _repeated_content(request, asked)
+        )
     )
     wanted = _switch(headers, CACHE)
     if wanted is False:
-        return Keeping(idempotency)
+        return ReplayOptions(idempotency)
     place = partial(_cache_place, request, asked, runtime)
     if wanted is None:
-        return Keeping(
+        return ReplayOptions(
             idempotency, default_cache=partial(place, clear=_switch(headers, CACHE_CLEAR) or False)
         )
-    return Keeping(
+    return ReplayOptions(
         idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False)
     )
 
 
-def _said(request: Proxied, asked: Request) -> bytes:
+def _repeated_content(request: IncomingRequest, asked: ParsedRequest) -> bytes:
     """What must be the same where a request is repeated: of a form its contents, as clients part it anew each
     time they send it.
     """
@@ -90,13 +92,18 @@ def _said(request: Proxied, asked: Request) -> bytes:
 
 
 def _cache_place(
-    request: Proxied, asked: Request, runtime: Runtime, *, ttl_seconds: int | None = None, clear: bool = False
-) -> Place:
+    request: IncomingRequest,
+    asked: ParsedRequest,
+    runtime: Runtime,
+    *,
+    ttl_seconds: int | None = None,
+    clear: bool = False,
+) -> AnswerSlot:
     variant = hashlib.sha256(asked.file.content).hexdigest() if asked.file is not None else ""
     name, environment = request.endpoint.name, request.credential.environment
     # What decides the answer, too: the scenario of the sandbox, and features that stand in no body.
     also = "\0".join((request.scenario or "", *beta_headers(request.headers).values()))
-    return cache_place(
+    return cache_slot(
         runtime.mode,
         environment,
         name,
@@ -135,7 +142,7 @@ def _ttl(headers: Mapping[str, str]) -> int:
     return seconds
 
 
-async def give_again(stored: StoredReply, client: Client, more_headers: Mapping[str, str]) -> None:
+async def send_stored_answer(stored: StoredReply, client: Client, more_headers: Mapping[str, str]) -> None:
     """Sends an answer that was kept, with what it was charged then (a cached one: nothing)."""
     answer = stored.answer
     body = answer.body(gateway_usage(stored.request_id, stored.tokens, stored.charge))
@@ -152,7 +159,7 @@ async def give_again(stored: StoredReply, client: Client, more_headers: Mapping[
     await client.send(body, more=False)
 
 
-async def keep(
+async def seal_answer(
     recording: Recording, content_type: str, generation_id: str | None, vault: Vault
 ) -> dict[str, Any]:
     """The answer as a settlement item carries it to be kept; empty where it is too large, or cannot be

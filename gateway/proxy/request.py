@@ -62,7 +62,7 @@ JSON_FORMATS = (None, "json", "verbose_json")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ParsedRequest:
     """A request as it was understood: its fields, the file of a form, and the most seconds of sound in it
     where that is known.
     """
@@ -76,18 +76,20 @@ class Request:
         return self.fields.get("stream") is True
 
 
-def read_request(endpoint: Endpoint, raw: bytes, content_type: str) -> Request:
+def read_request(endpoint: Endpoint, raw: bytes, content_type: str) -> ParsedRequest:
     """The request in a body. Raises BadRequest."""
     if endpoint.takes_forms and is_form(content_type):
         form = read_form(raw, content_type)
         file = form.file
-        found = Request(dict(form.fields), file, seconds_of_file(file.content, file.name, file.content_type))
+        found = ParsedRequest(
+            dict(form.fields), file, seconds_of_file(file.content, file.name, file.content_type)
+        )
     elif is_form(content_type):
         raise BadRequest("This endpoint takes JSON, not forms.", param="content-type")
     else:
         fields = read_json(raw)
         audio = fields.get("input_audio") if endpoint.takes_forms else None
-        found = Request(fields, seconds=seconds_of_audio(audio) if isinstance(audio, dict) else None)
+        found = ParsedRequest(fields, seconds=seconds_of_audio(audio) if isinstance(audio, dict) else None)
     _refuse(endpoint, found.fields)
     return found
 
@@ -132,7 +134,7 @@ def _refuse(endpoint: Endpoint, fields: Mapping[str, Any]) -> None:
 
 
 def write_request(
-    endpoint: Endpoint, request: Request, caps: Mapping[str, Any], pseudonym: Callable[[str], str]
+    endpoint: Endpoint, request: ParsedRequest, caps: Mapping[str, Any], pseudonym: Callable[[str], str]
 ) -> tuple[bytes, Mapping[str, str]]:
     """Body and headers for the upstream: capped to what was granted, and with nothing in it that crosses
     tenants.
@@ -199,7 +201,7 @@ def _identity(
 
 
 @dataclass(frozen=True, slots=True)
-class Proxied:
+class IncomingRequest:
     """One request as it arrived: where to, from whom, and its raw body."""
 
     endpoint: Endpoint

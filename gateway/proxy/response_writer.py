@@ -16,7 +16,7 @@ from gateway.proxy.sse import KEEP_ALIVE
 
 
 @dataclass(slots=True)
-class Delivery:
+class ResponseWriter:
     """One answer on its way to the client; for a client that is gone it does nothing."""
 
     client: Client

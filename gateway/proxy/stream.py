@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import Place, Said, Sanitise
+from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise
 from gateway.proxy.dialects.chat import CHAT, Dialect
 from gateway.proxy.sse import (
     BOM,
@@ -37,7 +37,7 @@ class EventTooLarge(Exception):
 
 
 @dataclass(slots=True)
-class Stream(Said):
+class Stream(AnswerState):
     """One stream on its way through. `sanitise` turns an upstream's `error` object into one that clients may
     see.
     """
@@ -144,16 +144,16 @@ class Stream(Said):
             yield from self._released()
             yield event
             return
-        yield from self._placed(self._shown(event), self.dialect.read(data, self, self.sanitise))
+        yield from self._apply(self._shown(event), self.dialect.read(data, self, self.sanitise))
 
-    def _placed(self, event: bytes, place: Place) -> Iterator[bytes]:
-        if place is Place.LAST and self.held is not None:
+    def _apply(self, event: bytes, action: EventAction) -> Iterator[bytes]:
+        if action is EventAction.TRAIL and self.held is not None:
             self.last += event
-        elif place is Place.BESIDE:
+        elif action is EventAction.PASS_BESIDE:
             yield event
         else:
             yield from self._released()
-            if place is Place.GOES:
+            if action is EventAction.PASS:
                 yield event
             else:
                 self.held = event

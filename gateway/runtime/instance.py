@@ -20,15 +20,15 @@ import db_security
 from common.errors import DatabaseUnavailable, Misconfigured
 from config import Settings
 from gateway.billing.admission import Admission
-from gateway.billing.group_commit import Queue
+from gateway.billing.group_commit import GroupCommit
 from gateway.billing.hold import Answer
 from gateway.billing.journal import Journal
-from gateway.billing.refusals import refusal_error
+from gateway.billing.refusals import error_for_refusal
 from gateway.billing.settlement import Settlements
 from gateway.pricing.catalog import Catalog
 from gateway.runtime.local_secrets import Secrets
 from gateway.upstream.client import Upstream, open_live, open_sandbox
-from gateway.upstream.provider_endpoints import EndpointLists
+from gateway.upstream.provider_endpoints import ProviderEndpoints
 from gateway.webhooks.deliveries import BATCH, LEASE_SECONDS, Deliveries
 from security import Credential, Keyring, Vault
 from supabase_config import AsyncClient
@@ -70,8 +70,8 @@ class Runtime:
         self._user_count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
-        self._endpoint_lists: dict[str, EndpointLists] = {}
-        self._notes = Queue(lambda items: db.note_generations(client, items))
+        self._provider_endpoints: dict[str, ProviderEndpoints] = {}
+        self._notes = GroupCommit(lambda items: db.note_generations(client, items))
         self.settlements = Settlements(
             lambda items: db.settle_requests(client, items),
             upstream_for=self._upstream_for,
@@ -115,13 +115,13 @@ class Runtime:
             )
         return self._catalogs[kind]
 
-    def endpoint_lists(self, environment: str | None) -> EndpointLists:
+    def provider_endpoints(self, environment: str | None) -> ProviderEndpoints:
         """The providers of that upstream's models."""
         kind = self._kind(self.mode, environment)
-        if kind not in self._endpoint_lists:
+        if kind not in self._provider_endpoints:
             fetch, ttl = self._open(kind).find_endpoints, self.settings.model_cache_ttl_seconds
-            self._endpoint_lists[kind] = EndpointLists(fetch, ttl_seconds=ttl)
-        return self._endpoint_lists[kind]
+            self._provider_endpoints[kind] = ProviderEndpoints(fetch, ttl_seconds=ttl)
+        return self._provider_endpoints[kind]
 
     def _open(self, kind: str) -> Upstream:
         if kind not in self._upstreams:
@@ -151,7 +151,7 @@ class Runtime:
         took the database live.
         """
         if await db.get_mode(self.client) != self.mode:
-            raise refusal_error({"outcome": "wrong_mode"}, "")
+            raise error_for_refusal({"outcome": "wrong_mode"}, "")
 
     async def count_users(self) -> int:
         """How many accounts there are, at most ten seconds ago: a health check must not count a large table
@@ -234,7 +234,7 @@ class Runtime:
         await self.settlements.drain(SHUTDOWN_SECONDS)
         for catalog in self._catalogs.values():
             await catalog.aclose()
-        for lists in self._endpoint_lists.values():
+        for lists in self._provider_endpoints.values():
             await lists.aclose()
         for upstream in self._upstreams.values():
             await upstream.aclose()

@@ -17,7 +17,7 @@ from openai import APIConnectionError, APIStatusError, AsyncStream, DefaultAioHt
 
 from common.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
 from config import Settings
-from gateway.upstream.response import JSON, Answer
+from gateway.upstream.response import JSON, UpstreamResponse
 from gateway.upstream.transport import OpenRouterClient, bound_error
 from gateway.upstream.usage import parse_json
 
@@ -51,7 +51,7 @@ class Upstream:
 
     async def send(
         self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
-    ) -> Answer:
+    ) -> UpstreamResponse:
         """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no
         answer at all.
 
@@ -63,7 +63,7 @@ class Upstream:
             response = await self._client.transmit(path, body, sent, api_key=api_key)
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise _no_answer(error) from error
-        return Answer(response.status_code, response.headers, response)
+        return UpstreamResponse(response.status_code, response.headers, response)
 
     async def fetch_models(self) -> bytes:
         """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
@@ -133,7 +133,7 @@ class Upstream:
             OSError,
         ) as error:
             raise UpstreamUnavailable() from error
-        answer = Answer(response.status_code, response.headers, response)
+        answer = UpstreamResponse(response.status_code, response.headers, response)
         try:
             return await answer.read()
         except UpstreamError as error:

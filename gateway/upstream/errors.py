@@ -90,7 +90,7 @@ def error_status(body: object) -> int | None:
     return None
 
 
-def error_of(
+def error_from_upstream(
     status: int,
     headers: Mapping[str, str],
     raw: bytes,

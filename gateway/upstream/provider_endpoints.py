@@ -35,7 +35,7 @@ class _Kept:
     failed: bool = False
 
 
-class EndpointLists:
+class ProviderEndpoints:
     """`fetch` returns the body of GET /models/{id}/endpoints. A failure is remembered for RETRY_SECONDS, a
     list for `ttl_seconds`.
     """

@@ -24,7 +24,7 @@ JSON = "application/json"
 
 
 @dataclass(slots=True)
-class Answer:
+class UpstreamResponse:
     """An upstream's answer whose body has not been read yet; must be closed."""
 
     status: int

@@ -28,7 +28,7 @@ from routes.dependencies import AdminOnly, Declared
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_found
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, id_of
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 from routes.keys import view
 from routes.schemas.accounts import Adjustment, Refund, UserChange
 
@@ -72,7 +72,7 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
     if found["outcome"] == "conflict":
         raise Conflict(KEY_USED, param="idempotency_key")
     require_found(found, _named(order))
-    return Reply(
+    return JsonResponse(
         CreditsGranted(
             status="success",
             message=f"Added {plain(order.credits)} credits"
@@ -96,7 +96,7 @@ async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> R
     require_found(found, _named(order))
     current = {name: found["limits"][name] for name in RateLimits.model_fields}
     message = f"Limits of this {subject} are set"
-    return Reply(
+    return JsonResponse(
         LimitsSet(
             status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)
         )
@@ -110,7 +110,7 @@ async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> R
     if found["outcome"] == "plan_not_found":
         raise NotFound("There is no such plan.", param="plan_id")
     require_found(found, "user_id")
-    return Reply(
+    return JsonResponse(
         PlanAssigned(
             status="success",
             message=f"Assigned the plan {found['plan_name']}",
@@ -136,7 +136,7 @@ async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) 
     )
     require_found(found, _named(order))
     _raise_correction_refusal(found)
-    return Reply(_corrected(found, "Adjusted"))
+    return JsonResponse(_corrected(found, "Adjusted"))
 
 
 @router.post("/refund", summary="Give back what a request cost, or part of it")
@@ -166,7 +166,9 @@ async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
     if found["outcome"] == "too_much":
         raise await _too_much_to_refund(runtime, order, found["refundable_nanos"])
     _raise_correction_refusal(found)
-    return Reply({**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])})
+    return JsonResponse(
+        {**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])}
+    )
 
 
 async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) -> BadRequest:
@@ -227,7 +229,9 @@ async def list_users(
     runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
-    return Reply({"status": "success", "users": [_user(row) for row in rows], "next_cursor": following})
+    return JsonResponse(
+        {"status": "success", "users": [_user(row) for row in rows], "next_cursor": following}
+    )
 
 
 @router.get("/users/{user_id}", summary="One account, with its keys and limits")
@@ -238,7 +242,7 @@ async def read_user(request: Request, user_id: PathId, admin: AdminOnly) -> Resp
         raise NotFound("There is no such user.", param="user_id")
     keys = [view(key) for key in await db_security.list_keys(runtime.client, user_id)]
     metrics = shown_metrics(await db.usage_metrics(runtime.client, user_id))
-    return Reply({"status": "success", "user": _user(row), "keys": keys, "usage_metrics": metrics})
+    return JsonResponse({"status": "success", "user": _user(row), "keys": keys, "usage_metrics": metrics})
 
 
 @router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
@@ -248,7 +252,7 @@ async def set_user(request: Request, user_id: PathId, order: UserChange, admin: 
     found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
     require_found(found, "user_id")
     row = await db.get_user(runtime.client, user_id)
-    return Reply({"status": "success", "user": None if row is None else _user(row)})
+    return JsonResponse({"status": "success", "user": None if row is None else _user(row)})
 
 
 @router.get("/balance", summary="Every account's balance")
@@ -270,7 +274,7 @@ async def read_balances(
     ]
     following = BY_ID.following(rows, limit)
     total = await db.count_users(runtime.client)
-    return Reply({"status": "success", "total_users": total, "users": users, "next_cursor": following})
+    return JsonResponse({"status": "success", "total_users": total, "users": users, "next_cursor": following})
 
 
 def _user(row: db.Row) -> dict[str, Any]:

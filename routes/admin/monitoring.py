@@ -23,9 +23,9 @@ from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_found
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
-from routes.http.responses import Reply, utc_now
+from routes.http.responses import JsonResponse, utc_now
 from routes.keys import made, new_key_of, raise_key_refusal, view
-from routes.listings import AnyPart, Events, Within, all_records, all_transactions, answer, audit
+from routes.listings import AnyPart, Events, Within, all_records, all_transactions, audit, list_response
 from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
 from routes.schemas.accounts import LegacyImport, LegacyKey
 from routes.schemas.keys import AuditLogs, KeyIssue, KeyMade, Moment
@@ -46,7 +46,7 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     found = await db.system_metrics(runtime.client)
     latest = found["recent"][0]["created_at"] if found["recent"] else None
     metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "timestamp": utc_now(),
@@ -102,7 +102,7 @@ async def list_usage_records(
     request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, all_records(runtime, user_id, within), part, "records")
+    return await list_response(request, all_records(runtime, user_id, within), part, "records")
 
 
 @router.get(
@@ -115,7 +115,7 @@ async def list_transactions(
     request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(request, all_transactions(runtime, user_id, within), part, "transactions")
+    return await list_response(request, all_transactions(runtime, user_id, within), part, "transactions")
 
 
 @router.get(
@@ -128,7 +128,7 @@ async def list_audit_logs(
     request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None
 ) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return await answer(
+    return await list_response(
         request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs"
     )
 
@@ -158,7 +158,7 @@ async def find_keys(
     keys = [
         {**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows
     ]
-    return Reply({"status": "success", "keys": keys, "next_cursor": following})
+    return JsonResponse({"status": "success", "keys": keys, "next_cursor": following})
 
 
 @router.post(
@@ -181,7 +181,7 @@ async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Resp
     runtime: Runtime = await request.app.state.runtime.ready()
     found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
     raise_key_refusal(found)
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "The key no longer works",
@@ -202,14 +202,14 @@ async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -
         raise NotFound(
             f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id"
         )
-    return Reply({"status": "success", "imported": found["imported"], "known_before": found["known"]})
+    return JsonResponse({"status": "success", "imported": found["imported"], "known_before": found["known"]})
 
 
 @router.post("/refresh-models", summary="Fetch the model list now")
 async def refresh_models(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
     index = await runtime.catalog(None).refresh()
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "The model list is fresh",
@@ -222,7 +222,7 @@ async def refresh_models(request: Request, admin: AdminOnly) -> Response:
 @router.get("/cache-status", summary="How old the model list is")
 async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
     runtime: Runtime = await request.app.state.runtime.ready()
-    return Reply(
+    return JsonResponse(
         {"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()}
     )
 

@@ -18,7 +18,7 @@ from models import errors_of
 from routes.dependencies import AdminOnly, Declared
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import Cursor, PageSize, cursor_of, request_id_of
-from routes.http.responses import Reply, utc_now
+from routes.http.responses import JsonResponse, utc_now
 
 router = APIRouter(
     prefix="/admin/reconciliation",
@@ -73,7 +73,7 @@ async def reconcile(request: Request, admin: AdminOnly) -> Response:
         for kind in reconciliation.KINDS
     }
     waiting = reconciliation.waiting_in(runtime.journal_folder)
-    return Reply(
+    return JsonResponse(
         {"status": "success", **found, "open": items, "journal_waiting": waiting, "timestamp": utc_now()}
     )
 
@@ -92,7 +92,7 @@ async def list_items(
     runtime: Runtime = await request.app.state.runtime.ready()
     items = await reconciliation.open_items(runtime.client, kind, before=request_id_of(cursor), limit=limit)
     following = cursor_of(items[-1]["request_id"]) if len(items) == limit else None
-    return Reply({"status": "success", "kind": kind, "items": items, "next_cursor": following})
+    return JsonResponse({"status": "success", "kind": kind, "items": items, "next_cursor": following})
 
 
 @router.post("/{request_id}/resolve", summary="Ask the upstream once more what a request cost")
@@ -118,7 +118,7 @@ async def resolve(
         user_id=found["user_id"],
         details=details,
     )
-    return Reply(
+    return JsonResponse(
         {
             "status": "success",
             "message": "Charged what the upstream says"

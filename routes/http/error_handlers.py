@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from common.errors import BadRequest, GatewayError, MethodNotAllowed, NotFound, NotOffered
-from common.validation_messages import explain
-from gateway.proxy.not_offered import refusal_of
+from common.validation_messages import describe
+from gateway.proxy.not_offered import not_offered_reason
 from routes.http.error_shapes import error_reply, request_id_of
 
 log = structlog.get_logger("errors")
@@ -29,7 +29,7 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     """Pydantic's findings as a 400 that names the first field that is wrong."""
     if not isinstance(error, RequestValidationError):
         raise error
-    message, param = explain(error.errors()[0])
+    message, param = describe(error.errors()[0])
     return error_reply(BadRequest(message, param=param), request_id_of(request), request.url.path)
 
 
@@ -39,7 +39,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         raise error
     if isinstance(error.__cause__, GatewayError):
         return error_reply(error.__cause__, request_id_of(request), request.url.path)
-    not_offered = refusal_of(request.url.path)
+    not_offered = not_offered_reason(request.url.path)
     if not_offered is not None:
         refusal: GatewayError = NotOffered(not_offered)
     elif error.status_code == 404:

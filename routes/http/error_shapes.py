@@ -6,10 +6,10 @@ from fastapi import Request
 
 from common.errors import GatewayError
 from gateway.proxy.endpoints import is_anthropic, is_openrouter
-from routes.http.responses import Reply
+from routes.http.responses import JsonResponse
 
 
-def error_reply(error: GatewayError, request_id: str, path: str = "") -> Reply:
+def error_reply(error: GatewayError, request_id: str, path: str = "") -> JsonResponse:
     """The answer that an error becomes, in the form that clients of this path expect."""
     if is_anthropic(path):
         body = error.anthropic_body(request_id)
@@ -17,7 +17,7 @@ def error_reply(error: GatewayError, request_id: str, path: str = "") -> Reply:
         body = error.openrouter_body(request_id)
     else:
         body = error.body(request_id)
-    return Reply(body, status_code=error.status, headers=error.headers())
+    return JsonResponse(body, status_code=error.status, headers=error.headers())
 
 
 def request_id_of(request: Request) -> str:

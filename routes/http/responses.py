@@ -28,7 +28,7 @@ def _encode(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-class Reply(Response):
+class JsonResponse(Response):
     """A JSON answer from a model or plain values."""
 
     media_type = "application/json"

@@ -16,7 +16,7 @@ from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     MODALITIES,
     SCHEMA_TOKENS,
-    Ask,
+    CostDrivers,
     integer,
     list_of,
     object_of,
@@ -55,11 +55,11 @@ UNBOUNDED_FIELDS = {
 
 def read_body(
     endpoint: str, body: Mapping[str, Any], raw_size: int, suffixes: set[str], seconds: int | None = None
-) -> Ask:
+) -> CostDrivers:
     """What a body asks for, its models reached through these suffixes, its recording this long. Raises
     BadRequest or UnboundedCost.
     """
-    ask = Ask(raw_size, seconds=seconds)
+    ask = CostDrivers(raw_size, seconds=seconds)
     refuse_unbounded(body, UNBOUNDED_FIELDS)
     if not isinstance(body.get("user"), str | None):
         raise wrong("user", "a string")
@@ -98,7 +98,7 @@ def _growth_of_numbers(body: Mapping[str, Any]) -> int:
     return grown * NUMBER_BYTES
 
 
-def _read_chat(body: Mapping[str, Any], ask: Ask) -> None:
+def _read_chat(body: Mapping[str, Any], ask: CostDrivers) -> None:
     refuse_foreign(body, "prompt")
     messages = list_of(body, "messages")
     if not messages:
@@ -109,26 +109,26 @@ def _read_chat(body: Mapping[str, Any], ask: Ask) -> None:
     ask.choices = integer(body, "n", MAX_CHOICES) or 1
 
 
-def _read_completion(body: Mapping[str, Any], ask: Ask) -> None:
+def _read_completion(body: Mapping[str, Any], ask: CostDrivers) -> None:
     refuse_foreign(body, "messages")
     prompts = _read_inputs(body.get("prompt"), "prompt", ask)
     choices = max(integer(body, name, MAX_CHOICES) or 1 for name in ("n", "best_of"))
     ask.choices = choices * prompts  # every prompt of a list is answered
 
 
-def _read_embedding(body: Mapping[str, Any], ask: Ask) -> None:
+def _read_embedding(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.has_output = False
     _read_inputs(body.get("input"), "input", ask)
 
 
-_TEXT_READERS: Mapping[str, Callable[[Mapping[str, Any], Ask], None]] = {
+_TEXT_READERS: Mapping[str, Callable[[Mapping[str, Any], CostDrivers], None]] = {
     "chat/completions": _read_chat,
     "completions": _read_completion,
     "embeddings": _read_embedding,
     "responses": read_responses,
     "messages": read_messages,
 }
-_MEDIA_READERS: Mapping[str, Callable[[Mapping[str, Any], Ask], None]] = {
+_MEDIA_READERS: Mapping[str, Callable[[Mapping[str, Any], CostDrivers], None]] = {
     "rerank": read_rerank,
     "images": read_image,
     "audio/speech": read_speech,
@@ -136,7 +136,7 @@ _MEDIA_READERS: Mapping[str, Callable[[Mapping[str, Any], Ask], None]] = {
 }
 
 
-def _read_inputs(value: object, param: str, ask: Ask) -> int:
+def _read_inputs(value: object, param: str, ask: CostDrivers) -> int:
     """Inputs of text, tokens or parts; returns how many there are (a list of tokens is one)."""
     if isinstance(value, list) and value:
         ask.inputs = 1 if _are_tokens(value) else len(value)
@@ -147,7 +147,7 @@ def _read_inputs(value: object, param: str, ask: Ask) -> int:
     return ask.inputs
 
 
-def _read_input(item: object, param: str, ask: Ask) -> None:
+def _read_input(item: object, param: str, ask: CostDrivers) -> None:
     if isinstance(item, dict):
         read_parts(item.get("content"), param, ask)
         if "type" in item:
@@ -160,7 +160,7 @@ def _are_tokens(items: list[Any]) -> bool:
     return all(isinstance(item, int) for item in items)
 
 
-def _read_message(message: object, ask: Ask) -> None:
+def _read_message(message: object, ask: CostDrivers) -> None:
     if not isinstance(message, dict):
         raise wrong("messages", "a list of objects")
     if not isinstance(message.get("content"), str):
@@ -172,7 +172,7 @@ def _read_message(message: object, ask: Ask) -> None:
         ask.has_files = ask.has_files or (isinstance(note, dict) and note.get("type") == "file")
 
 
-def _read_output(body: Mapping[str, Any], ask: Ask) -> None:
+def _read_output(body: Mapping[str, Any], ask: CostDrivers) -> None:
     if not ask.has_output:
         return
     for name in ask.limit_names:
@@ -191,7 +191,7 @@ def _read_output(body: Mapping[str, Any], ask: Ask) -> None:
     ask.modalities = frozenset(modalities) or None
 
 
-def _read_tier(endpoint: str, body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
+def _read_tier(endpoint: str, body: Mapping[str, Any], ask: CostDrivers, suffixes: set[str]) -> None:
     """Keep to the default and flex tiers, whose prices are at most those held.
 
     Source: https://openrouter.ai/docs/guides/features/service-tiers
@@ -210,7 +210,7 @@ def _read_tier(endpoint: str, body: Mapping[str, Any], ask: Ask, suffixes: set[s
         ask.patch["service_tier"] = "default"
 
 
-def _read_provider(body: Mapping[str, Any], ask: Ask) -> None:
+def _read_provider(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.provider = object_of(body.get("provider"), "provider")
     if not ask.provider:
         return

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import BadRequest, UnboundedCost
-from gateway.pricing.cost_drivers import Ask, object_of
+from gateway.pricing.cost_drivers import CostDrivers, object_of
 
 TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"))
 IMAGE_PARTS = frozenset(("image_url", "input_image"))
 FILE_PARTS = frozenset(("file", "input_file"))
 
 
-def read_parts(parts: object, param: str, ask: Ask) -> None:
+def read_parts(parts: object, param: str, ask: CostDrivers) -> None:
     if parts is None or isinstance(parts, str):
         return
     if not isinstance(parts, list):
@@ -25,7 +25,7 @@ def read_parts(parts: object, param: str, ask: Ask) -> None:
         read_part(part, param, ask)
 
 
-def read_part(part: object, param: str, ask: Ask) -> None:
+def read_part(part: object, param: str, ask: CostDrivers) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise BadRequest("Every content part must be an object with a `type`.", param=param)

@@ -16,7 +16,7 @@ from gateway.pricing.cost_drivers import (
     LARGE_IMAGE_OUTPUT_TOKENS,
     MESSAGE_TOKENS,
     TOKENS_PER_MEGAPIXEL,
-    Ask,
+    CostDrivers,
     integer,
     list_of,
     object_of,
@@ -44,7 +44,7 @@ MAX_SECONDS = 86_400
 BILLED_SECONDS = 60
 
 
-def read_rerank(body: Mapping[str, Any], ask: Ask) -> None:
+def read_rerank(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.has_output = ask.is_text = False
     query = text_of(body, "query")
     integer(body, "top_n")
@@ -67,7 +67,7 @@ def _read_document(document: object) -> None:
         raise wrong("documents", "a list of strings, or of objects with a `text`")
 
 
-def read_image(body: Mapping[str, Any], ask: Ask) -> None:
+def read_image(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.limit_names, ask.is_text = (), False
     text_of(body, "prompt")
     ask.modalities = frozenset(("text", "image"))
@@ -98,7 +98,7 @@ def _image_tokens(body: Mapping[str, Any], param: str) -> int:
     return LARGE_IMAGE_OUTPUT_TOKENS
 
 
-def read_speech(body: Mapping[str, Any], ask: Ask) -> None:
+def read_speech(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.limit_names, ask.is_text = (), False
     text_of(body, "input")
     ask.modalities = frozenset(("audio",))
@@ -106,7 +106,7 @@ def read_speech(body: Mapping[str, Any], ask: Ask) -> None:
         raise UnboundedCost("No price is known for voices to clone.", param="input_references")
 
 
-def read_transcription(body: Mapping[str, Any], ask: Ask) -> None:
+def read_transcription(body: Mapping[str, Any], ask: CostDrivers) -> None:
     """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is
     not among them.
     """

@@ -12,7 +12,7 @@ from common.errors import BadRequest, UnboundedCost
 from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     SCHEMA_TOKENS,
-    Ask,
+    CostDrivers,
     integer,
     list_of,
     object_of,
@@ -41,7 +41,7 @@ BLOCKS = RESULT_BLOCKS | {
 }
 
 
-def read_messages(body: Mapping[str, Any], ask: Ask) -> None:
+def read_messages(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.limit_names = ("max_tokens",)
     refuse_foreign(body, "prompt", "input", "max_completion_tokens", "max_output_tokens", "n", "functions")
     refuse_unbounded(body, UNBOUNDED)
@@ -84,7 +84,7 @@ def _read_thinking(body: Mapping[str, Any]) -> None:
         )
 
 
-def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: Ask) -> None:
+def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: CostDrivers) -> None:
     if blocks is None or isinstance(blocks, str):
         return
     if not isinstance(blocks, list):
@@ -98,7 +98,7 @@ def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: Ask) ->
         _read_block(kind, block, param, ask)
 
 
-def _read_block(kind: str, block: Mapping[str, Any], param: str, ask: Ask) -> None:
+def _read_block(kind: str, block: Mapping[str, Any], param: str, ask: CostDrivers) -> None:
     if kind == "image":
         _read_source(block, param, ask, is_image=True)
     elif kind == "document":
@@ -111,7 +111,7 @@ def _read_block(kind: str, block: Mapping[str, Any], param: str, ask: Ask) -> No
         ask.fills_context = True  # pages that only the provider can read
 
 
-def _read_source(block: Mapping[str, Any], param: str, ask: Ask, *, is_image: bool) -> None:
+def _read_source(block: Mapping[str, Any], param: str, ask: CostDrivers, *, is_image: bool) -> None:
     source = object_of(block.get("source"), param)
     kind = source.get("type")
     if kind == "content" and not is_image:

@@ -13,7 +13,7 @@ from common.errors import UnboundedCost
 from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     SCHEMA_TOKENS,
-    Ask,
+    CostDrivers,
     list_of,
     object_of,
     refuse_foreign,
@@ -38,7 +38,7 @@ RESULT_ITEMS = frozenset(
 HIDDEN_ITEMS = frozenset(("web_search_call", "openrouter:web_search", "openrouter:datetime"))
 
 
-def read_responses(body: Mapping[str, Any], ask: Ask) -> None:
+def read_responses(body: Mapping[str, Any], ask: CostDrivers) -> None:
     ask.limit_names = ("max_output_tokens",)
     refuse_foreign(body, "messages", "max_tokens", "max_completion_tokens", "n")
     refuse_unbounded(body, UNBOUNDED)
@@ -59,7 +59,7 @@ def read_responses(body: Mapping[str, Any], ask: Ask) -> None:
         _read_item(item, ask)
 
 
-def _read_item(item: object, ask: Ask) -> None:
+def _read_item(item: object, ask: CostDrivers) -> None:
     if not isinstance(item, dict):
         raise wrong("input", "a list of objects")
     ask.allowance += MESSAGE_TOKENS

@@ -14,7 +14,7 @@ from common.money import EXACT
 from gateway.pricing.cost_drivers import (
     TOOL_TOKENS,
     TOOLS_TOKENS,
-    Ask,
+    CostDrivers,
     choice_of,
     integer,
     list_of,
@@ -47,7 +47,7 @@ SEARCH_ENGINES = frozenset(("exa", "parallel", "perplexity"))  # search once a c
 PDF_ENGINES = frozenset(("native", "cloudflare-ai", "pdf-text"))  # without a fee per page
 
 
-def read_tools(endpoint: str, body: Mapping[str, Any], ask: Ask) -> None:
+def read_tools(endpoint: str, body: Mapping[str, Any], ask: CostDrivers) -> None:
     """The tools of a body, and the end of the loop in which the upstream runs its own."""
     tools, functions = list_of(body, "tools"), list_of(body, "functions")
     if not tools and not functions:
@@ -63,7 +63,7 @@ def read_tools(endpoint: str, body: Mapping[str, Any], ask: Ask) -> None:
         _end_the_loop(body, ask)
 
 
-def _read_tool(endpoint: str, tool: object, ask: Ask) -> Mapping[str, Any]:
+def _read_tool(endpoint: str, tool: object, ask: CostDrivers) -> Mapping[str, Any]:
     """The tool as it is sent: a web search gets an engine with a known price, where the client named none."""
     if not isinstance(tool, dict):
         raise wrong("tools", "a list of objects")
@@ -83,7 +83,7 @@ def _read_tool(endpoint: str, tool: object, ask: Ask) -> Mapping[str, Any]:
     raise _no_bound(kind)
 
 
-def _read_server_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+def _read_server_tool(kind: str, tool: Mapping[str, Any], ask: CostDrivers) -> Mapping[str, Any]:
     if kind == "openrouter:datetime":
         ask.tool_steps += 1
         return tool
@@ -92,7 +92,7 @@ def _read_server_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[s
     return {**tool, "parameters": _read_search_tool(object_of(tool.get("parameters"), "tools"), ask)}
 
 
-def _read_responses_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+def _read_responses_tool(kind: str, tool: Mapping[str, Any], ask: CostDrivers) -> Mapping[str, Any]:
     if kind in SEARCH_TOOLS:
         if (
             tool.get("parameters") is not None
@@ -111,7 +111,7 @@ def _read_responses_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mappin
     return tool
 
 
-def _read_anthropic_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+def _read_anthropic_tool(kind: str, tool: Mapping[str, Any], ask: CostDrivers) -> Mapping[str, Any]:
     if kind == ANTHROPIC_SEARCH:
         ask.native_turns = NATIVE_TURNS
         return _read_search_tool(tool, ask, has_engine=False)
@@ -121,7 +121,9 @@ def _read_anthropic_tool(kind: str, tool: Mapping[str, Any], ask: Ask) -> Mappin
     return tool
 
 
-def _read_search_tool(settings: Mapping[str, Any], ask: Ask, *, has_engine: bool = True) -> Mapping[str, Any]:
+def _read_search_tool(
+    settings: Mapping[str, Any], ask: CostDrivers, *, has_engine: bool = True
+) -> Mapping[str, Any]:
     uses = integer(settings, "max_uses", MAX_TOOL_STEPS, "tools.")
     if uses is None:  # as most clients send it, that know of no bound
         uses = DEFAULT_SEARCHES
@@ -133,7 +135,7 @@ def _read_search_tool(settings: Mapping[str, Any], ask: Ask, *, has_engine: bool
     return {**settings, "engine": _engine(settings.get("engine"), "tools")} if has_engine else settings
 
 
-def _end_the_loop(body: Mapping[str, Any], ask: Ask) -> None:
+def _end_the_loop(body: Mapping[str, Any], ask: CostDrivers) -> None:
     """Hold the loop to so many steps, or the client's own fewer.
 
     Any condition of `stop_server_tools_when` ends it, and then `max_tool_calls` is ignored; hence both are
@@ -170,7 +172,7 @@ def _engine(value: object, param: str) -> str:
     return "exa" if value in (None, "auto") else choice_of(value, SEARCH_ENGINES, "A search engine", param)
 
 
-def read_plugins(body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
+def read_plugins(body: Mapping[str, Any], ask: CostDrivers, suffixes: set[str]) -> None:
     for plugin in [object_of(plugin, "plugins") for plugin in list_of(body, "plugins")]:
         if plugin.get("id") == "auto-router":
             ask.routing = plugin
@@ -189,7 +191,7 @@ def read_plugins(body: Mapping[str, Any], ask: Ask, suffixes: set[str]) -> None:
         )
 
 
-def _read_plugin(plugin: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+def _read_plugin(plugin: Mapping[str, Any], ask: CostDrivers) -> Mapping[str, Any]:
     """The plugin as it is sent: a web search gets an engine that searches once, where the client named none."""
     kind = plugin.get("id")
     if kind == "web":
@@ -202,7 +204,7 @@ def _read_plugin(plugin: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
     return plugin
 
 
-def _read_search(plugin: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
+def _read_search(plugin: Mapping[str, Any], ask: CostDrivers) -> Mapping[str, Any]:
     named = _engine(plugin.get("engine"), "plugins")
     if plugin.get("x_search") is not None:
         raise UnboundedCost("Searches on X are billed by the item, without a limit.", param="plugins")

@@ -13,7 +13,7 @@ Sanitise = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(slots=True, kw_only=True)
-class Said:
+class AnswerState:
     """What an answer has said of itself so far."""
 
     usage: Usage | None = None
@@ -29,19 +29,19 @@ class Said:
     latest: bytes = b""  # the piece of a stream that came last, of those whose events are numbered
 
 
-class Place(Enum):
+class EventAction(Enum):
     """What happens to an event of a stream."""
 
-    GOES = "goes"  # it goes on, after the held one
-    BESIDE = "beside"  # it goes on, and leaves the held one held
+    PASS = "pass"  # it goes on, after the held one
+    PASS_BESIDE = "pass_beside"  # it goes on, and leaves the held one held
     HOLD = "hold"  # it waits for the settlement, or for the next event
-    LAST = "last"  # it follows the held one when that goes out, or waits in its place
+    TRAIL = "trail"  # it follows the held one when that goes out, or waits in its place
 
 
-def note_origin(answer: Mapping[str, Any], said: Said) -> None:
-    said.body_id = said.body_id or read_text(answer.get("id"))
-    said.model = read_text(answer.get("model")) or said.model
-    said.provider = read_text(answer.get("provider")) or said.provider
+def note_origin(answer: Mapping[str, Any], state: AnswerState) -> None:
+    state.body_id = state.body_id or read_text(answer.get("id"))
+    state.model = read_text(answer.get("model")) or state.model
+    state.provider = read_text(answer.get("provider")) or state.provider
 
 
 def as_object(error: object) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import Place, Said, Sanitise, as_object, note_origin
+from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise, as_object, note_origin
 from gateway.proxy.sse import DONE, with_charge, with_field
 from gateway.upstream.usage import read_integer, read_text, read_usage
 
@@ -64,23 +64,23 @@ class Dialect:
             and event.count(b'"finish_reason"') == event.count(b'"finish_reason":null')
         )
 
-    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+    def read(self, data: Mapping[str, Any], state: AnswerState, sanitise: Sanitise) -> EventAction:
         """Notes what one event, or a whole answer, says of itself."""
-        note_origin(data, said)
-        _note_ends(data.get("choices"), said)
+        note_origin(data, state)
+        _note_ends(data.get("choices"), state)
         if error := data.get("error"):
-            said.error = sanitise(as_object(error))
+            state.error = sanitise(as_object(error))
         found = read_usage(data.get("usage"))
-        said.usage = found or said.usage
-        return Place.GOES if found is None else Place.HOLD
+        state.usage = found or state.usage
+        return EventAction.PASS if found is None else EventAction.HOLD
 
-    def is_whole(self, said: Said) -> bool:
+    def is_whole(self, state: AnswerState) -> bool:
         """Whether the answer in a stream has come to its end, whatever may follow."""
-        return said.finish_reason is not None and len(said.ended_choices) >= said.choices
+        return state.finish_reason is not None and len(state.ended_choices) >= state.choices
 
-    def has_failed(self, said: Said) -> bool:
+    def has_failed(self, state: AnswerState) -> bool:
         """Whether the answer says itself that it failed."""
-        return said.error is not None or said.finish_reason == "error"
+        return state.error is not None or state.finish_reason == "error"
 
     def is_error(self, data: Mapping[str, Any]) -> bool:
         """Whether a whole body is nothing but an error."""
@@ -122,7 +122,7 @@ class Dialect:
 
     def tail(
         self,
-        said: Said,
+        state: AnswerState,
         held: bytes | None,
         last: bytes,
         gateway_usage: bytes,
@@ -130,45 +130,47 @@ class Dialect:
         request_id: str,
     ) -> bytes:
         """The last bytes of a stream: its accounting, with `gateway_usage`, and our error where there is one."""
-        parts = [usage_event(held, said, gateway_usage)]
+        parts = [usage_event(held, state, gateway_usage)]
         if failure is not None:
             parts.append(
-                b"data: " + orjson.dumps(self.failure_event(failure, said, request_id), default=str) + b"\n\n"
+                b"data: "
+                + orjson.dumps(self.failure_event(failure, state, request_id), default=str)
+                + b"\n\n"
             )
         return b"".join((*parts, DONE))
 
-    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
         """Our own error, as an event of a stream."""
         return failure.body(request_id)
 
 
-def usage_event(held: bytes | None, said: Said, gateway_usage: bytes) -> bytes:
+def usage_event(held: bytes | None, state: AnswerState, gateway_usage: bytes) -> bytes:
     """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own
     with empty choices.
     """
     if held is not None:
         return with_charge(held, gateway_usage)
-    return b"data: " + with_field(orjson.dumps(own_chunk(said)), "gateway_usage", gateway_usage) + b"\n\n"
+    return b"data: " + with_field(orjson.dumps(own_chunk(state)), "gateway_usage", gateway_usage) + b"\n\n"
 
 
-def own_chunk(said: Said, choices: tuple[Mapping[str, Any], ...] = ()) -> dict[str, Any]:
+def own_chunk(state: AnswerState, choices: tuple[Mapping[str, Any], ...] = ()) -> dict[str, Any]:
     """A chunk of a chat stream that is ours."""
     return {
-        "id": said.body_id or "gen-unknown",
+        "id": state.body_id or "gen-unknown",
         "object": "chat.completion.chunk",
         "created": 0,
-        "model": said.model or "",
+        "model": state.model or "",
         "choices": choices,
     }
 
 
-def _note_ends(choices: object, said: Said) -> None:
+def _note_ends(choices: object, state: AnswerState) -> None:
     """Which choices have ended and why: the first one's reason is told, but for that of one that failed."""
     for choice in reversed(choices) if isinstance(choices, list) else ():
         reason = read_text(choice.get("finish_reason")) if isinstance(choice, dict) else None
         if reason is not None:
-            said.ended_choices.add(repr(choice.get("index")))
-            said.finish_reason = said.finish_reason if said.finish_reason == "error" else reason
+            state.ended_choices.add(repr(choice.get("index")))
+            state.finish_reason = state.finish_reason if state.finish_reason == "error" else reason
 
 
 CHAT = Dialect()

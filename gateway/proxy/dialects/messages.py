@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from common.errors import ANTHROPIC_TYPES, GatewayError
-from gateway.proxy.dialects.base import Place, Said, Sanitise, as_object, note_origin
+from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise, as_object, note_origin
 from gateway.proxy.dialects.chat import Dialect
 from gateway.proxy.dialects.named import Named, envelope, event
 from gateway.proxy.sse import with_charge, with_field
@@ -30,35 +30,37 @@ class Messages(Named):
     remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
     is_anthropic = True
 
-    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+    def read(self, data: Mapping[str, Any], state: AnswerState, sanitise: Sanitise) -> EventAction:
         answer, kind = envelope(data, "message"), read_text(data.get("type"))
-        note_origin(answer, said)
+        note_origin(answer, state)
         for usage in (answer.get("usage"), data.get("usage")):
             if isinstance(usage, dict):
-                said.counts |= {name: value for name, value in usage.items() if value is not None}
-                said.usage = read_message_usage(said.counts)
+                state.counts |= {name: value for name, value in usage.items() if value is not None}
+                state.usage = read_message_usage(state.counts)
         delta = data.get("delta") if kind == "message_delta" else None
         reason = (delta if isinstance(delta, dict) else answer).get("stop_reason")
-        said.finish_reason = read_text(reason) or said.finish_reason
+        state.finish_reason = read_text(reason) or state.finish_reason
         if error := data.get("error"):
-            said.error = self.show_error(as_object(error), sanitise)
-        said.ended = said.ended or kind == "message_stop"
-        return self._place(data, kind)
+            state.error = self.show_error(as_object(error), sanitise)
+        state.ended = state.ended or kind == "message_stop"
+        return self._action(data, kind)
 
-    def _place(self, data: Mapping[str, Any], kind: str | None) -> Place:
+    def _action(self, data: Mapping[str, Any], kind: str | None) -> EventAction:
         if kind == "message_stop":
-            return Place.LAST
+            return EventAction.TRAIL
         if kind == "ping":
-            return Place.BESIDE
+            return EventAction.PASS_BESIDE
         return (
-            Place.HOLD if data.get("error") or (kind == "message_delta" and data.get("usage")) else Place.GOES
+            EventAction.HOLD
+            if data.get("error") or (kind == "message_delta" and data.get("usage"))
+            else EventAction.PASS
         )
 
-    def is_whole(self, said: Said) -> bool:
-        return said.ended or said.finish_reason is not None
+    def is_whole(self, state: AnswerState) -> bool:
+        return state.ended or state.finish_reason is not None
 
-    def has_failed(self, said: Said) -> bool:
-        return said.error is not None
+    def has_failed(self, state: AnswerState) -> bool:
+        return state.error is not None
 
     def is_error(self, data: Mapping[str, Any]) -> bool:
         return data.get("type") == "error" or (bool(data.get("error")) and data.get("content") is None)
@@ -85,7 +87,7 @@ class Messages(Named):
 
     def tail(
         self,
-        said: Said,
+        state: AnswerState,
         held: bytes | None,
         last: bytes,
         gateway_usage: bytes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import Said, Sanitise
+from gateway.proxy.dialects.base import AnswerState, Sanitise
 from gateway.proxy.dialects.chat import CHAT, Dialect, own_chunk
 from gateway.proxy.dialects.messages import MESSAGES
 from gateway.proxy.dialects.responses import RESPONSES, Responses
@@ -46,9 +46,9 @@ class OpenRouterChat(Dialect):
         about = shown.get("metadata") or {"error_type": code}
         return {**shown, "code": STATUSES.get(about["error_type"], 502), "metadata": about}
 
-    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
         choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
-        return {**own_chunk(said, (choice,)), **failure.openrouter_body(request_id)}
+        return {**own_chunk(state, (choice,)), **failure.openrouter_body(request_id)}
 
 
 CHAT_FOR_OPENROUTER = OpenRouterChat()
@@ -59,7 +59,7 @@ class OpenRouterResponses(Responses):
     OpenRouter's form.
     """
 
-    def failure_event(self, failure: GatewayError, said: Said, request_id: str) -> dict[str, Any]:
+    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
         return failure.openrouter_body(request_id)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import Place, Said, Sanitise, as_object, note_origin
+from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise, as_object, note_origin
 from gateway.proxy.dialects.chat import MARKS, Dialect
 from gateway.proxy.dialects.named import Named, envelope, event
 from gateway.proxy.sse import next_number, with_charge, with_field
@@ -32,26 +32,26 @@ class Responses(Named):
     ends = frozenset(("response.completed", "response.incomplete", "response.failed", "response.cancelled"))
     errors = frozenset(("error", "response.error"))
 
-    def read(self, data: Mapping[str, Any], said: Said, sanitise: Sanitise) -> Place:
+    def read(self, data: Mapping[str, Any], state: AnswerState, sanitise: Sanitise) -> EventAction:
         answer, kind = envelope(data, "response"), read_text(data.get("type"))
-        note_origin(answer, said)
-        said.usage = read_usage(answer.get("usage")) or said.usage
+        note_origin(answer, state)
+        state.usage = read_usage(answer.get("usage")) or state.usage
         if error := answer.get("error") or data.get("error"):
-            said.error = sanitise(as_object(error))
+            state.error = sanitise(as_object(error))
         elif kind in self.errors:
-            said.error = sanitise(data)
-        said.ended = said.ended or kind in self.ends
-        if said.ended or answer is data:
-            said.finish_reason = read_text(answer.get("status")) or (
+            state.error = sanitise(data)
+        state.ended = state.ended or kind in self.ends
+        if state.ended or answer is data:
+            state.finish_reason = read_text(answer.get("status")) or (
                 kind.removeprefix("response.") if kind in self.ends else None
             )
-        return Place.HOLD if kind in self.ends or kind in self.errors else Place.GOES
+        return EventAction.HOLD if kind in self.ends or kind in self.errors else EventAction.PASS
 
-    def is_whole(self, said: Said) -> bool:
-        return said.ended
+    def is_whole(self, state: AnswerState) -> bool:
+        return state.ended
 
-    def has_failed(self, said: Said) -> bool:
-        return said.error is not None or said.finish_reason in ("failed", "cancelled")
+    def has_failed(self, state: AnswerState) -> bool:
+        return state.error is not None or state.finish_reason in ("failed", "cancelled")
 
     def is_error(self, data: Mapping[str, Any]) -> bool:
         return bool(data.get("error")) and data.get("status") is None
@@ -71,7 +71,7 @@ class Responses(Named):
 
     def tail(
         self,
-        said: Said,
+        state: AnswerState,
         held: bytes | None,
         last: bytes,
         gateway_usage: bytes,
@@ -80,9 +80,9 @@ class Responses(Named):
     ) -> bytes:
         parts = [] if held is None else [with_charge(held, gateway_usage)]
         if failure is not None:
-            about = {"type": "error", "sequence_number": next_number(said.latest)}
+            about = {"type": "error", "sequence_number": next_number(state.latest)}
             about |= {"code": failure.code, "message": failure.message, "param": failure.param}
-            about |= self.failure_event(failure, said, request_id)
+            about |= self.failure_event(failure, state, request_id)
             data = orjson.dumps(about, default=str)
             parts.append(event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
         elif not parts:

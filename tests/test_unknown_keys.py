@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import orjson
 from rig import Database, Gateway, Upstream, database_link, live
 
-from gateway.billing.unknown_keys import MAX_REMEMBERED, REMEMBERED_SECONDS, Strangers
+from gateway.billing.unknown_keys import MAX_REMEMBERED, REMEMBERED_SECONDS, UnknownKeys
 from security import new_key
 
 QUESTION = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
@@ -25,43 +25,45 @@ class Clock:
 
 def test_an_address_is_remembered_for_a_minute_from_its_last_wrong_key() -> None:
     clock = Clock()
-    strangers = Strangers(clock=clock)
-    assert not strangers.are("192.0.2.1", "a")
-    strangers.note("192.0.2.1")
+    unknown_keys = UnknownKeys(clock=clock)
+    assert not unknown_keys.is_suspect("192.0.2.1", "a")
+    unknown_keys.add("192.0.2.1")
     clock.now += REMEMBERED_SECONDS - 1
-    assert strangers.are("192.0.2.1", "a") and not strangers.are("192.0.2.2", "a")
-    strangers.note("192.0.2.1")
+    assert unknown_keys.is_suspect("192.0.2.1", "a") and not unknown_keys.is_suspect("192.0.2.2", "a")
+    unknown_keys.add("192.0.2.1")
     clock.now += REMEMBERED_SECONDS - 1
-    assert strangers.are("192.0.2.1", "a")
+    assert unknown_keys.is_suspect("192.0.2.1", "a")
     clock.now += 1
-    assert not strangers.are("192.0.2.1", "a")
+    assert not unknown_keys.is_suspect("192.0.2.1", "a")
 
 
 def test_a_key_that_was_found_is_no_strangers_for_a_minute() -> None:
     clock = Clock()
-    strangers = Strangers(clock=clock)
-    strangers.note("192.0.2.1")
-    strangers.found("a")
+    unknown_keys = UnknownKeys(clock=clock)
+    unknown_keys.add("192.0.2.1")
+    unknown_keys.clear("a")
     clock.now += REMEMBERED_SECONDS - 1
-    strangers.note("192.0.2.1")
-    assert strangers.are("192.0.2.1", "b") and not strangers.are("192.0.2.1", "a")
+    unknown_keys.add("192.0.2.1")
+    assert unknown_keys.is_suspect("192.0.2.1", "b") and not unknown_keys.is_suspect("192.0.2.1", "a")
     clock.now += 1
-    assert strangers.are("192.0.2.1", "a")
+    assert unknown_keys.is_suspect("192.0.2.1", "a")
 
 
 def test_a_host_of_ipv6_is_its_network() -> None:
-    strangers = Strangers()
-    strangers.note("2001:db8::1")
-    assert strangers.are("2001:db8::ffff:1", "a") and not strangers.are("2001:db8:0:1::1", "a")
+    unknown_keys = UnknownKeys()
+    unknown_keys.add("2001:db8::1")
+    assert unknown_keys.is_suspect("2001:db8::ffff:1", "a") and not unknown_keys.is_suspect(
+        "2001:db8:0:1::1", "a"
+    )
 
 
 def test_the_oldest_is_forgotten_for_the_newest() -> None:
-    strangers = Strangers()
+    unknown_keys = UnknownKeys()
     for number in range(MAX_REMEMBERED + 1):
-        strangers.note(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-        strangers.found(str(number))
-    assert not strangers.are("10.0.0.0", "a") and strangers.are("10.0.0.1", "a")
-    assert strangers.are("10.0.0.1", "0") and not strangers.are("10.0.0.1", "1")
+        unknown_keys.add(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        unknown_keys.clear(str(number))
+    assert not unknown_keys.is_suspect("10.0.0.0", "a") and unknown_keys.is_suspect("10.0.0.1", "a")
+    assert unknown_keys.is_suspect("10.0.0.1", "0") and not unknown_keys.is_suspect("10.0.0.1", "1")
 
 
 async def ask(gateway: Gateway, key: str, address: str, content: bytes) -> int:
