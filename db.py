@@ -14,26 +14,18 @@ from uuid import UUID
 from supabase_config import AsyncClient, MissingFunction, call, execute
 
 Row = dict[str, Any]
-
-
 USER_COLUMNS = (
     "id,username,email,auth_method,role,credits_nanos,held_nanos,is_active,subscription_status,trial_expires_at,preferences,settings,"
     "registration_date,created_at,updated_at"
 )
-
-
 RECORD_COLUMNS = (
     "request_id,client_request_id,user_id,key_id,mode,environment,endpoint,model,model_used,provider,prompt_tokens,completion_tokens,"
     "cached_tokens,reasoning_tokens,hold_nanos,upstream_cost_nanos,cost_nanos,overrun_nanos,status,settlement_source,finish_reason,"
     "error_code,streamed,latency_ms,time_to_first_token_ms,generation_id,created_at,settled_at,end_user,byok,cache_hit,balance_after_nanos"
 )
-
-
 TRANSACTION_COLUMNS = (
     "id,user_id,kind,amount_nanos,balance_after_nanos,payment_method,request_id,actor,reason,created_at"
 )
-
-
 CLOCKS_APART = datetime.timedelta(days=1)
 
 
@@ -323,13 +315,9 @@ async def system_metrics(client: AsyncClient) -> Row:
 
 
 WEBHOOK_COLUMNS = "id,url,is_active,disabled_reason,previous_valid_until,created_at,updated_at"
-
-
 DELIVERY_COLUMNS = (
     "id,event_id,webhook_id,attempts,next_attempt_at,delivered_at,failed_at,last_status,last_error,created_at"
 )
-
-
 EVENT_COLUMNS = (
     "id,key_id,end_user,level,budget_nanos,spent_nanos,budget_window,window_start,request_id,created_at"
 )

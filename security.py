@@ -23,25 +23,13 @@ from common.errors import BadRequest, InvalidKey
 from config import decode_secret
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-
-
 PREFIXES = {"live": "gw_live_", "test": "gw_test_", "staging": "gw_staging_", "development": "gw_dev_"}
-
-
 ENVIRONMENTS = {prefix: environment for environment, prefix in PREFIXES.items()}
-
-
 SECRET_LENGTH, CHECKSUM_LENGTH = 43, 6
-
-
 KEY = re.compile(
     rf"(gw_(?:live|test|staging|dev)_)[0-9A-Za-z]{{{SECRET_LENGTH}}}[0-9A-Za-z]{{{CHECKSUM_LENGTH}}}"
 )
-
-
 LEGACY = re.compile(r"[\x21-\x7e]{16,256}")
-
-
 DEFAULT_SCOPES: dict[str, list[str]] = {"read": ["*"], "write": ["*"]}
 
 

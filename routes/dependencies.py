@@ -25,17 +25,11 @@ from security import (
 )
 
 WRONG_SECRETS_PER_MINUTE = 10
-
-
 REGISTRATION_KEYS = (
     "Registration takes no key, or an administrator's (ADMIN_API_KEY, or the key of an admin user with scope `admin`): "
     "leave out the one that you sent."
 )
-
-
 ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
-
-
 NOT_IN_GRACE = ("keys", "account", "profile", "plan", "budgets", "webhooks")
 
 
@@ -125,13 +119,9 @@ class Admin:
 
 
 bearer_scheme = HTTPBearer(auto_error=False, description="An API key: `gw_...`", scheme_name="bearer")
-
-
 header_scheme = APIKeyHeader(
     name="x-api-key", auto_error=False, description="The same key, as Anthropic's clients send it"
 )
-
-
 Declared = [Depends(bearer_scheme), Depends(header_scheme)]
 
 
@@ -230,6 +220,4 @@ async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> Non
 
 
 AdminOnly = Annotated[Admin, Depends(require_admin)]
-
-
 MaybeAdmin = Annotated[Admin | None, Depends(optional_admin)]

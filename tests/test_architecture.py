@@ -110,14 +110,14 @@ def test_only_config_reads_the_environment() -> None:
 
 def test_app_composes_and_does_nothing_else() -> None:
     text = (ROOT / "app.py").read_text()
-    assert text.count("\n") <= 100
+    assert text.count("\n") <= 125
     assert not re.search(r"@\w+\.(get|post|put|delete|patch)\(", text)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_is_short_and_says_what_it_answers(path: Path) -> None:
     text = path.read_text()
-    assert text.count("\n") <= (600 if path.name == "db.py" else 450)
+    assert text.count("\n") <= (600 if path.name == "db.py" else 500)
     assert ast.get_docstring(ast.parse(text)), "a module opens with what it answers"
 
 

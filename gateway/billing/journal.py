@@ -10,8 +10,6 @@ import orjson
 import structlog
 
 log = structlog.get_logger("settlements")
-
-
 Item = dict[str, Any]
 
 

@@ -33,11 +33,7 @@ from common.money import credits_from_nanos, plain
 from gateway.billing.rate_limit_headers import limit_headers
 
 log = structlog.get_logger("admission")
-
-
 Answer = Mapping[str, Any]
-
-
 IDENTITY: dict[str, type[GatewayError]] = {
     "IP_NOT_ALLOWED": IpNotAllowed,
     "DOMAIN_NOT_ALLOWED": DomainNotAllowed,
@@ -47,15 +43,11 @@ IDENTITY: dict[str, type[GatewayError]] = {
     "REQUEST_LIMIT_EXCEEDED": KeyExhausted,
     "trial_expired": TrialExpired,
 }
-
-
 MONEY: dict[str, tuple[type[InsufficientCredits], str]] = {
     "credits": (InsufficientCredits, "Your account has"),
     "budget": (BudgetExceeded, "The budget of this API key leaves"),
     "end_user_budget": (EndUserBudgetExceeded, "The budget of this end user leaves"),
 }
-
-
 KEY_TROUBLE = {
     "INVALID_KEY": "This API key does not exist.",
     "INACTIVE_KEY": "This API key has been revoked.",

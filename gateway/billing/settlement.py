@@ -21,23 +21,11 @@ from gateway.upstream.client import Upstream
 from gateway.upstream.usage import Usage, read_generation
 
 log = structlog.get_logger("settlements")
-
-
 Answer = dict[str, Any]
-
-
 QUICK_LOOKUPS = (0.0, 0.25, 0.5, 1.0)
-
-
 QUICK_LOOKUP_SECONDS = 5.0
-
-
 PATIENT_LOOKUPS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 120.0, 120.0)
-
-
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-
-
 SWEEP_BATCH = 64
 
 

@@ -14,8 +14,6 @@ from gateway.proxy.dialects.openrouter import FOR_OPENROUTER
 from gateway.proxy.dialects.responses import RESPONSES
 
 OPENROUTER_PREFIX = "/api/v1"
-
-
 PREFIXES = ("/v1", OPENROUTER_PREFIX)
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from gateway.proxy.endpoints import PREFIXES
 
 NO_STORE = "The gateway keeps no conversations, files or jobs: what a request needs goes into the request."
-
-
 NOT_UPSTREAM = "OpenRouter has no such endpoint."
-
-
 OPERATORS = "That belongs to the operator's account at the model provider."
 
 

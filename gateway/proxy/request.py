@@ -19,28 +19,18 @@ from gateway.proxy.multipart import CONTENT_TYPE, FormFile, is_form, read_form, 
 from security import Credential
 
 MAX_DEPTH = 250
-
-
 MAX_CONTAINERS, MAX_VALUES = 200_000, 1_000_000
-
-
 MAX_END_USER_LENGTH = 256
 
 
 # Fields that would reach across tenants or show the operator's account, in requests and in answers.
 NOT_FORWARDED = frozenset(("debug", "trace", "cache"))
-
-
 NAMESPACED = ("session_id", "prompt_cache_key")
 
 
 # What would be kept in the operator's account, for every tenant to read.
 STORED = "The gateway keeps no conversations: send them whole, in `input`."
-
-
 NO_JOBS = "The gateway keeps no answers to be fetched later: leave it out, or stream."
-
-
 REFUSED = {
     "responses": {
         "previous_response_id": STORED,
@@ -50,14 +40,8 @@ REFUSED = {
     },
     "messages": {"container": "The gateway keeps no containers."},
 }
-
-
 DROPPED = {"responses": frozenset(("store",)), "messages": frozenset(("user", "safety_identifier"))}
-
-
 OBJECT = 'a JSON object, such as {"model": "openai/gpt-4o-mini", ...}'
-
-
 JSON_FORMATS = (None, "json", "verbose_json")
 
 

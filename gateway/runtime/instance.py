@@ -34,20 +34,10 @@ from security import Credential, Keyring, Vault
 from supabase_config import AsyncClient
 
 log = structlog.get_logger("runtime")
-
-
 SWEEP_ROUNDS = 30
-
-
 SHUTDOWN_SECONDS = 10.0
-
-
 KEEP_ALIVE_SECONDS = 15.0
-
-
 KEEP_SECONDS = 2.0
-
-
 COUNT_SECONDS = 10.0
 
 

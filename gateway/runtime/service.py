@@ -19,8 +19,6 @@ from supabase_config import open_database
 log = structlog.get_logger("runtime")
 
 RETRY_START_SECONDS = 1.0
-
-
 SWEEP_SECONDS = 60.0
 
 

@@ -22,17 +22,9 @@ from gateway.upstream.transport import OpenRouterClient, bound_error
 from gateway.upstream.usage import parse_json
 
 log = structlog.get_logger("openrouter")
-
-
 CONNECT_SECONDS = 10.0
-
-
 LOOKUP_SECONDS = 15.0
-
-
 TEST_ANSWER_BYTES = 64 * 1024
-
-
 TEST_SECONDS = 60
 
 

@@ -12,14 +12,8 @@ from common.errors import UpstreamError, UpstreamTimeout
 from gateway.upstream.errors import TIMEOUT_STATUSES
 
 MAX_ERROR_BYTES = 64 * 1024
-
-
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-
-
 BROKEN = "The connection to the model provider broke in mid-answer."
-
-
 JSON = "application/json"
 
 

@@ -22,29 +22,13 @@ from gateway.webhooks.sender import AT_ONCE, GONE, Attempt, Sender
 from gateway.webhooks.signature import signature
 
 log = structlog.get_logger("webhooks")
-
-
 LEASE_SECONDS = 90
-
-
 RETRY_SECONDS = (60, 300, 1800, 7200, 43200)
-
-
 BATCH = 32
-
-
 THRESHOLD_REACHED = "budget.threshold_reached"
-
-
 TEST = "webhook.test"
-
-
 Row = dict[str, Any]
-
-
 Claim = Callable[[int | None], Awaitable[Sequence[Row]]]
-
-
 Finish = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
 

@@ -23,14 +23,8 @@ from gateway.webhooks.public_addresses import (
 )
 
 SEND_SECONDS = 10.0
-
-
 AT_ONCE = 8
-
-
 GONE = 410
-
-
 TROUBLES: dict[type[Exception], str] = {
     aiohttp.ClientConnectorDNSError: "the host's name cannot be resolved",
     aiohttp.ClientSSLError: "the TLS handshake failed: is the certificate valid?",

@@ -8,8 +8,6 @@ import hmac
 import secrets
 
 PREFIX = "whsec_"
-
-
 SECRET_BYTES = 32
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, auto
 from typing import Any
 
 from gateway.upstream.usage import Usage, read_text
@@ -32,10 +32,10 @@ class AnswerState:
 class EventAction(Enum):
     """What happens to an event of a stream."""
 
-    PASS = "pass"  # it goes on, after the held one
-    PASS_BESIDE = "pass_beside"  # it goes on, and leaves the held one held
-    HOLD = "hold"  # it waits for the settlement, or for the next event
-    TRAIL = "trail"  # it follows the held one when that goes out, or waits in its place
+    PASS = auto()  # released to the client, after the held event
+    PASS_BESIDE = auto()  # released to the client while the held event stays held
+    HOLD = auto()  # held until the settlement, or until the next event
+    TRAIL = auto()  # follows the held event when that is released, or waits in its place
 
 
 def note_origin(answer: Mapping[str, Any], state: AnswerState) -> None:

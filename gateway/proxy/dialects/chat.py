@@ -23,8 +23,6 @@ FINISHED = re.compile(rb'"finish_reason"(?!:null)')
 
 # What clients do not get to see: the operator's account, and numbers that are no JSON.
 HIDDEN = ("user_id", "openrouter_metadata", "debug")
-
-
 MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
 
 

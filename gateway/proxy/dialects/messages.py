@@ -17,8 +17,6 @@ from gateway.upstream.usage import Usage, read_text, read_usage
 
 # Those of Anthropic's error types that speak of the request, and not of the operator's account.
 SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentication_error", "billing_error"}
-
-
 NO_CITATIONS = (b'"citations":null', b'"citations": null')
 
 
