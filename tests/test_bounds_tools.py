@@ -265,7 +265,7 @@ def test_a_clients_lower_cap_of_audio_stays() -> None:
     body = with_parts({"type": "input_audio", "input_audio": {"data": ""}}, model="eyed/model")
     body["provider"] = {"max_price": {"audio": "0.00001"}}
     found = bound(body)
-    assert found.max_price["audio"] == "0.00001" and found.own_limit_excludes
+    assert found.max_price["audio"] == "0.00001" and found.client_caps_price
 
 
 @pytest.mark.parametrize(
@@ -283,15 +283,15 @@ def test_a_clients_lower_cap_of_audio_stays() -> None:
 def test_a_bound_knows_whether_the_clients_own_caps_exclude_a_model(
     caps: dict[str, Any], excludes: bool
 ) -> None:
-    assert bound(chat(provider={"max_price": caps})).own_limit_excludes is excludes
+    assert bound(chat(provider={"max_price": caps})).client_caps_price is excludes
 
 
 def test_a_cap_below_one_of_several_models_excludes() -> None:
-    assert bound(chat(models=["dear/model"], provider={"max_price": {"prompt": 1}})).own_limit_excludes
+    assert bound(chat(models=["dear/model"], provider={"max_price": {"prompt": 1}})).client_caps_price
 
 
 def test_a_routers_caps_are_the_clients_own() -> None:
-    assert bound(routed()).own_limit_excludes
+    assert bound(routed()).client_caps_price
 
 
 def test_the_price_basis_is_plain_text() -> None:

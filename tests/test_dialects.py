@@ -31,8 +31,9 @@ from gateway.proxy.forwarding import read_answer
 from gateway.proxy.outcome import Outcome
 from gateway.proxy.sse import with_charge
 from gateway.proxy.stream import Stream
-from gateway.upstream.errors import sanitised_error
+from gateway.upstream.errors import RequestOrigin, sanitised_error
 
+SANDBOX = RequestOrigin(is_sandbox=True)
 CHARGE = b'{"cost":0.5}'
 
 
@@ -537,7 +538,7 @@ def test_any_json_is_survived(events: list[tuple[dict[str, Any], str | None]], d
         raw = orjson.dumps(data)
         Stream(sanitised_error, dialect).feed(b"data: " + raw + b"\n\n")
         with suppress(GatewayError):
-            read_answer(raw, dialect, Outcome(), invented=True)
+            read_answer(raw, dialect, Outcome(), SANDBOX)
     run(dialect, [b"data: " + orjson.dumps(data) + b"\n\n" for data, _ in events])
 
 
@@ -546,7 +547,7 @@ def test_any_json_is_survived(events: list[tuple[dict[str, Any], str | None]], d
 
 def answer(dialect: Dialect, **data: Any) -> tuple[bytes, Outcome]:
     ending = Outcome()
-    return read_answer(orjson.dumps(data), dialect, ending, invented=True), ending
+    return read_answer(orjson.dumps(data), dialect, ending, SANDBOX), ending
 
 
 def test_whole_answers_say_what_they_cost() -> None:
@@ -673,7 +674,7 @@ def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, s
         "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9},
     }
     raw = json.dumps(message, separators=separators).encode()
-    shown = json.loads(read_answer(raw, MESSAGES, Outcome(), invented=False))
+    shown = json.loads(read_answer(raw, MESSAGES, Outcome(), RequestOrigin()))
     assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
 
 
@@ -692,7 +693,7 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
         f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}'
         for name in (',"citations":null', "")
     )
-    shown = read_answer(raw.encode(), MESSAGES, Outcome(), invented=False)
+    shown = read_answer(raw.encode(), MESSAGES, Outcome(), RequestOrigin())
     written = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
     assert written.decode(shown.decode()) == written.decode(kept)
 
@@ -701,4 +702,4 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
 def test_what_cannot_be_written_anew_goes_as_it_came(value: str) -> None:
     blocks = f'{{"type":"text","text":"a","citations":null}},{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
     raw = f'{{"id":"gen-1","type":"message","content":[{blocks}],"usage":{{"input_tokens":1,"output_tokens":1}}}}'.encode()
-    assert read_answer(raw, MESSAGES, Outcome(), invented=False) == raw
+    assert read_answer(raw, MESSAGES, Outcome(), RequestOrigin()) == raw

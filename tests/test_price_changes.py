@@ -222,7 +222,7 @@ def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own:
         read_models(dumps({"data": [*MODELS]})),
         BoundPolicy(100, free_models=False),
     )
-    assert bound.own_limit_excludes is is_own
+    assert bound.client_caps_price is is_own
 
 
 # The list itself.

@@ -103,11 +103,11 @@ class Admission:
         return self._unknown_keys.is_suspect(credential.address, credential.hashes[0])
 
     def _refusal(
-        self, answer: Answer, credential: Credential, resource: str, *, own_limit: str | None = None
+        self, answer: Answer, credential: Credential, resource: str, *, client_limit_field: str | None = None
     ) -> GatewayError:
         if answer["outcome"] == "INVALID_KEY":
             self._unknown_keys.add(credential.address)
-        return error_for_refusal(answer, resource, own_limit=own_limit)
+        return error_for_refusal(answer, resource, client_limit_field=client_limit_field)
 
     async def admit(self, credential: Credential, order: AdmissionRequest) -> Hold | StoredReply:
         """The hold, or the answer that was given before. Raises the refusal, or DatabaseUnavailable; then
@@ -136,7 +136,9 @@ class Admission:
             }
             answer = await self._ask({**item, **again}, credential)
         if answer["outcome"] != "admitted":
-            raise self._refusal(answer, credential, order.resource, own_limit=order.bound.own_limit)
+            raise self._refusal(
+                answer, credential, order.resource, client_limit_field=order.bound.client_limit_field
+            )
         if by_default is not None:
             cache = self._default_cache(credential, answer, cache, by_default)
         return _hold(answer, cache)
@@ -150,7 +152,7 @@ class Admission:
         item = {"request_id": hold.request_id, **_bound_item(bound), "price_basis": price_basis}
         answer = await self._raises.submit(item, group=hold.user_id)
         if answer["outcome"] != "raised":
-            raise error_for_refusal(answer, "", own_limit=bound.own_limit)
+            raise error_for_refusal(answer, "", client_limit_field=bound.client_limit_field)
         return replace(
             hold,
             granted_output=answer["granted_output"],

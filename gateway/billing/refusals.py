@@ -55,8 +55,10 @@ KEY_TROUBLE = {
 }
 
 
-def error_for_refusal(answer: Answer, resource: str, *, own_limit: str | None = None) -> GatewayError:
-    """The error that a refusal of the database means. `own_limit`: the field in which the client set an
+def error_for_refusal(
+    answer: Answer, resource: str, *, client_limit_field: str | None = None
+) -> GatewayError:
+    """The error that a refusal of the database means. `client_limit_field`: the field in which the client set an
     output limit.
     """
     outcome = answer["outcome"]
@@ -71,7 +73,7 @@ def error_for_refusal(answer: Answer, resource: str, *, own_limit: str | None = 
     if outcome.startswith("idempotency_"):
         return _idempotency_error(answer)
     if outcome in MONEY:
-        return _money_error(answer, own_limit=own_limit)
+        return _money_error(answer, client_limit_field=client_limit_field)
     if outcome == "wrong_mode":
         return Misconfigured(
             "The database and this instance disagree on live or sandbox mode; restart the instance."
@@ -122,20 +124,20 @@ def _idempotency_error(answer: Answer) -> GatewayError:
     return AnswerNotKept(param="Idempotency-Key", original_request_id=first, cost=cost)
 
 
-def _money_error(answer: Answer, *, own_limit: str | None) -> GatewayError:
+def _money_error(answer: Answer, *, client_limit_field: str | None) -> GatewayError:
     needed, available = (credits_from_nanos(answer[name]) for name in ("needed_nanos", "available_nanos"))
     affordable = answer["affordable_output"]
     kind, what = MONEY[answer["outcome"]]
-    request = "This request" if own_limit else "Even a short answer to this request"
+    request = "This request" if client_limit_field else "Even a short answer to this request"
     message = f"{request} may cost up to {plain(needed)} credits. {what} {plain(available)} available"
     if answer["held_nanos"] and answer["outcome"] == "credits":
         message += f" ({plain(credits_from_nanos(answer['held_nanos']))} more are held for running requests)"
     message += "."
-    if own_limit and affordable > 0:
-        message += f" With `{own_limit}` of at most {affordable} it would be let through."
+    if client_limit_field and affordable > 0:
+        message += f" With `{client_limit_field}` of at most {affordable} it would be let through."
     return kind(
         message,
-        param=own_limit if affordable > 0 else None,
+        param=client_limit_field if affordable > 0 else None,
         needed=needed,
         available=available,
         affordable_max_tokens=affordable,

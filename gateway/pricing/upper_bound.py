@@ -87,7 +87,7 @@ class Bound:
         str, str
     ]  # the price caps that go out, in OpenRouter's units; {} where the endpoint takes none
     # a price cap of the client's own is the one that goes out: a refusal for it is the client's doing
-    own_limit_excludes: bool
+    client_caps_price: bool
     listed: Rates  # the dearest of all models, for quotes
     requests: int  # how often the fee for a request falls due
     choices: int  # in which output may come; 0: there is none
@@ -102,7 +102,7 @@ class Bound:
         return {"fixed_nanos": fixed, "output_nanos": output, "max_price": dict(self.max_price)}
 
     @property
-    def own_limit(self) -> str | None:
+    def client_limit_field(self) -> str | None:
         """The field of the client's own output limit, which is all that may be granted; None where less will
         do.
         """
@@ -178,7 +178,7 @@ def bound_request(
         if ask.takes_provider
         else ask.patch,
         max_price=caps,
-        own_limit_excludes=bool(ask.own_max_price) and _excludes(reached, ask),
+        client_caps_price=bool(ask.own_max_price) and _excludes(reached, ask),
         listed=rates,
         requests=ask.requests,
         choices=ask.choices if ask.has_output else 0,

@@ -41,7 +41,7 @@ from gateway.proxy.sse import with_field
 from gateway.proxy.stream import EventTooLarge, Stream
 from gateway.runtime.instance import Runtime
 from gateway.upstream.client import Unreachable, Upstream
-from gateway.upstream.errors import error_from_upstream, is_price_change, sanitised_error
+from gateway.upstream.errors import RequestOrigin, error_from_upstream, is_price_change, sanitised_error
 from gateway.upstream.providers import stops_on_abort
 from gateway.upstream.response import UpstreamResponse
 from gateway.upstream.usage import Usage, read_generation_id, read_text
@@ -237,7 +237,7 @@ class Exchange:
         )
         scenario_header = (
             {"x-sandbox-scenario": scenario}
-            if scenario and scenario.isascii() and self._upstream.suffixes
+            if scenario and scenario.isascii() and self._upstream.is_sandbox
             else {}
         )
         headers = {**headers, **scenario_header, **beta_headers(self.request.headers)}
@@ -251,10 +251,8 @@ class Exchange:
             elif endpoint.answers_bytes and not answer.is_json:
                 await self._pass_bytes(hold, answer)
             else:
-                raw, invented = await answer.read(), bool(self._upstream.suffixes)
-                self._plain = read_answer(
-                    raw, endpoint.dialect, self.outcome, invented=invented, own_key=hold.byok
-                )
+                origin = RequestOrigin(self._upstream.is_sandbox, hold.byok)
+                self._plain = read_answer(await answer.read(), endpoint.dialect, self.outcome, origin)
         finally:
             await answer.aclose()
 
@@ -274,11 +272,8 @@ class Exchange:
 
     async def _read_refusal(self, hold: Hold, answer: UpstreamResponse) -> None:
         self.outcome.refused = answer.is_refusal
-        raw, invented = await answer.read(), bool(self._upstream.suffixes)
-        own_limit = self._bound.own_limit_excludes
-        raise error_from_upstream(
-            answer.status, answer.headers, raw, invented=invented, own_limit=own_limit, own_key=hold.byok
-        )
+        origin = RequestOrigin(self._upstream.is_sandbox, hold.byok, self._bound.client_caps_price)
+        raise error_from_upstream(answer.status, answer.headers, await answer.read(), origin)
 
     async def _relay(self, hold: Hold, answer: UpstreamResponse) -> None:
         stream = self._stream = Stream(
@@ -473,7 +468,7 @@ class Exchange:
         return found
 
     def _mode_headers(self) -> dict[str, str]:
-        return {"x-gateway-mode": "sandbox"} if self._upstream.suffixes else {}
+        return {"x-gateway-mode": "sandbox"} if self._upstream.is_sandbox else {}
 
     def _elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)

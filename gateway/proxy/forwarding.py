@@ -11,20 +11,18 @@ from gateway.proxy.dialects.base import AnswerState
 from gateway.proxy.dialects.chat import Dialect
 from gateway.proxy.outcome import Outcome
 from gateway.proxy.sse import BOM
-from gateway.upstream.errors import error_from_upstream, error_status, sanitised_error
+from gateway.upstream.errors import RequestOrigin, error_from_upstream, error_status, sanitised_error
 from gateway.upstream.usage import parse_json, read_generation_id
 
 BYTES = re.compile(r"audio/[a-z0-9.+-]+(?:; ?[a-z]+=[a-z0-9]+)*|application/octet-stream", re.IGNORECASE)
 ANY_BYTES = "application/octet-stream"
 
 
-def read_answer(
-    raw: bytes, dialect: Dialect, outcome: Outcome, *, invented: bool, own_key: bool = False
-) -> bytes:
+def read_answer(raw: bytes, dialect: Dialect, outcome: Outcome, origin: RequestOrigin) -> bytes:
     """The answer as the client gets it; notes in `outcome` what it says of itself.
 
     Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means (see
-    `error_of`).
+    `error_from_upstream`).
     """
     raw = raw.removeprefix(BOM)
     try:
@@ -40,7 +38,7 @@ def read_answer(
     if dialect.is_error(data):
         error = data.get("error")
         about = {"error": dialect.error_of(error)} if isinstance(error, dict) else data
-        raise error_from_upstream(error_status(about) or 502, {}, raw, invented=invented, own_key=own_key)
+        raise error_from_upstream(error_status(about) or 502, {}, raw, origin)
     outcome.completed = not dialect.has_failed(state)
     return dialect.without_secrets(raw, sanitised_error)
 

@@ -101,4 +101,6 @@ def _refusal(found: Mapping[str, Any], bound: Bound, needed: int) -> GatewayErro
     """What the request would be told instead of an answer."""
     outcome = "INVALID_KEY" if found["outcome"] == "not_found" else found["outcome"]
     amounts = {"needed_nanos": needed, "held_nanos": 0, "affordable_output": found.get("granted_output")}
-    return error_for_refusal({**found, **amounts, "outcome": outcome}, "chat", own_limit=bound.own_limit)
+    return error_for_refusal(
+        {**found, **amounts, "outcome": outcome}, "chat", client_limit_field=bound.client_limit_field
+    )

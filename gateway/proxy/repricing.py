@@ -1,7 +1,7 @@
 """Raises a hold when prices changed in flight. Prices have changed: the model list is read anew, the hold
 raised.
 
-Where a client's own `provider.max_price` excludes (`Bound.own_limit_excludes`) it is not asked: that is the
+Where a client's own `provider.max_price` excludes (`Bound.client_caps_price`) it is not asked: that is the
 client's to change.
 """
 

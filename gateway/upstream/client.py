@@ -41,6 +41,11 @@ class Upstream:
         self._client = client
         self.suffixes = suffixes
 
+    @property
+    def is_sandbox(self) -> bool:
+        """Whether this is the sandbox: only it has scenarios, which model ids name as suffixes."""
+        return bool(self.suffixes)
+
     async def send(
         self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
     ) -> UpstreamResponse:

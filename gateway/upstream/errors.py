@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -28,6 +29,20 @@ TIMEOUT_STATUSES = (408, 504, 524)
 LINK = re.compile(r"https?://\S+|\bopenrouter\.ai/\S+")
 OPERATOR = re.compile(r"\b(?:user|org|key|workspace)_[A-Za-z0-9]{8,}\b|\b[0-9a-f]{32,}\b")
 ERROR_CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOrigin:
+    """What a failed request was sent with, which decides whose trouble its failure is.
+
+    `is_sandbox`: the sandbox answered, so nobody is alarmed. `is_byok`: it went out under the user's own key, whose
+    troubles are the user's. `client_caps_price`: the client had set a price cap below what is held, so a
+    refusal for the price says nothing new of prices.
+    """
+
+    is_sandbox: bool = False
+    is_byok: bool = False
+    client_caps_price: bool = False
 
 
 def sanitised(text: object) -> str:
@@ -94,17 +109,9 @@ def error_from_upstream(
     status: int,
     headers: Mapping[str, str],
     raw: bytes,
-    *,
-    invented: bool = False,
-    own_limit: bool = False,
-    own_key: bool = False,
+    origin: RequestOrigin,
 ) -> GatewayError:
-    """The GatewayError that an upstream's error answer becomes; one that the sandbox `invented` alarms
-    nobody.
-
-    `own_limit`: the client itself had set a price limit below what is held, so that a refusal for the price
-    is no news of prices. `own_key`: it went out under the user's own key, whose troubles are the user's.
-    """
+    """The GatewayError that an upstream's error answer becomes."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -113,11 +120,11 @@ def error_from_upstream(
     error = error if isinstance(error, dict) else {"message": error}
     message = sanitised(error.get("message"))
     if _is_of_account(status, error):
-        if own_key:
+        if origin.is_byok:
             return ProviderKeyRefused(
                 f"OpenRouter refuses the key that you have stored ({status}): {message}"
             )
-        if not invented:
+        if not origin.is_sandbox:
             log.error(
                 "upstream_refuses_operator",
                 status=status,
@@ -136,7 +143,7 @@ def error_from_upstream(
         return UpstreamUnavailable(message, code=_code(error, "upstream_unavailable"), retry_after=retry)
     if status >= 500:
         return UpstreamError(message, code=_code(error, "upstream_error"), retry_after=retry)
-    if _is_price_change(status, error) and not own_limit:
+    if _is_price_change(status, error) and not origin.client_caps_price:
         # By then the model list may be read anew for a changed price (repricing.REFRESH_SECONDS).
         return UpstreamUnavailable(
             "The provider's prices have just changed. Try again.", code="price_changed", retry_after=5
