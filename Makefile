@@ -22,8 +22,6 @@ check: .venv/dev.done ## format, lint, types
 	.venv/bin/ruff check .
 	$(PY) -m pip check
 	.venv/bin/mypy
-	@root=$$PWD; for part in tests tests/embedded tests/sandbox tests/sql tests/clients; do \
-	  (cd $$part && MYPYPATH=$$root:$$root/tests:$$root/tests/sql:$$root/$$part $$root/.venv/bin/mypy --config-file $$root/pyproject.toml --cache-dir $$root/.mypy_cache/$$part *.py) || exit 1; done
 
 format: .venv/dev.done ## put the code into its form
 	.venv/bin/ruff check --fix .
@@ -39,10 +37,10 @@ schema: ## write supabase/schema.sql, the readable whole, out of the migrations
 	@$(PYTHON) supabase/write_schema.py
 
 fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
-	$(PY) tests/fuzz.py $(ARGS)
+	$(PY) -m tests.fuzz $(ARGS)
 
 bill: .venv/dev.done ## compare 2,000 random requests' charges with the upstream's bill (ARGS="requests seed")
-	PYTHONPATH=. $(PY) tests/bill.py $(ARGS)
+	$(PY) -m tests.bill $(ARGS)
 
 clients: .venv/local.done .venv-clients/done tests/clients/node/node_modules/.done ## test other people's clients (Node 20+ too; ARGS="langchain openai-node" for some)
 	@$(PY) tests/clients/run.py $(ARGS)

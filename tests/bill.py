@@ -1,7 +1,7 @@
 """Do all charges together equal the upstream's own bill? Random requests with random endings, on two workers.
 
 `make bill` sends 2,000 (`ARGS="REQUESTS SEED"` as many as it is told). Not collected by pytest:
-`test_bill.py` runs a few.
+`billing/test_bill.py` runs a few.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from kinds import KINDS, Kind
-from rig import (
+
+from embedded.postgres import EmbeddedPostgres
+from sandbox import create_app as create_sandbox
+from sandbox.generation import Generation
+from tests.support.gateway import (
     Database,
     Gateway,
     Upstream,
@@ -32,10 +35,7 @@ from rig import (
     served,
     started_postgres,
 )
-
-from embedded.postgres import EmbeddedPostgres
-from sandbox import create_app as create_sandbox
-from sandbox.generation import Generation
+from tests.support.kinds import KINDS, Kind
 
 USERS = 8
 AT_ONCE = 24

@@ -1,9 +1,20 @@
-"""The fixtures of `rig`, for every test below this folder."""
+"""The fixtures of `tests.support.gateway`, for every test below this folder."""
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
-from rig import database, gateway, live_gateway, postgres, postgres_15, sql, stage, start_gateway, upstream
+
+from tests.support.gateway import (
+    database,
+    gateway,
+    live_gateway,
+    postgres,
+    postgres_15,
+    sql,
+    stage,
+    start_gateway,
+    upstream,
+)
 
 # How fast a machine is says nothing of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,7 +1,7 @@
 """Does any input make the API answer with a 5xx, or with a status that its OpenAPI does not name?
 Schemathesis against a running gateway.
 
-`make fuzz`; `python tests/fuzz.py EXAMPLES` bounds the number of examples an operation. Not collected by
+`make fuzz`; `python -m tests.fuzz EXAMPLES` bounds the number of examples an operation. Not collected by
 pytest.
 """
 

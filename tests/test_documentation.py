@@ -8,9 +8,9 @@ import shlex
 
 import httpx
 import pytest
-from rig import ADMIN_KEY, ROOT, Gateway
 
 from gateway.proxy.endpoints import ENDPOINTS
+from tests.support.gateway import ADMIN_KEY, ROOT, Gateway
 
 PUBLIC = {
     ("get", "/"),

@@ -10,11 +10,11 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
-from installations import INSTALLATIONS, QUICK
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
+from tests.support.installations import INSTALLATIONS, QUICK
 
 FRESH_ROWS = '''
     truncate people, journal, "odd ""names""" restart identity;

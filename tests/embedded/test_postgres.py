@@ -22,12 +22,12 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
-from installations import INSTALLATIONS, QUICK
 
 from embedded import EmbeddedDatabaseError
 from embedded.binaries import borrowed_identity, find_binaries
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
+from tests.support.installations import INSTALLATIONS, QUICK
 
 PROJECT = Path(__file__).parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, see prctl(2)

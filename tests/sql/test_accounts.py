@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sql_client import Account, Client, hash_of, registration, request
+
+from tests.support.sql_client import Account, Client, hash_of, registration, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

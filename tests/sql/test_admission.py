@@ -12,7 +12,8 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 import pytest
-from sql_client import (
+
+from tests.support.sql_client import (
     Account,
     Client,
     hash_of,

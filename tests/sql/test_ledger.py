@@ -7,7 +7,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sql_client import Client, new_id
+
+from tests.support.sql_client import Client, new_id
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sql_client import RINGS, UNLIMITED, Account, Client, request
+
+from tests.support.sql_client import RINGS, UNLIMITED, Account, Client, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,9 +8,9 @@ import re
 
 import asyncpg
 import pytest
-from sql_client import Client
 
 from supabase_config import MIGRATIONS
+from tests.support.sql_client import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

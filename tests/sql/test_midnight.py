@@ -11,7 +11,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sql_client import Account, Client, request
+
+from tests.support.sql_client import Account, Client, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

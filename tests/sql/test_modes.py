@@ -8,7 +8,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sql_client import Client, registration, request, until_blocked
+
+from tests.support.sql_client import Client, registration, request, until_blocked
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from sql_client import Client, Database, copy_database, drop_database, open_client
 
 from supabase_config import MIGRATIONS
+from tests.support.sql_client import Client, Database, copy_database, drop_database, open_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

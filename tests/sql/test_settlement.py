@@ -11,7 +11,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sql_client import Client, locked_user, new_id, request, settlement
+
+from tests.support.sql_client import Client, locked_user, new_id, request, settlement
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FULL = 1_100

@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sql_client import (
+
+from tests.support.sql_client import (
     Account,
     Client,
     Json,

@@ -13,8 +13,9 @@ from uuid import UUID
 
 import pytest
 import pytest_asyncio
-from sql_client import Account, Client, Json, new_id, request, settlement
-from test_usage_sums import INSERT
+
+from tests.sql.test_usage_sums import INSERT
+from tests.support.sql_client import Account, Client, Json, new_id, request, settlement
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,7 +8,18 @@ import asyncio
 from typing import Any
 
 import pytest
-from sql_client import Account, Client, Json, hash_of, locked_user, new_id, open_client, request, settlement
+
+from tests.support.sql_client import (
+    Account,
+    Client,
+    Json,
+    hash_of,
+    locked_user,
+    new_id,
+    open_client,
+    request,
+    settlement,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FULL = 1_100

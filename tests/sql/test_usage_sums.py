@@ -12,7 +12,8 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
-from sql_client import Client
+
+from tests.support.sql_client import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -1,0 +1,1 @@
+"""Tests of `gateway.billing`: holds, charges, stored answers and the books."""

@@ -1,0 +1,1 @@
+"""Tests of `common` and of the modules at the root that need no database."""

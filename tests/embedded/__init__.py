@@ -1,0 +1,1 @@
+"""Tests of `embedded`: the PostgreSQL of the wheel, its migrations and the in-process transport."""

@@ -1,0 +1,1 @@
+"""Tests of `gateway.pricing`: what a request can cost at most."""

@@ -1,0 +1,1 @@
+"""Tests of `routes`: the management endpoints over HTTP."""

@@ -1,0 +1,1 @@
+"""Tests of `gateway.runtime`: instances that start, share a database, lose it, and stop."""

@@ -1,0 +1,1 @@
+"""Tests of the SQL functions, with the rights that the gateway has."""

@@ -1,0 +1,1 @@
+"""What tests share: servers, databases, clients and bodies. Nothing in here is a test."""

@@ -1,0 +1,1 @@
+"""Tests of `gateway.webhooks`: signed deliveries to public addresses."""
