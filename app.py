@@ -20,38 +20,14 @@ from gateway.runtime.server import serve
 from gateway.runtime.service import Service
 from routes import proxy, public
 from routes.http.error_handlers import HANDLERS
-from routes.http.middleware import Application, RequestLog
+from routes.http.middleware import EXPOSED_HEADERS, Application, RequestLog
 from routes.http.openapi import DESCRIPTION, add_documentation_page, document_proxy
 from routes.routers import ROUTERS
-
-EXPOSED_HEADERS = [
-    "x-request-id",
-    "x-generation-id",
-    "x-gateway-mode",
-    "x-gateway-cost",
-    "x-gateway-balance",
-    "x-gateway-max-tokens",
-    "x-gateway-settlement",
-    "x-gateway-cache",
-    "x-openrouter-cache-status",
-    "x-gateway-byok",
-    "idempotent-replayed",
-    "age",
-    *(
-        f"x-ratelimit-{part}-{unit}"
-        for part in ("limit", "remaining", "reset")
-        for unit in ("requests", "tokens")
-    ),
-    "RateLimit",
-    "RateLimit-Policy",
-    "Retry-After",
-    "Content-Disposition",
-]
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    service: Service = app.state.runtime
+    service: Service = app.state.service
     await service.start()
     print_welcome(service)
     try:
@@ -74,7 +50,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         redoc_url=None,
         exception_handlers=dict(HANDLERS),
     )
-    app.state.runtime = Service(configuration)
+    app.state.service = Service(configuration)
     for router in ROUTERS:
         # `include_router` would build every route once more, at the first request: a quarter of a second.
         app.router.routes.extend(router.routes)
@@ -100,4 +76,4 @@ app = create_app(load_configuration())
 
 
 if __name__ == "__main__":
-    serve(app, app.state.runtime)
+    serve(app, app.state.service)

@@ -14,7 +14,7 @@ from common.money import credits_from_nanos
 from gateway.runtime.instance import Runtime
 from models import Balance, Transactions, UsageRecords, errors_of
 from routes.budgets import forbid_test_key
-from routes.dependencies import Caller, Declared, may
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
@@ -40,13 +40,14 @@ LIMITS = (
     "tokens_per_hour",
     "tokens_per_day",
 )
-ProfileReader = Annotated[Caller, may("read", "profile")]
-UsageReader = Annotated[Caller, may("read", "usage")]
+ProfileReader = Annotated[Caller, get_api_key("read", "profile")]
+UsageReader = Annotated[Caller, get_api_key("read", "usage")]
 
 
 @router.get("/balance", summary="What is left", response_model=Balance)
-async def read_balance(request: Request, caller: Annotated[Caller, may("read", "balance")]) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_balance(
+    runtime: Running, caller: Annotated[Caller, get_api_key("read", "balance")]
+) -> Response:
     user = await _require_user(runtime, caller)
     credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
     return JsonResponse(
@@ -62,16 +63,14 @@ async def read_balance(request: Request, caller: Annotated[Caller, may("read", "
 
 
 @router.get("/profile", summary="Your account", response_model=Profile)
-async def read_profile(request: Request, caller: ProfileReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_profile(runtime: Running, caller: ProfileReader) -> Response:
     return JsonResponse(await _profile(runtime, caller))
 
 
 @router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
 async def update_profile(
-    request: Request, order: ProfileChange, caller: Annotated[Caller, may("write", "profile")]
+    runtime: Running, order: ProfileChange, caller: Annotated[Caller, get_api_key("write", "profile")]
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     given = order.model_dump(exclude_none=True)
     changes = {("username" if name == "name" else name): value for name, value in given.items()}
@@ -84,9 +83,8 @@ async def update_profile(
 
 @router.delete("/account", summary="Delete your account, for good")
 async def delete_account(
-    request: Request, order: AccountDeletion, caller: Annotated[Caller, may("write", "account")]
+    runtime: Running, order: AccountDeletion, caller: Annotated[Caller, get_api_key("write", "account")]
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
     user = await _require_user(runtime, caller)
@@ -100,8 +98,7 @@ async def delete_account(
 
 
 @router.get("/monitor", summary="What you have used, and your limits")
-async def read_monitor(request: Request, caller: UsageReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_monitor(runtime: Running, caller: UsageReader) -> Response:
     user = await _require_user(runtime, caller)
     metrics = await db.usage_metrics(runtime.client, caller.user_id)
     limits = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
@@ -119,8 +116,7 @@ async def read_monitor(request: Request, caller: UsageReader) -> Response:
 
 
 @router.get("/limit", summary="Your rate limits, and what is used of them")
-async def read_limit(request: Request, caller: UsageReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_limit(runtime: Running, caller: UsageReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     shown = (*LIMITS, "concurrency", "burst")
     key_limits = found["key_limits"]
@@ -138,8 +134,7 @@ async def read_limit(request: Request, caller: UsageReader) -> Response:
 
 
 @router.get("/environment-usage", summary="Requests by environment of your keys")
-async def read_environment_usage(request: Request, caller: UsageReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_environment_usage(runtime: Running, caller: UsageReader) -> Response:
     found: dict[str, dict[str, Any]] = {}
     for row in await db_security.list_keys(runtime.client, caller.user_id):
         entry = found.setdefault(
@@ -156,7 +151,7 @@ async def read_environment_usage(request: Request, caller: UsageReader) -> Respo
     "/usage", summary="What you have used, by time and group", description=ABOUT_LATENCY, responses=TABULATED
 )
 async def read_usage(
-    request: Request,
+    runtime: Running,
     caller: UsageReader,
     start: Moment | None = None,
     end: Moment | None = None,
@@ -165,7 +160,6 @@ async def read_usage(
     group_by: Group = "model",
     format: Format = "json",
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await usage_report(
         runtime,
         user_id=caller.user_id,
@@ -185,9 +179,8 @@ async def read_usage(
     responses=EXPORTED,
 )
 async def list_usage_records(
-    request: Request, caller: UsageReader, within: Within, part: AnyPart
+    request: Request, runtime: Running, caller: UsageReader, within: Within, part: AnyPart
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(request, records(runtime, caller.user_id, within), part, "records")
 
 
@@ -198,9 +191,12 @@ async def list_usage_records(
     responses=EXPORTED,
 )
 async def list_transactions(
-    request: Request, caller: Annotated[Caller, may("read", "transactions")], within: Within, part: AnyPart
+    request: Request,
+    runtime: Running,
+    caller: Annotated[Caller, get_api_key("read", "transactions")],
+    within: Within,
+    part: AnyPart,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(request, transactions(runtime, caller.user_id, within), part, "transactions")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 import db
@@ -17,8 +17,9 @@ from common.errors import BadRequest, Conflict, Forbidden, NotFound, UpstreamUna
 from common.money import credits_from_nanos, nanos_from_credits
 from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import Caller, Declared, may
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
+from routes.http.outcomes import require_found
 from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
 from routes.http.responses import JsonResponse, utc_now
 from routes.schemas.spending import (
@@ -38,10 +39,10 @@ router = APIRouter(
     responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
-AccountReader = Annotated[Caller, may("read", "account")]
-AccountWriter = Annotated[Caller, may("write", "account")]
-BudgetReader = Annotated[Caller, may("read", "budgets")]
-BudgetWriter = Annotated[Caller, may("write", "budgets")]
+AccountReader = Annotated[Caller, get_api_key("read", "account")]
+AccountWriter = Annotated[Caller, get_api_key("write", "account")]
+BudgetReader = Annotated[Caller, get_api_key("read", "budgets")]
+BudgetWriter = Annotated[Caller, get_api_key("write", "budgets")]
 LABEL_START, LABEL_END = 12, 3
 
 
@@ -49,8 +50,7 @@ LABEL_START, LABEL_END = 12, 3
 
 
 @router.get("/provider-key", summary="Your own OpenRouter key, masked", response_model=ProviderKeyView)
-async def read_provider_key(request: Request, caller: AccountReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_provider_key(runtime: Running, caller: AccountReader) -> Response:
     row = await db_security.get_provider_key(runtime.client, caller.user_id)
     if row is None:
         raise NotFound("You have no upstream key of your own here.")
@@ -60,11 +60,10 @@ async def read_provider_key(request: Request, caller: AccountReader) -> Response
 @router.put(
     "/provider-key", summary="Send your requests with your own OpenRouter key", response_model=ProviderKeyView
 )
-async def set_provider_key(request: Request, order: ProviderKeyOrder, caller: AccountWriter) -> Response:
+async def set_provider_key(runtime: Running, order: ProviderKeyOrder, caller: AccountWriter) -> Response:
     """Kept encrypted, shown masked. From then on OpenRouter bills you for your requests; they are metered and
     limited here, not charged.
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     checked = await _check(runtime, order.key)
     kept = {
@@ -79,8 +78,7 @@ async def set_provider_key(request: Request, order: ProviderKeyOrder, caller: Ac
 
 
 @router.delete("/provider-key", summary="Forget your own OpenRouter key")
-async def delete_provider_key(request: Request, caller: AccountWriter) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def delete_provider_key(runtime: Running, caller: AccountWriter) -> Response:
     forbid_test_key(caller)
     found = await db_security.delete_provider_key(runtime.client, caller.stamp())
     if found["outcome"] == "not_found":
@@ -115,7 +113,7 @@ async def _check(runtime: Runtime, key: str) -> bool:
 
 @router.get("/end-users", summary="Budgets of your customers, and how they stand", response_model=EndUsers)
 async def list_end_users(
-    request: Request,
+    runtime: Running,
     caller: BudgetReader,
     end_user: Annotated[
         str | None, Query(min_length=1, max_length=256, description="Only this one, who may be under `*`")
@@ -123,7 +121,6 @@ async def list_end_users(
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     if end_user is not None:
         row = await db.end_user_standing(
             runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat()
@@ -144,8 +141,7 @@ async def list_end_users(
     response_model=EndUserView,
     status_code=201,
 )
-async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetWriter) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def create_end_user(runtime: Running, order: EndUserOrder, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
     asked = {
         "end_user": order.end_user,
@@ -165,9 +161,8 @@ async def create_end_user(request: Request, order: EndUserOrder, caller: BudgetW
 
 @router.put("/end-users/{budget_id}", summary="Change a customer's budget", response_model=EndUserView)
 async def update_end_user(
-    request: Request, budget_id: PathId, order: EndUserChange, caller: BudgetWriter
+    runtime: Running, budget_id: PathId, order: EndUserChange, caller: BudgetWriter
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     changes: dict[str, Any] = (
         {} if order.budget is None else {"budget_nanos": str(nanos_from_credits(order.budget))}
@@ -177,16 +172,15 @@ async def update_end_user(
     found = await db.update_end_user_budget(
         runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
     )
-    require_found(found, "There is no such budget.", "budget_id")
+    require_found(found, "There is no such budget.", param="budget_id")
     return JsonResponse(_view(found))
 
 
 @router.delete("/end-users/{budget_id}", summary="Take a customer's budget away")
-async def delete_end_user(request: Request, budget_id: PathId, caller: BudgetWriter) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def delete_end_user(runtime: Running, budget_id: PathId, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
     found = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
-    require_found(found, "There is no such budget.", "budget_id")
+    require_found(found, "There is no such budget.", param="budget_id")
     return JsonResponse(
         {
             "status": "success",
@@ -200,14 +194,6 @@ def forbid_test_key(caller: Caller) -> None:
     """Raises Forbidden: a key that is handed out for trying things must not decide who pays and who is told."""
     if caller.environment == "test":
         raise Forbidden("A test key cannot change this. Use a live one.")
-
-
-def require_found(
-    found: db.Row, message: str = "This account or key no longer exists.", param: str | None = None
-) -> None:
-    """Raises NotFound for an order that met nothing."""
-    if found["outcome"] == "not_found":
-        raise NotFound(message, param=param)
 
 
 def _named(end_user: str) -> str:

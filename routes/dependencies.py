@@ -13,7 +13,9 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
 from gateway.runtime.instance import Runtime
+from gateway.runtime.service import Service
 from routes.http.client_address import address_of, client_domain
+from routes.schemas.keys import Resource, Verb
 from security import (
     LEGACY,
     Credential,
@@ -66,6 +68,19 @@ def read_credential(request: Request, runtime: Runtime) -> Credential:
 
 
 # Dependencies: what a route needs is a type.
+
+
+async def running(request: Request) -> Runtime:
+    """The running instance. Raises Misconfigured or DatabaseUnavailable while there is none.
+
+    A dependency is resolved before parameters and body are validated. Routes that need no key and check
+    their parameters await it themselves, so that a wrong parameter gets its 400 while nothing can be served.
+    """
+    service: Service = request.app.state.service
+    return await service.ready()
+
+
+Running = Annotated[Runtime, Depends(running)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,39 +140,40 @@ header_scheme = APIKeyHeader(
 Declared = [Depends(bearer_scheme), Depends(header_scheme)]
 
 
-async def verified(request: Request, verb: str, resource: str) -> Caller:
+async def verify_key(request: Request, runtime: Runtime, verb: Verb, resource: Resource) -> Caller:
     """The caller, after the database has said that the key may do this. Raises InvalidKey, Forbidden,
     DatabaseUnavailable.
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
-    found = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
+    row = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
     # Whatever is answered from here on says what is left of the limits (middleware).
-    request.state.limits = found["limits"]
-    if found["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
+    request.state.limits = row["limits"]
+    if row["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
         raise MissingScope(
             "This secret was replaced and is only in its grace period: use the new one for keys and the account."
         )
     return Caller(
-        user_id=found["user_id"],
-        key_id=found["key_id"],
-        role=found["role"],
-        environment=found["environment"],
-        key_name=found["key_name"],
-        masked_key=masked(found["key_prefix"], found["last4"]),
-        scopes=found["scopes"],
+        user_id=row["user_id"],
+        key_id=row["key_id"],
+        role=row["role"],
+        environment=row["environment"],
+        key_name=row["key_name"],
+        masked_key=masked(row["key_prefix"], row["last4"]),
+        scopes=row["scopes"],
         address=credential.address,
         user_agent=credential.user_agent,
         request_id=request_id,
     )
 
 
-def may(verb: str, resource: str) -> Any:
-    """The dependency of a user's route: `Annotated[Caller, may("read", "usage")]`."""
+def get_api_key(verb: Verb, resource: Resource) -> Any:
+    """The dependency of a user's route: `Annotated[Caller, get_api_key("read", "usage")]`. The caller is
+    verified, and their key has this scope.
+    """
 
-    async def dependency(request: Request) -> Caller:
-        return await verified(request, verb, resource)
+    async def dependency(request: Request, runtime: Running) -> Caller:
+        return await verify_key(request, runtime, verb, resource)
 
     return Depends(dependency)
 
@@ -169,23 +185,24 @@ async def optional_admin(request: Request) -> Admin | None:
     if "authorization" not in request.headers and "x-api-key" not in request.headers:
         return None
     try:
-        return await require_admin(request)
+        # Only here: a request without a key learns what is wrong with its body before it learns that the
+        # gateway cannot serve.
+        return await require_admin(request, await running(request))
     except (InvalidKey, MissingScope) as refusal:
         raise type(refusal)(REGISTRATION_KEYS) from refusal
 
 
-async def require_admin(request: Request) -> Admin:
+async def require_admin(request: Request, runtime: Running) -> Admin:
     """Raises InvalidKey without a valid key, MissingScope for a user's, RateLimited after ten wrong keys a
     minute from one address.
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     key = presented_key(request.headers)
     address = address_of(request, runtime)
     agent = printable_header(request.headers.get("user-agent"), 512)
     if hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
         return Admin("admin", address, agent, request.state.request_id)
     try:
-        caller = await verified(request, "admin", "*")
+        caller = await verify_key(request, runtime, "admin", "*")
     except MissingScope as refusal:
         raise MissingScope(ADMINS_ONLY) from refusal
     except InvalidKey as refusal:

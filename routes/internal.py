@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from common.errors import InvalidKey, Misconfigured
 from gateway.runtime.instance import Runtime
 from models import Swept, errors_of
-from routes.dependencies import Declared, refuse_guesses
+from routes.dependencies import Declared, Running, refuse_guesses
 from routes.http.responses import JsonResponse
 from security import presented_key
 
@@ -26,8 +26,7 @@ router = APIRouter(
 
 @router.get("/sweep", summary="Resolve expired holds (CRON_SECRET or ADMIN_API_KEY)", response_model=Swept)
 @router.post("/sweep", include_in_schema=False)
-async def sweep(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def sweep(request: Request, runtime: Running) -> Response:
     await _require_secret(request, runtime)
     swept = await runtime.sweep()
     await runtime.sum_up()

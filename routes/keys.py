@@ -14,7 +14,7 @@ from common.errors import BadRequest, Conflict, GatewayError, MissingScope, NotF
 from common.money import credits_from_nanos, nanos_from_credits
 from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import Caller, Declared, may
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.export import EXPORTED
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import PathId
@@ -43,20 +43,18 @@ router = APIRouter(
     responses=errors_of(400, 401, 403, 404, 409, 503),
 )
 
-Reader = Annotated[Caller, may("read", "keys")]
-Writer = Annotated[Caller, may("write", "keys")]
+Reader = Annotated[Caller, get_api_key("read", "keys")]
+Writer = Annotated[Caller, get_api_key("write", "keys")]
 
 
 @router.get("", summary="Your keys", response_model=Keys)
-async def list_keys(request: Request, caller: Reader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def list_keys(runtime: Running, caller: Reader) -> Response:
     rows = await db_security.list_keys(runtime.client, caller.user_id)
     return JsonResponse(Keys(status="success", total_keys=len(rows), keys=[view(row) for row in rows]))
 
 
 @router.post("", summary="Make a key", response_model=KeyMade)
-async def create_key(request: Request, order: KeyOrder, caller: Writer) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def create_key(runtime: Running, order: KeyOrder, caller: Writer) -> Response:
     key, stored = new_key_of(runtime, order)
     return made(order, key, await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored}))
 
@@ -102,8 +100,7 @@ def made(order: KeyOrder, key: str, found: dict[str, Any]) -> Response:
 
 
 @router.get("/usage", summary="What each key has used")
-async def read_usage(request: Request, caller: Reader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_usage(runtime: Running, caller: Reader) -> Response:
     rows = await db_security.list_keys(runtime.client, caller.user_id)
     keys = [view(row) for row in rows]
     return JsonResponse(
@@ -115,9 +112,12 @@ async def read_usage(request: Request, caller: Reader) -> Response:
     "/audit-logs", summary="Who did what with your keys", response_model=AuditLogs, responses=EXPORTED
 )
 async def list_audit_logs(
-    request: Request, caller: Annotated[Caller, may("read", "audit")], asked: Events, part: AnyPart
+    request: Request,
+    runtime: Running,
+    caller: Annotated[Caller, get_api_key("read", "audit")],
+    asked: Events,
+    part: AnyPart,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(
         request,
         own_audit(runtime, replace(asked, user_id=caller.user_id)),
@@ -128,8 +128,7 @@ async def list_audit_logs(
 
 
 @router.get("/{key_id}", summary="One key", response_model=KeyView)
-async def read_key(request: Request, key_id: PathId, caller: Reader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_key(runtime: Running, key_id: PathId, caller: Reader) -> Response:
     for row in await db_security.list_keys(runtime.client, caller.user_id):
         if row["id"] == key_id:
             return JsonResponse(view(row))
@@ -137,8 +136,7 @@ async def read_key(request: Request, key_id: PathId, caller: Reader) -> Response
 
 
 @router.get("/{key_id}/reveal", summary="Show a revealable key again")
-async def reveal_key(request: Request, key_id: PathId, caller: Writer) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def reveal_key(runtime: Running, key_id: PathId, caller: Writer) -> Response:
     found = await db_security.reveal_key(runtime.client, {**caller.stamp(), "key_id": key_id})
     raise_key_refusal(found)
     key = runtime.vault.decrypt(found["encrypted_key"])
@@ -151,8 +149,7 @@ async def reveal_key(request: Request, key_id: PathId, caller: Writer) -> Respon
 
 
 @router.put("/{key_id}", summary="Change or rotate a key", response_model=KeyChanged)
-async def update_key(request: Request, key_id: PathId, order: KeyChange, caller: Writer) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def update_key(runtime: Running, key_id: PathId, order: KeyChange, caller: Writer) -> Response:
     if order.action == "rotate":
         return await _rotate(runtime, caller, key_id, order.grace_period)
     if order.action == "bulk_rotate":
@@ -177,15 +174,13 @@ async def update_key(request: Request, key_id: PathId, order: KeyChange, caller:
 
 @router.post("/{key_id}/rotate", summary="A new secret for a key", response_model=KeyChanged)
 async def rotate_key(
-    request: Request, key_id: PathId, caller: Writer, order: Rotation | None = None
+    runtime: Running, key_id: PathId, caller: Writer, order: Rotation | None = None
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await _rotate(runtime, caller, key_id, order.grace_period if order else 0)
 
 
 @router.delete("/{key_id}", summary="Revoke a key, for good", response_model=KeyRevoked)
-async def revoke_key(request: Request, key_id: PathId, order: KeyRevocation, caller: Writer) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def revoke_key(runtime: Running, key_id: PathId, order: KeyRevocation, caller: Writer) -> Response:
     found = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
     raise_key_refusal(found)
     return JsonResponse(

@@ -9,9 +9,8 @@ from fastapi.responses import Response
 
 from common.errors import ModelNotFound
 from gateway.pricing.catalog import upstream_json
-from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import shown_environment
+from routes.dependencies import Running, running, shown_environment
 from routes.http.responses import JsonResponse
 from routes.schemas.openrouter import CountAnswer
 
@@ -31,7 +30,7 @@ Limit = Annotated[
 @router.get("/api/v1/models", include_in_schema=False)
 async def list_models(request: Request, offset: Offset = 0, limit: Limit = None) -> Response:
     """All of them, or a page: `total_count` says how many there are, `links.next` where the next page is."""
-    runtime: Runtime = await request.app.state.runtime.ready()
+    runtime = await running(request)
     index = await runtime.catalog(shown_environment(request)).models()
     whole = offset == 0 and limit is None
     return Response(
@@ -54,8 +53,7 @@ async def read_model_of_author(request: Request, author: str, slug: str) -> Resp
 
 @router.get("/v1/models/count", summary="How many models there are", response_model=CountAnswer)
 @router.get("/api/v1/models/count", include_in_schema=False)
-async def count_models(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def count_models(request: Request, runtime: Running) -> Response:
     index = await runtime.catalog(shown_environment(request)).models()
     return JsonResponse(CountAnswer(data={"count": len(index.raw)}))
 
@@ -77,9 +75,8 @@ async def count_models(request: Request) -> Response:
     },
 )
 @router.get("/api/v1/models/{author}/{slug}/endpoints", include_in_schema=False)
-async def list_endpoints(request: Request, author: str, slug: str) -> Response:
+async def list_endpoints(request: Request, runtime: Running, author: str, slug: str) -> Response:
     """As the upstream has it, at most five minutes old."""
-    runtime: Runtime = await request.app.state.runtime.ready()
     environment, model_id = shown_environment(request), f"{author}/{slug}"
     index = await runtime.catalog(environment).models()
     found = (
@@ -98,7 +95,7 @@ async def read_model(request: Request, model_id: str) -> Response:
 
 
 async def _entry(request: Request, model_id: str, param: str) -> dict[str, Any]:
-    runtime: Runtime = await request.app.state.runtime.ready()
+    runtime = await running(request)
     entry = (await runtime.catalog(shown_environment(request)).models()).entry(model_id)
     if entry is None:
         raise _unknown(model_id, param)

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 import db
@@ -19,7 +19,7 @@ from common.errors import NotFound
 from common.money import credits_from_nanos
 from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import Caller, Declared, may
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.responses import JsonResponse
 from routes.schemas.openrouter import (
     CreditsAnswer,
@@ -63,8 +63,7 @@ AMOUNTS = tuple(
 @router.get("/v1/key", summary="The key that asks, as OpenRouter's clients read it", response_model=KeyAnswer)
 @router.get("/api/v1/key", include_in_schema=False)
 @router.get("/api/v1/auth/key", include_in_schema=False)  # its older name, which clients still ask for
-async def read_key(request: Request, caller: Annotated[Caller, may("read", "usage")]) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_key(runtime: Running, caller: Annotated[Caller, get_api_key("read", "usage")]) -> Response:
     row = await db_security.read_key(runtime.client, caller.user_id, caller.key_id)
     if row is None:
         raise NotFound("This key no longer exists.")
@@ -73,8 +72,9 @@ async def read_key(request: Request, caller: Annotated[Caller, may("read", "usag
 
 @router.get("/v1/credits", summary="What the account was given and has used", response_model=CreditsAnswer)
 @router.get("/api/v1/credits", include_in_schema=False)
-async def read_credits(request: Request, caller: Annotated[Caller, may("read", "balance")]) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_credits(
+    runtime: Running, caller: Annotated[Caller, get_api_key("read", "balance")]
+) -> Response:
     row = await db.read_credits(runtime.client, caller.user_id)
     if row is None:
         raise NotFound("This account no longer exists.")
@@ -89,8 +89,8 @@ async def read_credits(request: Request, caller: Annotated[Caller, may("read", "
 )
 @router.get("/api/v1/generation", include_in_schema=False)
 async def read_generation(
-    request: Request,
-    caller: Annotated[Caller, may("read", "usage")],
+    runtime: Running,
+    caller: Annotated[Caller, get_api_key("read", "usage")],
     id: Annotated[
         str,
         Query(
@@ -103,7 +103,6 @@ async def read_generation(
     """OpenRouter's ids name their time, and are found however old they are. Like OpenRouter, it answers 404
     until the cost is known.
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     row = await _find(runtime, caller.user_id, id)
     if row is None:
         raise NotFound("You have no request with this id.", param="id")

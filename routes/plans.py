@@ -13,7 +13,7 @@ from common.money import credits_from_nanos, nanos_from_credits
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.budgets import forbid_test_key
-from routes.dependencies import AdminOnly, Caller, Declared, may
+from routes.dependencies import AdminOnly, Caller, Declared, Running, get_api_key, running
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import NO_NUL, PathId
 from routes.http.responses import JsonResponse
@@ -29,18 +29,17 @@ COLUMNS = {
     "monthly_requests": "monthly_request_limit",
     "monthly_tokens": "monthly_token_limit",
 }
-PlanReader = Annotated[Caller, may("read", "plan")]
+PlanReader = Annotated[Caller, get_api_key("read", "plan")]
 
 
 @router.get("/plans", summary="The plans on offer", response_model=list[Plan])
-async def list_plans(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def list_plans(runtime: Running) -> Response:
     return JsonResponse([shown_plan(row) for row in await db.list_plans(runtime.client)])
 
 
 @router.get("/plans/{plan_id}", summary="One plan", response_model=Plan)
 async def read_plan(request: Request, plan_id: PathId) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+    runtime = await running(request)
     row = await db.get_plan(runtime.client, plan_id)
     if row is None or not row["is_active"]:
         raise NotFound("There is no such plan.", param="plan_id")
@@ -48,8 +47,7 @@ async def read_plan(request: Request, plan_id: PathId) -> Response:
 
 
 @router.get("/user/plan", summary="Your plan; 404 without one", dependencies=Declared)
-async def read_own_plan(request: Request, caller: PlanReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_own_plan(runtime: Running, caller: PlanReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     assigned = found["assigned"]
     if assigned is None:
@@ -63,8 +61,7 @@ async def read_own_plan(request: Request, caller: PlanReader) -> Response:
 
 
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
-async def cancel_plan(request: Request, caller: Annotated[Caller, may("write", "plan")]) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def cancel_plan(runtime: Running, caller: Annotated[Caller, get_api_key("write", "plan")]) -> Response:
     forbid_test_key(caller)
     found = await db.cancel_plan(runtime.client, caller.stamp())
     if found["outcome"] == "no_plan":
@@ -75,8 +72,7 @@ async def cancel_plan(request: Request, caller: Annotated[Caller, may("write", "
 
 
 @router.get("/user/plan/usage", summary="What you have used of your plan's limits", dependencies=Declared)
-async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_plan_usage(runtime: Running, caller: PlanReader) -> Response:
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     limits, used = _limits(found["plan"]), found["plan_used"]
     remaining = {name: None if limits[name] is None else max(0, limits[name] - used[name]) for name in LIMITS}
@@ -95,11 +91,10 @@ async def read_plan_usage(request: Request, caller: PlanReader) -> Response:
 
 @router.get("/user/plan/entitlements", summary="What your plan allows", dependencies=Declared)
 async def read_entitlements(
-    request: Request,
+    runtime: Running,
     caller: PlanReader,
     feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     plan, assigned = found["plan"], found["assigned"]
     return JsonResponse(
@@ -118,8 +113,7 @@ async def read_entitlements(
 @router.post(
     "/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared
 )
-async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def create_plan(runtime: Running, order: PlanOrderNew, admin: AdminOnly) -> Response:
     blank = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
     found = await db.create_plan(
         runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(order), "slug": order.slug}}
@@ -136,16 +130,14 @@ async def create_plan(request: Request, order: PlanOrderNew, admin: AdminOnly) -
     tags=["admin"],
     dependencies=Declared,
 )
-async def update_plan(request: Request, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def update_plan(runtime: Running, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
     return JsonResponse(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
 
 
 @router.delete(
     "/admin/plans/{plan_id}", summary="Take a plan off the list", tags=["admin"], dependencies=Declared
 )
-async def withdraw_plan(request: Request, plan_id: PathId, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def withdraw_plan(runtime: Running, plan_id: PathId, admin: AdminOnly) -> Response:
     await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
     return JsonResponse(
         {

@@ -18,8 +18,7 @@ from common.errors import BadRequest, GatewayError
 from gateway.proxy.endpoints import ENDPOINTS, Endpoint
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.request import IncomingRequest
-from gateway.runtime.instance import Runtime
-from routes.dependencies import read_credential
+from routes.dependencies import read_credential, running
 from routes.http.error_handlers import on_bug
 from routes.http.error_shapes import error_reply
 from security import printable_header
@@ -78,7 +77,7 @@ class ProxyEndpoint:
             raise
 
     async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
-        runtime: Runtime = await request.app.state.runtime.ready()
+        runtime = await running(request)
         credential = read_credential(request, runtime)
         body = await _read_body(request, runtime.settings.deadline_seconds)
         if body is None:

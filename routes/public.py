@@ -17,7 +17,7 @@ from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from models import Health, Registered, Registration, errors_of
-from routes.dependencies import MaybeAdmin, shown_environment
+from routes.dependencies import MaybeAdmin, Running, running, shown_environment
 from routes.http.client_address import address_of
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
@@ -46,7 +46,7 @@ FEATURES = [
 @router.head("/", include_in_schema=False)
 @router.get("/", summary="What this is")
 async def read_root(request: Request) -> Response:
-    service: Service = request.app.state.runtime
+    service: Service = request.app.state.service
     schema = await asyncio.to_thread(request.app.openapi)  # made once; streams must not wait for it
     return JsonResponse(
         {
@@ -74,7 +74,7 @@ def _by_area(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether it can serve, and if not why", response_model=Health)
 async def read_health(request: Request) -> Response:
-    health = await _health(request.app.state.runtime)
+    health = await _health(request.app.state.service)
     return JsonResponse(health, status_code=200 if health.status == "healthy" else 503)
 
 
@@ -84,8 +84,7 @@ async def read_live() -> Response:
 
 
 @router.get("/health/ready", summary="Whether its database is there, and in its mode")
-async def read_ready(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_ready(runtime: Running) -> Response:
     await runtime.check()
     return JsonResponse({"status": "ready"})
 
@@ -124,16 +123,14 @@ def _catalog_health(runtime: Runtime) -> str:
 
 
 @router.get("/models", summary="OpenRouter's list of models")
-async def list_models(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def list_models(request: Request, runtime: Running) -> Response:
     index = await runtime.catalog(shown_environment(request)).models()
     about = _about_models({"total_models": len(index.raw)})
     return Response(about[:-1] + b',"models":' + index.listed + b"}", media_type=JSON)
 
 
 @router.get("/models/providers", summary="Who makes the models")
-async def list_providers(request: Request) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def list_providers(request: Request, runtime: Running) -> Response:
     index = await runtime.catalog(shown_environment(request)).models()
     return Response(_about_models({"provider_statistics": provider_statistics(index.raw)}), media_type=JSON)
 
@@ -177,7 +174,7 @@ def _created(model: dict[str, Any]) -> float:
     responses=errors_of(400, 401, 403, 409, 429),
 )
 async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+    runtime = await running(request)
     if admin is None and not runtime.settings.registration_open:
         raise RegistrationClosed()
     environment = order.environment_tag.value

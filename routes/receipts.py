@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Path, Request
+from fastapi import APIRouter, Header, Path
 from fastapi.responses import Response
 
 import db
@@ -16,9 +16,8 @@ from gateway.pricing.upper_bound import BoundPolicy
 from gateway.proxy import quotes
 from gateway.proxy.endpoints import endpoint_of
 from gateway.proxy.request import end_user_of
-from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import Caller, Declared, may
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
 from routes.http.responses import JsonResponse
 from routes.schemas.spending import (
@@ -57,11 +56,10 @@ MESSAGES = {
 )
 @router.get("/api/v1/receipts/{request_id}", include_in_schema=False)
 async def read_receipt(
-    request: Request,
+    runtime: Running,
     request_id: Annotated[UUID, Path(description="`x-request-id` of the answer")],
-    caller: Annotated[Caller, may("read", "usage")],
+    caller: Annotated[Caller, get_api_key("read", "usage")],
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     row = await db.read_receipt(runtime.client, caller.user_id, str(request_id))
     if row is None:
         raise NotFound("You have no request with this id.", param="request_id")
@@ -71,15 +69,14 @@ async def read_receipt(
 @router.post("/v1/quote", summary="What a request would hold and roughly cost", response_model=Quote)
 @router.post("/api/v1/quote", include_in_schema=False)
 async def quote(
-    request: Request,
+    runtime: Running,
     order: QuoteOrder,
-    caller: Annotated[Caller, may("write", "chat")],
+    caller: Annotated[Caller, get_api_key("write", "chat")],
     x_end_user: Annotated[
         str | None, Header(max_length=256, description="Your customer, before what the body names them")
     ] = None,
 ) -> Response:
     """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
-    runtime: Runtime = await request.app.state.runtime.ready()
     settings = runtime.settings
     models = await runtime.catalog(caller.environment).models()
     policy = BoundPolicy(

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import Response
 
 import db
 from common.errors import Conflict, NotFound, RateLimited
 from common.money import credits_from_nanos
-from gateway.runtime.instance import Runtime
 from gateway.webhooks.signature import new_secret
 from models import errors_of
-from routes.budgets import forbid_test_key, require_found
-from routes.dependencies import Caller, Declared, may
+from routes.budgets import forbid_test_key
+from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
+from routes.http.outcomes import require_found
 from routes.http.pagination import BY_ID, Cursor, PageSize, PathId, id_of
 from routes.http.responses import JsonResponse
 from routes.schemas.webhooks import (
@@ -39,14 +39,13 @@ router = APIRouter(
     responses=errors_of(400, 401, 403, 404, 409, 429, 503),
 )
 
-WebhookReader = Annotated[Caller, may("read", "webhooks")]
-WebhookWriter = Annotated[Caller, may("write", "webhooks")]
+WebhookReader = Annotated[Caller, get_api_key("read", "webhooks")]
+WebhookWriter = Annotated[Caller, get_api_key("write", "webhooks")]
 MISSING = "There is no such webhook."
 
 
 @router.get("/webhooks", summary="Your webhooks", response_model=Webhooks)
-async def list_webhooks(request: Request, caller: WebhookReader) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def list_webhooks(runtime: Running, caller: WebhookReader) -> Response:
     rows = await db.list_webhooks(runtime.client, caller.user_id)
     return JsonResponse(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
 
@@ -57,11 +56,10 @@ async def list_webhooks(request: Request, caller: WebhookReader) -> Response:
     response_model=WebhookKept,
     status_code=201,
 )
-async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookWriter) -> Response:
+async def create_webhook(runtime: Running, order: WebhookOrder, caller: WebhookWriter) -> Response:
     """Deliveries are POSTs signed by the Standard Webhooks specification (`webhook-id`, `webhook-timestamp`,
     `webhook-signature`).
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     secret = new_secret()
     asked = {"url": order.url, "encrypted_secret": runtime.vault.encrypt(secret)}
@@ -80,9 +78,8 @@ async def create_webhook(request: Request, order: WebhookOrder, caller: WebhookW
     "/webhooks/deliveries", summary="What was sent, and how it was received", response_model=Deliveries
 )
 async def list_deliveries(
-    request: Request, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None
+    runtime: Running, caller: WebhookReader, limit: PageSize = 100, cursor: Cursor = None
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_deliveries(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
     return JsonResponse(
@@ -92,9 +89,8 @@ async def list_deliveries(
 
 @router.put("/webhooks/{webhook_id}", summary="Change a webhook, or its secret", response_model=WebhookKept)
 async def update_webhook(
-    request: Request, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter
+    runtime: Running, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     changes: dict[str, Any] = order.model_dump(include={"url", "is_active"}, exclude_none=True)
     secret = new_secret() if order.rotate_secret else None
@@ -102,7 +98,7 @@ async def update_webhook(
         changes["encrypted_secret"] = runtime.vault.encrypt(secret)
     asked = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": order.grace_period}
     found = await db.update_webhook(runtime.client, {**caller.stamp(), **asked})
-    require_found(found, MISSING, "webhook_id")
+    require_found(found, MISSING, param="webhook_id")
     message = "The webhook is changed" if secret is None else "Keep the new secret: it is shown this once."
     return JsonResponse(
         WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret)
@@ -110,11 +106,10 @@ async def update_webhook(
 
 
 @router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
-async def delete_webhook(request: Request, webhook_id: PathId, caller: WebhookWriter) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     forbid_test_key(caller)
     found = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(found, MISSING, "webhook_id")
+    require_found(found, MISSING, param="webhook_id")
     return JsonResponse({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
 
 
@@ -123,12 +118,11 @@ async def delete_webhook(request: Request, webhook_id: PathId, caller: WebhookWr
     summary="Send a test, and see how it is received",
     response_model=DeliveryTested,
 )
-async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWriter) -> Response:
+async def test_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
-    runtime: Runtime = await request.app.state.runtime.ready()
     forbid_test_key(caller)
     found = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(found, MISSING, "webhook_id")
+    require_found(found, MISSING, param="webhook_id")
     if found["outcome"] == "inactive":
         raise Conflict("This webhook is switched off.", param="webhook_id")
     if found["outcome"] == "too_soon":
@@ -150,12 +144,11 @@ async def test_webhook(request: Request, webhook_id: PathId, caller: WebhookWrit
     "/budget-events", summary="Which budgets are half, four fifths or all spent", response_model=BudgetEvents
 )
 async def list_budget_events(
-    request: Request,
-    caller: Annotated[Caller, may("read", "budgets")],
+    runtime: Running,
+    caller: Annotated[Caller, get_api_key("read", "budgets")],
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_budget_events(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
     return JsonResponse(

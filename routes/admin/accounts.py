@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 import db
@@ -24,9 +24,9 @@ from models import (
     errors_of,
 )
 from routes.account import shown_metrics
-from routes.dependencies import AdminOnly, Declared
+from routes.dependencies import AdminOnly, Declared, Running
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import require_found
+from routes.http.outcomes import require_target
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, id_of
 from routes.http.responses import JsonResponse
 from routes.keys import view
@@ -55,8 +55,7 @@ def _named(target: Target) -> str:
 
 
 @router.post("/add_credits", summary="Grant credits", response_model=CreditsGranted)
-async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def add_credits(runtime: Running, order: CreditGrant, admin: AdminOnly) -> Response:
     found = await db.grant_credits(
         runtime.client,
         {
@@ -71,7 +70,7 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
         raise BadRequest(TOO_LARGE, param="credits")
     if found["outcome"] == "conflict":
         raise Conflict(KEY_USED, param="idempotency_key")
-    require_found(found, _named(order))
+    require_target(found, _named(order))
     return JsonResponse(
         CreditsGranted(
             status="success",
@@ -86,14 +85,13 @@ async def add_credits(request: Request, order: CreditGrant, admin: AdminOnly) ->
 
 
 @router.post("/limit", summary="Set the rate limits of a user or a key", response_model=LimitsSet)
-async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def set_limits(runtime: Running, order: LimitOrder, admin: AdminOnly) -> Response:
     limits = order.rate_limits.model_dump(exclude_unset=True)
     subject = "user" if order.api_key is None else "key"
     found = await db.set_rate_limits(
         runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits}
     )
-    require_found(found, _named(order))
+    require_target(found, _named(order))
     current = {name: found["limits"][name] for name in RateLimits.model_fields}
     message = f"Limits of this {subject} are set"
     return JsonResponse(
@@ -104,12 +102,11 @@ async def set_limits(request: Request, order: LimitOrder, admin: AdminOnly) -> R
 
 
 @router.post("/assign-plan", summary="Give a user a plan, from now on", response_model=PlanAssigned)
-async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def assign_plan(runtime: Running, order: PlanOrder, admin: AdminOnly) -> Response:
     found = await db.assign_plan(runtime.client, {**admin.stamp(), **order.model_dump()})
     if found["outcome"] == "plan_not_found":
         raise NotFound("There is no such plan.", param="plan_id")
-    require_found(found, "user_id")
+    require_target(found, "user_id")
     return JsonResponse(
         PlanAssigned(
             status="success",
@@ -121,8 +118,7 @@ async def assign_plan(request: Request, order: PlanOrder, admin: AdminOnly) -> R
 
 
 @router.post("/adjust_credits", summary="Correct a balance, up or down")
-async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def adjust_credits(runtime: Running, order: Adjustment, admin: AdminOnly) -> Response:
     nanos = nanos_from_credits(order.credits)
     found = await db.adjust_credits(
         runtime.client,
@@ -134,14 +130,13 @@ async def adjust_credits(request: Request, order: Adjustment, admin: AdminOnly) 
             "idempotency_key": order.idempotency_key,
         },
     )
-    require_found(found, _named(order))
+    require_target(found, _named(order))
     _raise_correction_refusal(found)
     return JsonResponse(_corrected(found, "Adjusted"))
 
 
 @router.post("/refund", summary="Give back what a request cost, or part of it")
-async def refund(request: Request, order: Refund, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def refund(runtime: Running, order: Refund, admin: AdminOnly) -> Response:
     nanos = None if order.credits is None else str(nanos_from_credits(order.credits))
     found = await db.refund_request(
         runtime.client,
@@ -220,13 +215,12 @@ def _corrected(found: db.Row, done: str) -> dict[str, Any]:
 
 @router.get("/users", summary="Accounts; search by name or email")
 async def list_users(
-    request: Request,
+    runtime: Running,
     admin: AdminOnly,
     search: Annotated[str | None, Query(max_length=254, pattern=NO_NUL)] = None,
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
     following = BY_ID.following(rows, limit)
     return JsonResponse(
@@ -235,8 +229,7 @@ async def list_users(
 
 
 @router.get("/users/{user_id}", summary="One account, with its keys and limits")
-async def read_user(request: Request, user_id: PathId, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_user(runtime: Running, user_id: PathId, admin: AdminOnly) -> Response:
     row = await db.get_user(runtime.client, user_id)
     if row is None:
         raise NotFound("There is no such user.", param="user_id")
@@ -246,20 +239,18 @@ async def read_user(request: Request, user_id: PathId, admin: AdminOnly) -> Resp
 
 
 @router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
-async def set_user(request: Request, user_id: PathId, order: UserChange, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def set_user(runtime: Running, user_id: PathId, order: UserChange, admin: AdminOnly) -> Response:
     changes = order.model_dump(exclude_none=True)
     found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
-    require_found(found, "user_id")
+    require_target(found, "user_id")
     row = await db.get_user(runtime.client, user_id)
     return JsonResponse({"status": "success", "user": None if row is None else _user(row)})
 
 
 @router.get("/balance", summary="Every account's balance")
 async def read_balances(
-    request: Request, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None
+    runtime: Running, admin: AdminOnly, limit: PageSize = 100, cursor: Cursor = None
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
     keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])
     users = [

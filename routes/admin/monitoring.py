@@ -15,13 +15,12 @@ import db
 import db_security
 from common.errors import NotFound
 from common.money import credits_from_nanos
-from gateway.runtime.instance import Runtime
 from models import AdminTransactions, AdminUsageRecords, errors_of
 from routes.account import shown_metrics
-from routes.dependencies import AdminOnly, Declared
+from routes.dependencies import AdminOnly, Declared, Running
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import require_found
+from routes.http.outcomes import require_target
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
 from routes.http.responses import JsonResponse, utc_now
 from routes.keys import made, new_key_of, raise_key_refusal, view
@@ -41,8 +40,7 @@ router = APIRouter(
 
 
 @router.get("/monitor", summary="The whole installation at a glance")
-async def read_monitor(request: Request, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_monitor(runtime: Running, admin: AdminOnly) -> Response:
     found = await db.system_metrics(runtime.client)
     latest = found["recent"][0]["created_at"] if found["recent"] else None
     metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
@@ -69,7 +67,7 @@ async def read_monitor(request: Request, admin: AdminOnly) -> Response:
     responses=TABULATED,
 )
 async def read_usage(
-    request: Request,
+    runtime: Running,
     admin: AdminOnly,
     user_id: QueryId = None,
     start: Moment | None = None,
@@ -79,7 +77,6 @@ async def read_usage(
     group_by: AdminGroup = "model",
     format: Format = "json",
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await usage_report(
         runtime,
         user_id=user_id,
@@ -99,9 +96,13 @@ async def read_usage(
     responses=EXPORTED,
 )
 async def list_usage_records(
-    request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
+    request: Request,
+    runtime: Running,
+    admin: AdminOnly,
+    within: Within,
+    part: AnyPart,
+    user_id: QueryId = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(request, all_records(runtime, user_id, within), part, "records")
 
 
@@ -112,9 +113,13 @@ async def list_usage_records(
     responses=EXPORTED,
 )
 async def list_transactions(
-    request: Request, admin: AdminOnly, within: Within, part: AnyPart, user_id: QueryId = None
+    request: Request,
+    runtime: Running,
+    admin: AdminOnly,
+    within: Within,
+    part: AnyPart,
+    user_id: QueryId = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(request, all_transactions(runtime, user_id, within), part, "transactions")
 
 
@@ -125,9 +130,13 @@ async def list_transactions(
     responses=EXPORTED,
 )
 async def list_audit_logs(
-    request: Request, admin: AdminOnly, asked: Events, part: AnyPart, user_id: QueryId = None
+    request: Request,
+    runtime: Running,
+    admin: AdminOnly,
+    asked: Events,
+    part: AnyPart,
+    user_id: QueryId = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     return await list_response(
         request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs"
     )
@@ -135,7 +144,7 @@ async def list_audit_logs(
 
 @router.get("/keys", summary="Find keys by what is shown of them, or by name")
 async def find_keys(
-    request: Request,
+    runtime: Running,
     admin: AdminOnly,
     search: Annotated[
         str | None,
@@ -150,7 +159,6 @@ async def find_keys(
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     rows = await db_security.find_keys(
         runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit
     )
@@ -166,19 +174,17 @@ async def find_keys(
     summary="Give a user a key: to replace a lost one, or with the scope `admin`",
     response_model=KeyMade,
 )
-async def issue_key(request: Request, order: KeyIssue, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def issue_key(runtime: Running, order: KeyIssue, admin: AdminOnly) -> Response:
     key, stored = new_key_of(runtime, order)
     found = await db_security.issue_key(
         runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored}
     )
-    require_found(found, "user_id")
+    require_target(found, "user_id")
     return made(order, key, found)
 
 
 @router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")
-async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def revoke_key(runtime: Running, key_id: PathId, admin: AdminOnly) -> Response:
     found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
     raise_key_refusal(found)
     return JsonResponse(
@@ -192,8 +198,7 @@ async def revoke_key(request: Request, key_id: PathId, admin: AdminOnly) -> Resp
 
 
 @router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
-async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def import_keys(runtime: Running, order: LegacyImport, admin: AdminOnly) -> Response:
     found = await db_security.import_keys(
         runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]}
     )
@@ -206,8 +211,7 @@ async def import_keys(request: Request, order: LegacyImport, admin: AdminOnly) -
 
 
 @router.post("/refresh-models", summary="Fetch the model list now")
-async def refresh_models(request: Request, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def refresh_models(runtime: Running, admin: AdminOnly) -> Response:
     index = await runtime.catalog(None).refresh()
     return JsonResponse(
         {
@@ -220,8 +224,7 @@ async def refresh_models(request: Request, admin: AdminOnly) -> Response:
 
 
 @router.get("/cache-status", summary="How old the model list is")
-async def read_cache_status(request: Request, admin: AdminOnly) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
+async def read_cache_status(runtime: Running, admin: AdminOnly) -> Response:
     return JsonResponse(
         {"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()}
     )

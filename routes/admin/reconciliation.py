@@ -7,15 +7,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query
 from fastapi.responses import Response
 
 import db_security
 from common.money import credits_from_nanos
 from gateway.billing import reconciliation
-from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import AdminOnly, Declared
+from routes.dependencies import AdminOnly, Declared, Running
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import Cursor, PageSize, cursor_of, request_id_of
 from routes.http.responses import JsonResponse, utc_now
@@ -59,14 +58,13 @@ SHOWN_AT_ONCE = 20
     summary="What we charged beside what the upstream says",
     responses={200: {"content": {"application/json": {"example": EXAMPLE}}}},
 )
-async def reconcile(request: Request, admin: AdminOnly) -> Response:
+async def reconcile(runtime: Running, admin: AdminOnly) -> Response:
     """Live requests by UTC day, week and month; without test keys' and those that went out with users' own
     keys.
 
     An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest
     twenty of each kind are shown.
     """
-    runtime: Runtime = await request.app.state.runtime.ready()
     found = await reconciliation.compare(runtime.client, runtime.upstream(None))
     items = {
         kind: await reconciliation.open_items(runtime.client, kind, before=None, limit=SHOWN_AT_ONCE)
@@ -80,7 +78,7 @@ async def reconcile(request: Request, admin: AdminOnly) -> Response:
 
 @router.get("/items", summary="What is open: expired holds, unknown costs, overruns")
 async def list_items(
-    request: Request,
+    runtime: Running,
     admin: AdminOnly,
     kind: Annotated[
         Kind,
@@ -89,7 +87,6 @@ async def list_items(
     limit: PageSize = 100,
     cursor: Cursor = None,
 ) -> Response:
-    runtime: Runtime = await request.app.state.runtime.ready()
     items = await reconciliation.open_items(runtime.client, kind, before=request_id_of(cursor), limit=limit)
     following = cursor_of(items[-1]["request_id"]) if len(items) == limit else None
     return JsonResponse({"status": "success", "kind": kind, "items": items, "next_cursor": following})
@@ -97,12 +94,11 @@ async def list_items(
 
 @router.post("/{request_id}/resolve", summary="Ask the upstream once more what a request cost")
 async def resolve(
-    request: Request,
+    runtime: Running,
     admin: AdminOnly,
     request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")],
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
-    runtime: Runtime = await request.app.state.runtime.ready()
     found = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
     charged = credits_from_nanos(found["cost_nanos"])
     details = {

@@ -19,6 +19,30 @@ log = structlog.get_logger("http")
 
 MAX_ORDER_BYTES = 512 * 1024
 PROXIED = ("/v1/", "/api/v1/")
+# What a browser lets the page read of an answer, beside the headers that every page may read.
+EXPOSED_HEADERS = [
+    "x-request-id",
+    "x-generation-id",
+    "x-gateway-mode",
+    "x-gateway-cost",
+    "x-gateway-balance",
+    "x-gateway-max-tokens",
+    "x-gateway-settlement",
+    "x-gateway-cache",
+    "x-openrouter-cache-status",
+    "x-gateway-byok",
+    "idempotent-replayed",
+    "age",
+    *(
+        f"x-ratelimit-{part}-{unit}"
+        for part in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "Content-Disposition",
+]
 
 
 class Application(FastAPI):

@@ -109,7 +109,7 @@ def bound_of(fixed: str, output: str, least: int = 100, most: int = 100) -> Boun
 
 async def caller_of(gateway: Gateway, credits: float | str = 1) -> Caller:
     user = await gateway.register(credits=credits)
-    return Caller(await gateway.app.state.runtime.ready(), user)
+    return Caller(await gateway.app.state.service.ready(), user)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ async def test_after_a_change_of_the_encryption_key_answers_are_found_only_where
     await caller.settle(await caller.hold(cache=caller.cache(), idempotency=caller.key()))
     new = "B" * 42 + "A"
     changed = await start_gateway(encryption_keys=f"{new},{SECRET}")
-    later = Caller(await changed.app.state.runtime.ready(), caller.user)
+    later = Caller(await changed.app.state.service.ready(), caller.user)
     assert isinstance(await later.ask(cache=later.cache()), Hold)
     assert (await later.reply(idempotency=later.key())).source == "idempotency"
 
@@ -343,7 +343,7 @@ async def own_lookup(gateway: Gateway, upstream: Upstream, provider_key: str | N
 async def test_a_lost_request_under_the_users_key_is_looked_up_under_it(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
-    sealed = (await live_gateway.app.state.runtime.ready()).vault.encrypt("sk-or-v1-own")
+    sealed = (await live_gateway.app.state.service.ready()).vault.encrypt("sk-or-v1-own")
     assert await own_lookup(live_gateway, upstream, sealed) == [b"Bearer sk-or-v1-own"]
 
 
@@ -364,6 +364,6 @@ async def test_a_users_key_that_is_refused_by_now_does_not_keep_the_request_pend
 
     async with served(refuse_lookups) as url:
         gateway = await start_gateway(**live(f"{url}/api/v1"))
-        sealed = (await gateway.app.state.runtime.ready()).vault.encrypt("sk-or-v1-revoked")
+        sealed = (await gateway.app.state.service.ready()).vault.encrypt("sk-or-v1-revoked")
         assert await own_lookup(gateway, upstream, sealed) == []
     assert [call.status for call in upstream.sandbox.state.calls if call.path == "/generation"] == [401]

@@ -753,7 +753,7 @@ async def test_what_is_not_offered_says_so_by_name(scene: Stage, method: str, pa
 async def test_a_silent_stream_is_kept_alive_until_it_speaks(scene: Stage, name: str) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    runtime = gateway.app.state.runtime.runtime
+    runtime = gateway.app.state.service.runtime
     usual, runtime.keep_alive_seconds = runtime.keep_alive_seconds, 0.02
     rest = asyncio.Event()
     raw = STREAMS.get(name, STREAMS["completions"])

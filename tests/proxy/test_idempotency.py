@@ -510,7 +510,7 @@ async def test_an_answer_is_kept_even_where_its_request_is_stopped_as_it_is_seal
 
     try:
         await eventually(sealing, lambda found: found, seconds=5)
-        (exchange,) = gateway.app.state.runtime.runtime.exchanges
+        (exchange,) = gateway.app.state.service.runtime.exchanges
         exchange.cancel()
         await asyncio.wait([exchange])
     finally:

@@ -60,7 +60,7 @@ async def owner_of_a_key(gateway: Gateway, credits: float = 0) -> User:
 @pytest_asyncio.fixture(loop_scope="module")
 async def user(gateway: Gateway, upstream: Upstream) -> User:
     found = await owner_of_a_key(gateway)
-    await gateway.app.state.runtime.runtime.catalog("live").models()
+    await gateway.app.state.service.runtime.catalog("live").models()
     upstream.forget()  # what was asked about the key, and for the list
     return found
 
@@ -175,7 +175,7 @@ async def test_a_refusal_inside_a_200_is_the_users_too(
 async def sealed_by(gateway: Gateway, key: str | None) -> User:
     """A user whose key was stored without being asked about; None: by nobody that we know."""
     user = await gateway.register()
-    vault = (await gateway.app.state.runtime.ready()).vault
+    vault = (await gateway.app.state.service.ready()).vault
     stored = "sealed by nobody" if key is None else vault.encrypt(key)
     insert = "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, $2, 'own')"
     await gateway.database.value(insert, user.id, stored)

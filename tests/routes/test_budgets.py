@@ -92,7 +92,7 @@ async def test_an_own_key_is_kept_encrypted_and_shown_masked(gateway: Gateway) -
         "select encrypted_key from public.provider_keys where user_id = $1", user.id
     )
     assert KEY not in stored
-    assert gateway.app.state.runtime.runtime.vault.decrypt(stored) == KEY
+    assert gateway.app.state.service.runtime.vault.decrypt(stored) == KEY
     assert (await ask(other, "DELETE", "/user/provider-key")).status_code == 404
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 404

@@ -257,7 +257,7 @@ async def test_a_level_that_is_reached_is_told_once_and_delivered_by_the_sweep(
     receiver: Receiver,  # noqa: F811
     trusting: Callable[..., Sender],  # noqa: F811
 ) -> None:
-    runtime = user.gateway.app.state.runtime.runtime
+    runtime = user.gateway.app.state.service.runtime
     runtime.deliveries = Deliveries(
         lambda only: db.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
         lambda order: db.finish_delivery(runtime.client, order),

@@ -188,7 +188,7 @@ class Stage:
 
     def instance(self) -> Deliveries:
         """An instance of the gateway, as far as it delivers."""
-        runtime = self.gateway.app.state.runtime.runtime
+        runtime = self.gateway.app.state.service.runtime
         return Deliveries(
             lambda only: db.claim_deliveries(runtime.client, limit=BATCH, lease_seconds=90, delivery_id=only),
             lambda order: db.finish_delivery(runtime.client, order),
@@ -666,7 +666,7 @@ async def test_two_instances_never_send_one_delivery(stage: Stage) -> None:
 
 async def test_a_delivery_that_a_crash_left_behind_is_due_when_its_lease_ends(stage: Stage) -> None:
     delivery_id = await stage.event()
-    client = stage.gateway.app.state.runtime.runtime.client
+    client = stage.gateway.app.state.service.runtime.client
     (claimed,) = await db.claim_deliveries(client, limit=10, lease_seconds=90, delivery_id=None)
     assert claimed["id"] == delivery_id
     assert await stage.instance().deliver_due() == 0, "somebody has it"
