@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
+from db_rows import (
+    AdmissionAnswer,
+    AdmissionItem,
+    ExpiredHold,
+    GenerationNote,
+    NoteAnswer,
+    RaiseAnswer,
+    RaiseItem,
+    SettlementAnswer,
+    SettlementItem,
+    VerificationItem,
+)
 from supabase_config import AsyncClient, MissingFunction, call, execute
 
 Row = dict[str, Any]
@@ -59,33 +71,35 @@ async def count_users(client: AsyncClient) -> int:
 # Requests.
 
 
-async def admit_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (admission_item): admitted, cached, replayed, verified, busy, wrong_mode, failed,
-    or a refusal's code.
+async def admit_requests(
+    client: AsyncClient, items: Sequence[VerificationItem | AdmissionItem]
+) -> list[AdmissionAnswer]:
+    """Verifies keys and admits requests, each once: an item that is sent again with `resent` gets the first
+    answer. Answers come in any order, one per item.
     """
-    return list(await call(client, "admit_requests", {"p_items": items}))
+    return cast(list[AdmissionAnswer], await call(client, "admit_requests", {"p_items": items}))
 
 
-async def settle_requests(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (settlement_item): settled, repeated, unknown, busy or failed."""
-    return list(await call(client, "settle_requests", {"p_items": items}))
+async def settle_requests(client: AsyncClient, items: Sequence[SettlementItem]) -> list[SettlementAnswer]:
+    """Charges requests that have ended, each once; one answer per item."""
+    return cast(list[SettlementAnswer], await call(client, "settle_requests", {"p_items": items}))
 
 
-async def raise_holds(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
-    """One answer per item (raise_item): raised, credits, budget, end_user_budget, unknown, busy or failed."""
-    return list(await call(client, "raise_holds", {"p_items": items}))
+async def raise_holds(client: AsyncClient, items: Sequence[RaiseItem]) -> list[RaiseAnswer]:
+    """Raises the holds of running requests, which never fall; one answer per item."""
+    return cast(list[RaiseAnswer], await call(client, "raise_holds", {"p_items": items}))
 
 
-async def note_generations(client: AsyncClient, items: Sequence[Row]) -> list[Row]:
+async def note_generations(client: AsyncClient, items: Sequence[GenerationNote]) -> list[NoteAnswer]:
     """Stores the generation ids of requests that are still running."""
-    return list(await call(client, "note_generations", {"p_items": items}))
+    return cast(list[NoteAnswer], await call(client, "note_generations", {"p_items": items}))
 
 
-async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[Row]:
-    """Holds whose time is up, oldest first and past the first `skip`: request_id, generation_id, mode,
-    environment, byok and provider_key (encrypted, None where the user has none any more).
-    """
-    return list(await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip}))
+async def list_expired_holds(client: AsyncClient, limit: int, skip: int) -> list[ExpiredHold]:
+    """Holds whose time is up, oldest first and past the first `skip`."""
+    return cast(
+        list[ExpiredHold], await call(client, "list_expired_holds", {"p_limit": limit, "p_skip": skip})
+    )
 
 
 async def delete_expired_answers(client: AsyncClient) -> int:

@@ -61,9 +61,10 @@ class Runtime:
         self._upstreams: dict[str, Upstream] = {}
         self._catalogs: dict[str, Catalog] = {}
         self._provider_endpoints: dict[str, ProviderEndpoints] = {}
-        self._notes = GroupCommit(lambda items: db.note_generations(client, items))
+        batched: Any = db  # GroupCommit does not know the types of its items yet
+        self._notes = GroupCommit(lambda items: batched.note_generations(client, items))
         self.settlements = Settlements(
-            lambda items: db.settle_requests(client, items),
+            lambda items: batched.settle_requests(client, items),
             upstream_for=self._upstream_for,
             open_key=self.vault.decrypt,
             journal=_journal(settings),
@@ -76,12 +77,12 @@ class Runtime:
             decrypt=self.vault.decrypt,
         )
         self.admission = Admission(
-            lambda items: db.admit_requests(client, items),
+            lambda items: batched.admit_requests(client, items),
             mode=self.mode,
             markup=settings.price_markup,
             hold_ttl_seconds=settings.hold_ttl_seconds,
             vault=self.vault,
-            raise_holds=lambda items: db.raise_holds(client, items),
+            raise_holds=lambda items: batched.raise_holds(client, items),
             abandoned=self.settlements.release,
             resolve_expired=self.settlements.resolve_expired,
         )
