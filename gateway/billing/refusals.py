@@ -58,8 +58,8 @@ KEY_TROUBLE = {
 def error_for_refusal(
     answer: Answer, resource: str, *, client_limit_field: str | None = None
 ) -> GatewayError:
-    """The error that a refusal of the database means. `client_limit_field`: the field in which the client set an
-    output limit.
+    """The error that a refusal of the database means. `client_limit_field`: the field in which the client set
+    an output limit.
     """
     outcome = answer["outcome"]
     if outcome in KEY_TROUBLE:

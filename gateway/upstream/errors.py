@@ -35,9 +35,9 @@ ERROR_CODE = re.compile(r"[a-z][a-z0-9_]{2,63}")
 class RequestOrigin:
     """What a failed request was sent with, which decides whose trouble its failure is.
 
-    `is_sandbox`: the sandbox answered, so nobody is alarmed. `is_byok`: it went out under the user's own key, whose
-    troubles are the user's. `client_caps_price`: the client had set a price cap below what is held, so a
-    refusal for the price says nothing new of prices.
+    `is_sandbox`: the sandbox answered, so nobody is alarmed. `is_byok`: it went out under the user's own key,
+    whose troubles are the user's. `client_caps_price`: the client had set a price cap below what is held, so
+    a refusal for the price says nothing new of prices.
     """
 
     is_sandbox: bool = False

@@ -1,19 +1,18 @@
-"""Cached lists of a model's provider endpoints. The upstream's lists, kept in memory for a while and fetched
-by one at a time.
+"""Cached lists of a model's provider endpoints, each fetched by one request at a time.
 
-Only ever asked for models of the catalog: strangers must not choose what we fetch. It holds a bounded number
-of lists.
+They must only ever be asked for models of the catalog: otherwise strangers would choose what we fetch. A
+bounded number of lists is held.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import orjson
+from cachetools import TLRUCache
 
 from common.errors import GatewayError, UpstreamUnavailable
 
@@ -25,19 +24,25 @@ UNREADABLE = "The list of this model's endpoints cannot be had from the upstream
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A list as the upstream wrote it; None where it knows no such model, or where it did not answer
+class _Lookup:
+    """What the upstream wrote, held for so many seconds; None where it knows no such model, or did not answer
     (`failed`).
     """
 
-    found: bytes | None
-    until: float
+    body: bytes | None
+    seconds: float
     failed: bool = False
 
 
+def _expiry(_model_id: str, lookup: _Lookup, now: float) -> float:
+    return now + lookup.seconds
+
+
 class ProviderEndpoints:
-    """`fetch` returns the body of GET /models/{id}/endpoints. A failure is remembered for RETRY_SECONDS, a
-    list for `ttl_seconds`.
+    """The lists of the models that were asked for last.
+
+    `fetch` returns the body of GET /models/{id}/endpoints. A list is held for `ttl_seconds`, a failure for
+    RETRY_SECONDS (or `ttl_seconds`, if shorter).
     """
 
     def __init__(
@@ -49,30 +54,23 @@ class ProviderEndpoints:
     ) -> None:
         self._fetch = fetch
         self._ttl = ttl_seconds
-        self._clock = clock
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._lookups = TLRUCache[str, _Lookup, float](MOST_LISTS, _expiry, clock)
         self._fetching: dict[str, asyncio.Task[bytes | None]] = {}
-        # Whoever asks for one model after the other must not make us flood the upstream.
+        # A client that asks for one model after the other must not make us flood the upstream.
         self._gate = asyncio.Semaphore(FETCHES_AT_ONCE)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._lookups)
 
     async def get(self, model_id: str) -> bytes | None:
         """The list, as JSON, or None for a model that the upstream does not know. Raises UpstreamUnavailable."""
-        kept = self._kept.get(model_id)
-        if kept is not None and self._clock() < kept.until:
-            self._kept.move_to_end(model_id)
-            if kept.failed:
-                raise UpstreamUnavailable(UNREADABLE)
-            return kept.found
-        task = self._fetching.get(model_id)
-        if task is None:
-            task = self._fetching[model_id] = asyncio.create_task(
-                self._load(model_id), name=f"endpoints of {model_id}"
-            )
-            task.add_done_callback(lambda done: self._keep(model_id, done))
-        return await asyncio.shield(task)
+        lookup = self._lookups.get(model_id)
+        if lookup is None:
+            # A caller that goes away must not take the list from the others who wait for it.
+            return await asyncio.shield(self._fetching.get(model_id) or self._start(model_id))
+        if lookup.failed:
+            raise UpstreamUnavailable(UNREADABLE)
+        return lookup.body
 
     async def aclose(self) -> None:
         """Stops what is being fetched."""
@@ -82,31 +80,33 @@ class ProviderEndpoints:
         if running:
             await asyncio.wait(running)
 
+    def _start(self, model_id: str) -> asyncio.Task[bytes | None]:
+        task = asyncio.create_task(self._load(model_id), name=f"endpoints of {model_id}")
+        task.add_done_callback(lambda done: self._store(model_id, done))
+        self._fetching[model_id] = task
+        return task
+
     async def _load(self, model_id: str) -> bytes | None:
         async with self._gate:
             raw = await self._fetch(model_id)
-        if raw is None:
-            return None
-        try:
-            answer = orjson.loads(raw) if len(raw) <= MAX_BYTES else None
-        except orjson.JSONDecodeError:
-            answer = None
-        if not isinstance(answer, dict) or not isinstance(answer.get("data"), dict):
+        if raw is not None and not _is_list(raw):
             raise UpstreamUnavailable(UNREADABLE)
         return raw
 
-    def _keep(self, model_id: str, task: asyncio.Task[bytes | None]) -> None:
+    def _store(self, model_id: str, task: asyncio.Task[bytes | None]) -> None:
         del self._fetching[model_id]
         if task.cancelled():
             return
         error = task.exception()
-        if error is not None and not isinstance(
-            error, GatewayError
-        ):  # a fault of ours, which its waiters see
-            return
-        found = None if error is not None else task.result()
-        seconds = self._ttl if error is None else min(self._ttl, RETRY_SECONDS)
-        self._kept[model_id] = _Kept(found, self._clock() + seconds, failed=error is not None)
-        self._kept.move_to_end(model_id)
-        while len(self._kept) > MOST_LISTS:
-            self._kept.popitem(last=False)
+        if error is None:
+            self._lookups[model_id] = _Lookup(task.result(), self._ttl)
+        elif isinstance(error, GatewayError):  # any other is a bug of ours, which those who wait for it see
+            self._lookups[model_id] = _Lookup(None, min(self._ttl, RETRY_SECONDS), failed=True)
+
+
+def _is_list(raw: bytes) -> bool:
+    try:
+        answer = orjson.loads(raw) if len(raw) <= MAX_BYTES else None
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(answer, dict) and isinstance(answer.get("data"), dict)
