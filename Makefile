@@ -1,6 +1,6 @@
 # `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format migrate schema fuzz bill clients bench vercel-check sandbox lock clean
+.PHONY: help run test check format migrate fuzz bill clients bench vercel-check sandbox lock clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -32,9 +32,6 @@ migrate: .venv/local.done ## bring DATABASE_URL (or the embedded database) up to
 
 sandbox: .venv/local.done ## the OpenRouter simulator alone, on 127.0.0.1:8787
 	@$(PY) -m sandbox
-
-schema: ## write supabase/schema.sql, the readable whole, out of the migrations
-	@$(PYTHON) supabase/write_schema.py
 
 fuzz: .venv/dev.done ## let Schemathesis look for 5xx and undocumented statuses (ARGS=examples an operation)
 	$(PY) -m tests.fuzz $(ARGS)
