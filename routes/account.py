@@ -69,21 +69,21 @@ async def read_profile(runtime: Running, caller: ProfileReader) -> Response:
 
 @router.put("/profile", summary="Change name, email, preferences or settings", response_model=Profile)
 async def update_profile(
-    runtime: Running, order: ProfileChange, caller: Annotated[Caller, get_api_key("write", "profile")]
+    runtime: Running, body: ProfileChange, caller: Annotated[Caller, get_api_key("write", "profile")]
 ) -> Response:
     forbid_test_key(caller)
-    given = order.model_dump(exclude_none=True)
-    changes = {("username" if name == "name" else name): value for name, value in given.items()}
-    found = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
-    if found["outcome"] == "too_large":
+    fields = body.model_dump(exclude_none=True)
+    changes = {("username" if name == "name" else name): value for name, value in fields.items()}
+    result = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
+    if result["outcome"] == "too_large":
         raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
-    raise_taken(found, name_field="name")
+    raise_taken(result, name_field="name")
     return JsonResponse(await _profile(runtime, caller))
 
 
 @router.delete("/account", summary="Delete your account, for good")
 async def delete_account(
-    runtime: Running, order: AccountDeletion, caller: Annotated[Caller, get_api_key("write", "account")]
+    runtime: Running, body: AccountDeletion, caller: Annotated[Caller, get_api_key("write", "account")]
 ) -> Response:
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
@@ -117,16 +117,16 @@ async def read_monitor(runtime: Running, caller: UsageReader) -> Response:
 
 @router.get("/limit", summary="Your rate limits, and what is used of them")
 async def read_limit(runtime: Running, caller: UsageReader) -> Response:
-    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    shown = (*LIMITS, "concurrency", "burst")
-    key_limits = found["key_limits"]
+    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    names = (*LIMITS, "concurrency", "burst")
+    key_limits = rates["key_limits"]
     return JsonResponse(
         {
             "status": "success",
             "api_key": caller.masked_key,
-            "current_limits": {name: found["limits"][name] for name in shown},
-            "key_limits": None if key_limits is None else {name: key_limits[name] for name in shown},
-            "current_usage": found["used"],
+            "current_limits": {name: rates["limits"][name] for name in names},
+            "key_limits": None if key_limits is None else {name: key_limits[name] for name in names},
+            "current_usage": rates["used"],
             # Places free bucket by bucket; after these many seconds of silence everything is free again.
             "reset_times": {"minute": 70, "hour": 3900, "day": 90000},
         }
@@ -135,16 +135,16 @@ async def read_limit(runtime: Running, caller: UsageReader) -> Response:
 
 @router.get("/environment-usage", summary="Requests by environment of your keys")
 async def read_environment_usage(runtime: Running, caller: UsageReader) -> Response:
-    found: dict[str, dict[str, Any]] = {}
+    environments: dict[str, dict[str, Any]] = {}
     for row in await db_security.list_keys(runtime.client, caller.user_id):
-        entry = found.setdefault(
+        entry = environments.setdefault(
             row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0}
         )
         entry["total_requests"] += row["requests_used"]
         entry["key_count"] += 1
         if row["max_requests"] is not None:
             entry["total_max_requests"] = (entry["total_max_requests"] or 0) + row["max_requests"]
-    return JsonResponse({"status": "success", "environment_usage": found})
+    return JsonResponse({"status": "success", "environment_usage": environments})
 
 
 @router.get(
@@ -209,9 +209,9 @@ async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
 
 async def _profile(runtime: Runtime, caller: Caller) -> Profile:
     user = await _require_user(runtime, caller)
-    shown = {name: user[name] for name in Profile.model_fields if name in user}
+    fields = {name: user[name] for name in Profile.model_fields if name in user}
     return Profile(
-        **shown,
+        **fields,
         user_id=caller.user_id,
         api_key=caller.masked_key,
         credits=credits_from_nanos(user["credits_nanos"]),
@@ -220,9 +220,12 @@ async def _profile(runtime: Runtime, caller: Caller) -> Profile:
 
 def shown_metrics(metrics: db.Row) -> dict[str, Any]:
     """Metrics with their amounts in credits."""
-    found = {
+    amounts = {
         name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value
         for name, value in metrics.items()
     }
     total = metrics["total_requests"]
-    return {**found, "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0}
+    return {
+        **amounts,
+        "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0,
+    }

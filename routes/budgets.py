@@ -60,28 +60,28 @@ async def read_provider_key(runtime: Running, caller: AccountReader) -> Response
 @router.put(
     "/provider-key", summary="Send your requests with your own OpenRouter key", response_model=ProviderKeyView
 )
-async def set_provider_key(runtime: Running, order: ProviderKeyOrder, caller: AccountWriter) -> Response:
+async def set_provider_key(runtime: Running, body: ProviderKeyOrder, caller: AccountWriter) -> Response:
     """Kept encrypted, shown masked. From then on OpenRouter bills you for your requests; they are metered and
     limited here, not charged.
     """
     forbid_test_key(caller)
-    checked = await _check(runtime, order.key)
-    kept = {
-        "encrypted_key": runtime.vault.encrypt(order.key),
-        "label": f"{order.key[:LABEL_START]}...{order.key[-LABEL_END:]}",
+    checked = await _check(runtime, body.key)
+    provider_key = {
+        "encrypted_key": runtime.vault.encrypt(body.key),
+        "label": f"{body.key[:LABEL_START]}...{body.key[-LABEL_END:]}",
     }
-    found = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **kept})
-    require_found(found)
+    result = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **provider_key})
+    require_found(result)
     return JsonResponse(
-        ProviderKeyView(status="success", provider_key=_without_outcome(found), checked=checked)
+        ProviderKeyView(status="success", provider_key=_without_outcome(result), checked=checked)
     )
 
 
 @router.delete("/provider-key", summary="Forget your own OpenRouter key")
 async def delete_provider_key(runtime: Running, caller: AccountWriter) -> Response:
     forbid_test_key(caller)
-    found = await db_security.delete_provider_key(runtime.client, caller.stamp())
-    if found["outcome"] == "not_found":
+    result = await db_security.delete_provider_key(runtime.client, caller.stamp())
+    if result["outcome"] == "not_found":
         raise NotFound("You have no upstream key of your own here.")
     return JsonResponse(
         {
@@ -141,46 +141,46 @@ async def list_end_users(
     response_model=EndUserView,
     status_code=201,
 )
-async def create_end_user(runtime: Running, order: EndUserOrder, caller: BudgetWriter) -> Response:
+async def create_end_user(runtime: Running, body: EndUserOrder, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
-    asked = {
-        "end_user": order.end_user,
-        "budget_nanos": str(nanos_from_credits(order.budget)),
-        "budget_window": order.budget_window,
+    budget = {
+        "end_user": body.end_user,
+        "budget_nanos": str(nanos_from_credits(body.budget)),
+        "budget_window": body.budget_window,
     }
-    found = await db.create_end_user_budget(runtime.client, {**caller.stamp(), **asked})
-    if found["outcome"] == "name_taken":
+    result = await db.create_end_user_budget(runtime.client, {**caller.stamp(), **budget})
+    if result["outcome"] == "name_taken":
         raise Conflict("This end user has a budget already. Change it with PUT.", param="end_user")
-    if found["outcome"] == "too_many":
+    if result["outcome"] == "too_many":
         raise Conflict(
             "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
         )
-    require_found(found)
-    return JsonResponse(_view(found), status_code=201)
+    require_found(result)
+    return JsonResponse(_view(result), status_code=201)
 
 
 @router.put("/end-users/{budget_id}", summary="Change a customer's budget", response_model=EndUserView)
 async def update_end_user(
-    runtime: Running, budget_id: PathId, order: EndUserChange, caller: BudgetWriter
+    runtime: Running, budget_id: PathId, body: EndUserChange, caller: BudgetWriter
 ) -> Response:
     forbid_test_key(caller)
     changes: dict[str, Any] = (
-        {} if order.budget is None else {"budget_nanos": str(nanos_from_credits(order.budget))}
+        {} if body.budget is None else {"budget_nanos": str(nanos_from_credits(body.budget))}
     )
-    if order.budget_window is not None:
-        changes["budget_window"] = order.budget_window
-    found = await db.update_end_user_budget(
+    if body.budget_window is not None:
+        changes["budget_window"] = body.budget_window
+    result = await db.update_end_user_budget(
         runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
     )
-    require_found(found, "There is no such budget.", param="budget_id")
-    return JsonResponse(_view(found))
+    require_found(result, "There is no such budget.", param="budget_id")
+    return JsonResponse(_view(result))
 
 
 @router.delete("/end-users/{budget_id}", summary="Take a customer's budget away")
 async def delete_end_user(runtime: Running, budget_id: PathId, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
-    found = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
-    require_found(found, "There is no such budget.", param="budget_id")
+    result = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
+    require_found(result, "There is no such budget.", param="budget_id")
     return JsonResponse(
         {
             "status": "success",
@@ -202,8 +202,8 @@ def _named(end_user: str) -> str:
     return end_user
 
 
-def _without_outcome(found: db.Row) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name != "outcome"}
+def _without_outcome(result: db.Row) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "outcome"}
 
 
 def _view(row: db.Row) -> EndUserView:

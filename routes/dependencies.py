@@ -218,7 +218,7 @@ async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> Non
     operator out.
     """
     address = address_of(request, runtime)
-    found = await runtime.note_wrong_secret(
+    result = await runtime.note_wrong_secret(
         {
             "action": action,
             "address": address,
@@ -228,11 +228,11 @@ async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> Non
             "limit": WRONG_SECRETS_PER_MINUTE,
         }
     )
-    if found["outcome"] == "limited":
+    if result["outcome"] == "limited":
         raise RateLimited(
             "Too many wrong keys came from here.",
             code="too_many_wrong_keys",
-            retry_after=found["retry_after"],
+            retry_after=result["retry_after"],
         )
 
 

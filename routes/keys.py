@@ -54,47 +54,47 @@ async def list_keys(runtime: Running, caller: Reader) -> Response:
 
 
 @router.post("", summary="Make a key", response_model=KeyMade)
-async def create_key(runtime: Running, order: KeyOrder, caller: Writer) -> Response:
-    key, stored = new_key_of(runtime, order)
-    return made(order, key, await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored}))
+async def create_key(runtime: Running, body: KeyOrder, caller: Writer) -> Response:
+    key, stored = new_key_of(runtime, body)
+    return made(body, key, await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored}))
 
 
-def new_key_of(runtime: Runtime, order: KeyOrder) -> tuple[str, dict[str, Any]]:
-    """A new key for an order, and its columns."""
-    environment = order.environment_tag.value
+def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, dict[str, Any]]:
+    """A new key for an body, and its columns."""
+    environment = body.environment_tag.value
     key = new_key(environment)
     stored = {
-        **runtime.keyring.stored(key, environment, order.key_name),
+        **runtime.keyring.stored(key, environment, body.key_name),
         "scope_permissions": DEFAULT_SCOPES,
         "ip_allowlist": [],
         "domain_referrers": [],
-        "encrypted_key": runtime.vault.encrypt(key) if order.revealable else None,
-        **_rules(order),
+        "encrypted_key": runtime.vault.encrypt(key) if body.revealable else None,
+        **_rules(body),
     }
     return key, stored
 
 
-def made(order: KeyOrder, key: str, found: dict[str, Any]) -> Response:
+def made(body: KeyOrder, key: str, result: dict[str, Any]) -> Response:
     """The key as it is shown to whoever asked for it. Raises what a refusal means."""
-    raise_key_refusal(found)
-    shown = view(found["key"])
+    raise_key_refusal(result)
+    made_key = view(result["key"])
     return JsonResponse(
         KeyMade(
             status="success",
             message="Keep the API key: it is shown this once."
-            if not order.revealable
+            if not body.revealable
             else "The API key can be shown again.",
             api_key=key,
-            key_name=order.key_name,
-            environment_tag=order.environment_tag,
+            key_name=body.key_name,
+            environment_tag=body.environment_tag,
             security_features={
-                "ip_allowlist": shown.ip_allowlist,
-                "domain_referrers": shown.domain_referrers,
-                "expiration_date": shown.expiration_date,
-                "max_requests": shown.max_requests,
-                "scope_permissions": shown.scope_permissions,
+                "ip_allowlist": made_key.ip_allowlist,
+                "domain_referrers": made_key.domain_referrers,
+                "expiration_date": made_key.expiration_date,
+                "max_requests": made_key.max_requests,
+                "scope_permissions": made_key.scope_permissions,
             },
-            key=shown,
+            key=made_key,
         )
     )
 
@@ -115,12 +115,12 @@ async def list_audit_logs(
     request: Request,
     runtime: Running,
     caller: Annotated[Caller, get_api_key("read", "audit")],
-    asked: Events,
+    events: Events,
     part: AnyPart,
 ) -> Response:
     return await list_response(
         request,
-        own_audit(runtime, replace(asked, user_id=caller.user_id)),
+        own_audit(runtime, replace(events, user_id=caller.user_id)),
         part,
         "logs",
         counted="total_logs",
@@ -137,36 +137,36 @@ async def read_key(runtime: Running, key_id: PathId, caller: Reader) -> Response
 
 @router.get("/{key_id}/reveal", summary="Show a revealable key again")
 async def reveal_key(runtime: Running, key_id: PathId, caller: Writer) -> Response:
-    found = await db_security.reveal_key(runtime.client, {**caller.stamp(), "key_id": key_id})
-    raise_key_refusal(found)
-    key = runtime.vault.decrypt(found["encrypted_key"])
+    result = await db_security.reveal_key(runtime.client, {**caller.stamp(), "key_id": key_id})
+    raise_key_refusal(result)
+    key = runtime.vault.decrypt(result["encrypted_key"])
     if key is None:
         raise NotFound(
             "This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).",
             param="key_id",
         )
-    return JsonResponse({"status": "success", "api_key": key, "key": view(found["key"])})
+    return JsonResponse({"status": "success", "api_key": key, "key": view(result["key"])})
 
 
 @router.put("/{key_id}", summary="Change or rotate a key", response_model=KeyChanged)
-async def update_key(runtime: Running, key_id: PathId, order: KeyChange, caller: Writer) -> Response:
-    if order.action == "rotate":
-        return await _rotate(runtime, caller, key_id, order.grace_period)
-    if order.action == "bulk_rotate":
-        return await _rotate_all(runtime, caller, order)
-    changes = _rules(order)
+async def update_key(runtime: Running, key_id: PathId, body: KeyChange, caller: Writer) -> Response:
+    if body.action == "rotate":
+        return await _rotate(runtime, caller, key_id, body.grace_period)
+    if body.action == "bulk_rotate":
+        return await _rotate_all(runtime, caller, body)
+    changes = _rules(body)
     for name in ("key_name", "is_active"):
-        if (value := getattr(order, name)) is not None:
+        if (value := getattr(body, name)) is not None:
             changes[name] = value
-    found = await db_security.update_key(
+    result = await db_security.update_key(
         runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes}
     )
-    raise_key_refusal(found)
+    raise_key_refusal(result)
     return JsonResponse(
         KeyChanged(
             status="success",
             message="The key is changed",
-            updated_key=view(found["key"]),
+            updated_key=view(result["key"]),
             timestamp=utc_now(),
         )
     )
@@ -174,15 +174,15 @@ async def update_key(runtime: Running, key_id: PathId, order: KeyChange, caller:
 
 @router.post("/{key_id}/rotate", summary="A new secret for a key", response_model=KeyChanged)
 async def rotate_key(
-    runtime: Running, key_id: PathId, caller: Writer, order: Rotation | None = None
+    runtime: Running, key_id: PathId, caller: Writer, body: Rotation | None = None
 ) -> Response:
-    return await _rotate(runtime, caller, key_id, order.grace_period if order else 0)
+    return await _rotate(runtime, caller, key_id, body.grace_period if body else 0)
 
 
 @router.delete("/{key_id}", summary="Revoke a key, for good", response_model=KeyRevoked)
-async def revoke_key(runtime: Running, key_id: PathId, order: KeyRevocation, caller: Writer) -> Response:
-    found = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
-    raise_key_refusal(found)
+async def revoke_key(runtime: Running, key_id: PathId, body: KeyRevocation, caller: Writer) -> Response:
+    result = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
+    raise_key_refusal(result)
     return JsonResponse(
         KeyRevoked(
             status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()
@@ -193,11 +193,11 @@ async def revoke_key(runtime: Running, key_id: PathId, order: KeyRevocation, cal
 async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> Response:
     row = await _require_key(runtime, caller, key_id)
     key, stored = _new_secret(runtime, row)
-    found = await db_security.rotate_keys(
+    result = await db_security.rotate_keys(
         runtime.client, {**caller.stamp(), "grace_seconds": grace, "keys": [stored]}
     )
-    raise_key_refusal(found)
-    changed = view(found["keys"][0])
+    raise_key_refusal(result)
+    changed = view(result["keys"][0])
     return JsonResponse(
         KeyChanged(
             status="success",
@@ -209,20 +209,20 @@ async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> 
     )
 
 
-async def _rotate_all(runtime: Runtime, caller: Caller, order: KeyChange) -> Response:
+async def _rotate_all(runtime: Runtime, caller: Caller, body: KeyChange) -> Response:
     rows = await db_security.list_keys(runtime.client, caller.user_id)
     wanted = [
-        row for row in rows if row["is_active"] and order.environment_tag in (None, row["environment_tag"])
+        row for row in rows if row["is_active"] and body.environment_tag in (None, row["environment_tag"])
     ]
     secrets = [_new_secret(runtime, row) for row in wanted]
-    found = await db_security.rotate_keys(
+    result = await db_security.rotate_keys(
         runtime.client,
-        {**caller.stamp(), "grace_seconds": order.grace_period, "keys": [stored for _, stored in secrets]},
+        {**caller.stamp(), "grace_seconds": body.grace_period, "keys": [stored for _, stored in secrets]},
     )
-    raise_key_refusal(found)
+    raise_key_refusal(result)
     new = [
         {"id": row["id"], "key_name": row["key_name"], "api_key": key}
-        for row, (key, _) in zip(found["keys"], secrets, strict=True)
+        for row, (key, _) in zip(result["keys"], secrets, strict=True)
     ]
     message = f"{len(new)} keys have new secrets"
     return JsonResponse(
@@ -250,37 +250,37 @@ def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, A
     }
 
 
-def _rules(order: KeyRules) -> dict[str, Any]:
+def _rules(body: KeyRules) -> dict[str, Any]:
     """The columns that these rules set: what was left out is not among them."""
-    given = order.model_fields_set
-    found: dict[str, Any] = {
-        name: getattr(order, name)
+    named = body.model_fields_set
+    columns: dict[str, Any] = {
+        name: getattr(body, name)
         for name in ("allowed_models", "max_requests", "cache_ttl_seconds")
-        if name in given
+        if name in named
     }
-    if "scope_permissions" in given and order.scope_permissions is not None:
-        found["scope_permissions"] = order.scope_permissions
+    if "scope_permissions" in named and body.scope_permissions is not None:
+        columns["scope_permissions"] = body.scope_permissions
     for name in ("ip_allowlist", "domain_referrers"):
-        if name in given:
-            found[name] = getattr(order, name) or []
-    if "expiration_days" in given:
-        days = order.expiration_days
-        found["expiration_date"] = (
+        if name in named:
+            columns[name] = getattr(body, name) or []
+    if "expiration_days" in named:
+        days = body.expiration_days
+        columns["expiration_date"] = (
             None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
         )
-    if "budget" in given:
-        found["budget_nanos"] = None if order.budget is None else nanos_from_credits(order.budget)
-        found["budget_window"] = order.budget_window
-    return found
+    if "budget" in named:
+        columns["budget_nanos"] = None if body.budget is None else nanos_from_credits(body.budget)
+        columns["budget_window"] = body.budget_window
+    return columns
 
 
 def view(row: dict[str, Any]) -> KeyView:
     """A key as it may be shown."""
     used, most = row["requests_used"], row["max_requests"]
     budget = row["budget_nanos"]
-    shown = {name: row[name] for name in KeyView.model_fields if name in row}
+    fields = {name: row[name] for name in KeyView.model_fields if name in row}
     return KeyView(
-        **shown,
+        **fields,
         api_key=masked(row["key_prefix"], row["last4"]),
         days_remaining=_days_until(row["expiration_date"]),
         requests_remaining=None if most is None else max(0, most - used),
@@ -294,23 +294,23 @@ def _days_until(moment: str | None) -> int | None:
     return None if moment is None else max(0, (datetime.datetime.fromisoformat(moment) - utc_now()).days)
 
 
-def raise_key_refusal(found: dict[str, Any]) -> None:
+def raise_key_refusal(result: dict[str, Any]) -> None:
     """The error that a refusal of a key function means, if it is one."""
     refusals: dict[str, GatewayError] = {
         "not_found": NotFound("There is no such key.", param="key_id"),
         "name_taken": Conflict("You have a key of this name already.", param="key_name"),
         "too_many": Conflict(
             "You have 500 keys, the most that are allowed. Delete some that you no longer need."
-            if found.get("limit") == 500
+            if result.get("limit") == 500
             else "You have 50 active keys, the most that are allowed. Revoke one first."
         ),
         "not_revealable": BadRequest(
             "This key was not made revealable: only its HMAC is stored.", param="key_id"
         ),
         "broader": MissingScope(
-            f"A key may not give more than it has itself, and this would be broader in `{found.get('field')}`.",
-            param=found.get("field"),
+            f"A key may not give more than it has itself, and this would be broader in `{result.get('field')}`.",
+            param=result.get("field"),
         ),
     }
-    if found["outcome"] in refusals:
-        raise refusals[found["outcome"]]
+    if result["outcome"] in refusals:
+        raise refusals[result["outcome"]]

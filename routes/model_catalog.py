@@ -79,12 +79,12 @@ async def list_endpoints(request: Request, runtime: Running, author: str, slug: 
     """As the upstream has it, at most five minutes old."""
     environment, model_id = shown_environment(request), f"{author}/{slug}"
     index = await runtime.catalog(environment).models()
-    found = (
+    providers = (
         None if index.get(model_id) is None else await runtime.provider_endpoints(environment).get(model_id)
     )
-    if found is None:
+    if providers is None:
         raise _unknown(model_id, "slug")
-    return Response(found, media_type="application/json")
+    return Response(providers, media_type="application/json")
 
 
 # Last, since it takes the paths above for models.

@@ -48,39 +48,39 @@ async def read_plan(request: Request, plan_id: PathId) -> Response:
 
 @router.get("/user/plan", summary="Your plan; 404 without one", dependencies=Declared)
 async def read_own_plan(runtime: Running, caller: PlanReader) -> Response:
-    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    assigned = found["assigned"]
+    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    assigned = rates["assigned"]
     if assigned is None:
         raise NotFound(
             "You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan"
         )
     period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
     return JsonResponse(
-        {"status": "success", "plan": shown_plan(found["plan"]), "limits": _limits(found["plan"]), **period}
+        {"status": "success", "plan": shown_plan(rates["plan"]), "limits": _limits(rates["plan"]), **period}
     )
 
 
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
 async def cancel_plan(runtime: Running, caller: Annotated[Caller, get_api_key("write", "plan")]) -> Response:
     forbid_test_key(caller)
-    found = await db.cancel_plan(runtime.client, caller.stamp())
-    if found["outcome"] == "no_plan":
+    result = await db.cancel_plan(runtime.client, caller.stamp())
+    if result["outcome"] == "no_plan":
         raise NotFound("You have no plan.", code="no_plan")
     return JsonResponse(
-        {"status": "success", "message": "The plan is cancelled", "plan_id": found["plan_id"]}
+        {"status": "success", "message": "The plan is cancelled", "plan_id": result["plan_id"]}
     )
 
 
 @router.get("/user/plan/usage", summary="What you have used of your plan's limits", dependencies=Declared)
 async def read_plan_usage(runtime: Running, caller: PlanReader) -> Response:
-    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    limits, used = _limits(found["plan"]), found["plan_used"]
+    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    limits, used = _limits(rates["plan"]), rates["plan_used"]
     remaining = {name: None if limits[name] is None else max(0, limits[name] - used[name]) for name in LIMITS}
     return JsonResponse(
         {
             "status": "success",
-            "has_plan": found["assigned"] is not None,
-            "plan_name": found["plan"]["name"],
+            "has_plan": rates["assigned"] is not None,
+            "plan_name": rates["plan"]["name"],
             "usage": used,
             "limits": limits,
             "remaining": remaining,
@@ -95,8 +95,8 @@ async def read_entitlements(
     caller: PlanReader,
     feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None,
 ) -> Response:
-    found = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    plan, assigned = found["plan"], found["assigned"]
+    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    plan, assigned = rates["plan"], rates["assigned"]
     return JsonResponse(
         {
             "has_plan": assigned is not None,
@@ -113,14 +113,14 @@ async def read_entitlements(
 @router.post(
     "/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared
 )
-async def create_plan(runtime: Running, order: PlanOrderNew, admin: AdminOnly) -> Response:
+async def create_plan(runtime: Running, body: PlanOrderNew, admin: AdminOnly) -> Response:
     blank = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
-    found = await db.create_plan(
-        runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(order), "slug": order.slug}}
+    result = await db.create_plan(
+        runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(body), "slug": body.slug}}
     )
-    if found["outcome"] == "slug_taken":
+    if result["outcome"] == "slug_taken":
         raise Conflict("There is a plan with this slug already.", param="slug")
-    return JsonResponse(shown_plan(found["plan"]))
+    return JsonResponse(shown_plan(result["plan"]))
 
 
 @router.put(
@@ -130,8 +130,8 @@ async def create_plan(runtime: Running, order: PlanOrderNew, admin: AdminOnly) -
     tags=["admin"],
     dependencies=Declared,
 )
-async def update_plan(runtime: Running, plan_id: PathId, order: PlanChange, admin: AdminOnly) -> Response:
-    return JsonResponse(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(order))))
+async def update_plan(runtime: Running, plan_id: PathId, body: PlanChange, admin: AdminOnly) -> Response:
+    return JsonResponse(shown_plan(await _change(runtime, admin.stamp(), plan_id, _columns(body))))
 
 
 @router.delete(
@@ -149,18 +149,18 @@ async def withdraw_plan(runtime: Running, plan_id: PathId, admin: AdminOnly) -> 
 
 
 async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes: dict[str, Any]) -> db.Row:
-    found = await db.update_plan(runtime.client, {**stamp, "plan_id": plan_id, "changes": changes})
-    if found["outcome"] == "not_found":
+    result = await db.update_plan(runtime.client, {**stamp, "plan_id": plan_id, "changes": changes})
+    if result["outcome"] == "not_found":
         raise NotFound("There is no such plan.", param="plan_id")
-    if found["outcome"] == "built_in":
+    if result["outcome"] == "built_in":
         raise BadRequest(
             "This plan applies to everybody without a plan and cannot be taken off.", param="plan_id"
         )
-    return db.Row(found["plan"])
+    return db.Row(result["plan"])
 
 
-def _columns(order: PlanChange) -> dict[str, Any]:
-    given = order.model_dump(exclude_unset=True, exclude={"slug"})
+def _columns(body: PlanChange) -> dict[str, Any]:
+    columns = body.model_dump(exclude_unset=True, exclude={"slug"})
     nullable = {
         "daily_request_limit",
         "monthly_request_limit",
@@ -169,16 +169,16 @@ def _columns(order: PlanChange) -> dict[str, Any]:
         "concurrency",
         "allowed_models",
     }
-    for name, value in given.items():
+    for name, value in columns.items():
         if value is None and name not in nullable:
             raise BadRequest(f"`{name}` cannot be null.", param=name)
-    if "price_per_month" in given:
-        given["price_per_month_nanos"] = nanos_from_credits(given.pop("price_per_month"))
-    if "environment_factors" in given:
-        given["environment_factors"] = {
-            name: str(factor) for name, factor in given["environment_factors"].items()
+    if "price_per_month" in columns:
+        columns["price_per_month_nanos"] = nanos_from_credits(columns.pop("price_per_month"))
+    if "environment_factors" in columns:
+        columns["environment_factors"] = {
+            name: str(factor) for name, factor in columns["environment_factors"].items()
         }
-    return given
+    return columns
 
 
 def _limits(plan: db.Row) -> dict[str, int | None]:
@@ -187,5 +187,5 @@ def _limits(plan: db.Row) -> dict[str, int | None]:
 
 def shown_plan(row: db.Row) -> Plan:
     """A plan as it is shown."""
-    shown = {name: row[name] for name in Plan.model_fields if name in row}
-    return Plan(**shown, price_per_month=credits_from_nanos(row["price_per_month_nanos"]))
+    fields = {name: row[name] for name in Plan.model_fields if name in row}
+    return Plan(**fields, price_per_month=credits_from_nanos(row["price_per_month_nanos"]))

@@ -64,11 +64,11 @@ async def read_root(request: Request) -> Response:
 
 def _by_area(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Every documented endpoint and what it is for, by area."""
-    found: dict[str, dict[str, str]] = {}
+    areas: dict[str, dict[str, str]] = {}
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            found.setdefault(operation["tags"][0], {})[f"{method.upper()} {path}"] = operation["summary"]
-    return found
+            areas.setdefault(operation["tags"][0], {})[f"{method.upper()} {path}"] = operation["summary"]
+    return areas
 
 
 @router.head("/health", include_in_schema=False)
@@ -90,7 +90,7 @@ async def read_ready(runtime: Running) -> Response:
 
 
 async def _health(service: Service) -> Health:
-    found: dict[str, Any] = {
+    health: dict[str, Any] = {
         "database": "unknown",
         "openrouter": "unknown",
         "user_count": None,
@@ -98,19 +98,19 @@ async def _health(service: Service) -> Health:
     }
     try:
         runtime = await service.ready()
-        found["database"] = "unavailable"
+        health["database"] = "unavailable"
         await runtime.check()
-        found["user_count"] = await runtime.count_users()
-        found["database"] = "connected"
-        found["openrouter"] = _catalog_health(runtime)
-        if found["openrouter"] == "unavailable":
-            found["problem"] = (
+        health["user_count"] = await runtime.count_users()
+        health["database"] = "connected"
+        health["openrouter"] = _catalog_health(runtime)
+        if health["openrouter"] == "unavailable":
+            health["problem"] = (
                 "OpenRouter's list of models cannot be fetched, and without it no request can be priced. Check OPENROUTER_BASE_URL."
             )
     except GatewayError as problem:
-        found["problem"] = problem.message
-    found["status"] = "unhealthy" if found["problem"] else "healthy"
-    return Health(mode=service.settings.mode, version=VERSION, timestamp=utc_now(), **found)
+        health["problem"] = problem.message
+    health["status"] = "unhealthy" if health["problem"] else "healthy"
+    return Health(mode=service.settings.mode, version=VERSION, timestamp=utc_now(), **health)
 
 
 def _catalog_health(runtime: Runtime) -> str:
@@ -125,18 +125,18 @@ def _catalog_health(runtime: Runtime) -> str:
 @router.get("/models", summary="OpenRouter's list of models")
 async def list_models(request: Request, runtime: Running) -> Response:
     index = await runtime.catalog(shown_environment(request)).models()
-    about = _about_models({"total_models": len(index.raw)})
-    return Response(about[:-1] + b',"models":' + index.listed + b"}", media_type=JSON)
+    head = _model_fields({"total_models": len(index.raw)})
+    return Response(head[:-1] + b',"models":' + index.listed + b"}", media_type=JSON)
 
 
 @router.get("/models/providers", summary="Who makes the models")
 async def list_providers(request: Request, runtime: Running) -> Response:
     index = await runtime.catalog(shown_environment(request)).models()
-    return Response(_about_models({"provider_statistics": provider_statistics(index.raw)}), media_type=JSON)
+    return Response(_model_fields({"provider_statistics": provider_statistics(index.raw)}), media_type=JSON)
 
 
-def _about_models(found: dict[str, Any]) -> bytes:
-    return upstream_json({"status": "success", **found, "timestamp": f"{utc_now():%Y-%m-%dT%H:%M:%S.%fZ}"})
+def _model_fields(fields: dict[str, Any]) -> bytes:
+    return upstream_json({"status": "success", **fields, "timestamp": f"{utc_now():%Y-%m-%dT%H:%M:%S.%fZ}"})
 
 
 def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
     providers: dict[str, list[dict[str, Any]]] = {}
     for model in models:
         providers.setdefault(str(model.get("id", "")).split("/")[0], []).append(model)
-    shown: dict[str, dict[str, Any]] = {
+    entries_by_author: dict[str, dict[str, Any]] = {
         author: {
             "name": str(entries[0].get("name", author)).split(":")[0],
             "model_count": len(entries),
@@ -153,11 +153,11 @@ def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
         for author, entries in sorted(providers.items())
     }
     return {
-        "total_providers": len(shown),
+        "total_providers": len(entries_by_author),
         "total_models": len(models),
-        "suggested_models": sum(len(entry["suggested_models"]) for entry in shown.values()),
+        "suggested_models": sum(len(entry["suggested_models"]) for entry in entries_by_author.values()),
         "pricing_available": sum(1 for model in models if model.get("pricing")),
-        "providers": shown,
+        "providers": entries_by_author,
     }
 
 
@@ -173,20 +173,20 @@ def _created(model: dict[str, Any]) -> float:
     response_model=Registered,
     responses=errors_of(400, 401, 403, 409, 429),
 )
-async def register(request: Request, order: Registration, admin: MaybeAdmin) -> Response:
+async def register(request: Request, body: Registration, admin: MaybeAdmin) -> Response:
     runtime = await running(request)
     if admin is None and not runtime.settings.registration_open:
         raise RegistrationClosed()
-    environment = order.environment_tag.value
+    environment = body.environment_tag.value
     key = new_key(environment)
     address = address_of(request, runtime)
-    found = await db.register_user(
+    result = await db.register_user(
         runtime.client,
         {
-            "username": order.username,
-            "email": order.email,
-            "email_hashes": runtime.keyring.email_hashes(order.email),
-            "auth_method": order.auth_method,
+            "username": body.username,
+            "email": body.email,
+            "email_hashes": runtime.keyring.email_hashes(body.email),
+            "auth_method": body.auth_method,
             "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
             "mode": runtime.mode,
             "trial_days": runtime.settings.trial_days,
@@ -196,31 +196,31 @@ async def register(request: Request, order: Registration, admin: MaybeAdmin) -> 
             "request_id": request.state.request_id,
             "actor": admin.actor if admin else None,
             "key": {
-                **runtime.keyring.stored(key, environment, order.key_name),
+                **runtime.keyring.stored(key, environment, body.key_name),
                 "scope_permissions": DEFAULT_SCOPES,
             },
         },
     )
-    _raise_refusal(found)
+    _raise_refusal(result)
     return JsonResponse(
         Registered(
-            user_id=found["user_id"],
-            username=order.username,
-            email=order.email,
+            user_id=result["user_id"],
+            username=body.username,
+            email=body.email,
             api_key=key,
-            credits=credits_from_nanos(found["credits_nanos"]),
-            environment_tag=order.environment_tag,
+            credits=credits_from_nanos(result["credits_nanos"]),
+            environment_tag=body.environment_tag,
             scope_permissions=DEFAULT_SCOPES,
-            auth_method=order.auth_method,
-            subscription_status=found["subscription_status"],
+            auth_method=body.auth_method,
+            subscription_status=result["subscription_status"],
             message="Keep the API key: it is shown this once.",
             timestamp=utc_now(),
         )
     )
 
 
-def _raise_refusal(found: db.Row) -> None:
-    outcome = found["outcome"]
+def _raise_refusal(result: db.Row) -> None:
+    outcome = result["outcome"]
     if outcome == "wrong_mode":
         raise Misconfigured(
             "The database and this instance disagree on live or sandbox mode; restart the instance."
@@ -230,4 +230,4 @@ def _raise_refusal(found: db.Row) -> None:
             "Five registrations an hour may be tried from one network address. Try again later.",
             retry_after=3600,
         )
-    raise_taken(found, name_field="username")
+    raise_taken(result, name_field="username")

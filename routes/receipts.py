@@ -70,7 +70,7 @@ async def read_receipt(
 @router.post("/api/v1/quote", include_in_schema=False)
 async def quote(
     runtime: Running,
-    order: QuoteOrder,
+    body: QuoteOrder,
     caller: Annotated[Caller, get_api_key("write", "chat")],
     x_end_user: Annotated[
         str | None, Header(max_length=256, description="Your customer, before what the body names them")
@@ -84,19 +84,19 @@ async def quote(
         settings.free_models,
         runtime.upstream(caller.environment).suffixes,
     )
-    endpoint = endpoint_of(order.endpoint)
-    bound = quotes.bound_of(endpoint, order.body, models, policy)
-    asked = {
+    endpoint = endpoint_of(body.endpoint)
+    bound = quotes.bound_of(endpoint, body.body, models, policy)
+    question = {
         **quotes.quote_item(bound, markup=settings.price_markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
-        "end_user": end_user_of(endpoint, order.body, x_end_user),
+        "end_user": end_user_of(endpoint, body.body, x_end_user),
     }
-    found = {"free": caller.environment == "test", **await db.quote_request(runtime.client, asked)}
+    standing = {"free": caller.environment == "test", **await db.quote_request(runtime.client, question)}
     return JsonResponse(
         Quote(
             **quotes.quote_fields(
-                bound, found, markup=settings.price_markup, output_tokens=order.output_tokens
+                bound, standing, markup=settings.price_markup, output_tokens=body.output_tokens
             )
         )
     )
@@ -104,10 +104,10 @@ async def quote(
 
 def _receipt(row: dict[str, Any]) -> Receipt:
     settled = row["status"] != "pending"
-    shown = {name: row[name] for name in Receipt.model_fields if name in row}
+    fields = {name: row[name] for name in Receipt.model_fields if name in row}
     refunds = [_refund(refund) for refund in row["refunds"]]
     return Receipt(
-        **{**shown, "refunds": refunds},
+        **{**fields, "refunds": refunds},
         message=MESSAGES[_kind(row)],
         hold=ReceiptHold(
             amount=credits_from_nanos(row["hold_nanos"]),

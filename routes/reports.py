@@ -116,33 +116,33 @@ async def usage_report(
         "limit": MAX_ROWS + 1,
     }
     if group != "end_user":
-        found = await db.report_usage(runtime.client, user_id=user_id, report={**report, "group": group})
+        groups = await db.report_usage(runtime.client, user_id=user_id, report={**report, "group": group})
     elif user_id is None:
         raise BadRequest("`user_id` is missing: end users are one user's.", param="user_id")
     else:
-        found = await db.report_end_users(runtime.client, user_id=user_id, report=report)
-    if len(found) > MAX_ROWS:
+        groups = await db.report_end_users(runtime.client, user_id=user_id, report=report)
+    if len(groups) > MAX_ROWS:
         raise BadRequest(
             f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.",
             param="bucket",
         )
-    rows = [_row(row) for row in found]
+    rows = [_row(row) for row in groups]
     if form == "csv":
         return csv_answer(COLUMNS, rows, "usage.csv")
-    about = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
-    return JsonResponse({"status": "success", **about, "total": _total(rows), "rows": rows})
+    question = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
+    return JsonResponse({"status": "success", **question, "total": _total(rows), "rows": rows})
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    shown = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS}
+    amounts = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS}
     requests = row["requests"]
     average = round(row["latency_ms_total"] / requests) if requests else None
     # Of one request every percentile is known, and not only its bucket.
     latencies = dict.fromkeys(
         (name for name in COLUMNS if name.startswith("latency") and requests == 1), average
     )
-    found = {**row, **shown, "latency_average_ms": average, **latencies}
-    return {name: found.get(name) for name in COLUMNS}
+    cells = {**row, **amounts, "latency_average_ms": average, **latencies}
+    return {name: cells.get(name) for name in COLUMNS}
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:

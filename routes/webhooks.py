@@ -56,20 +56,20 @@ async def list_webhooks(runtime: Running, caller: WebhookReader) -> Response:
     response_model=WebhookKept,
     status_code=201,
 )
-async def create_webhook(runtime: Running, order: WebhookOrder, caller: WebhookWriter) -> Response:
+async def create_webhook(runtime: Running, body: WebhookOrder, caller: WebhookWriter) -> Response:
     """Deliveries are POSTs signed by the Standard Webhooks specification (`webhook-id`, `webhook-timestamp`,
     `webhook-signature`).
     """
     forbid_test_key(caller)
     secret = new_secret()
-    asked = {"url": order.url, "encrypted_secret": runtime.vault.encrypt(secret)}
-    found = await db.create_webhook(runtime.client, {**caller.stamp(), **asked})
-    if found["outcome"] == "too_many":
+    webhook = {"url": body.url, "encrypted_secret": runtime.vault.encrypt(secret)}
+    result = await db.create_webhook(runtime.client, {**caller.stamp(), **webhook})
+    if result["outcome"] == "too_many":
         raise Conflict("You have five webhooks, the most that are allowed. Delete one first.")
-    require_found(found)
+    require_found(result)
     message = "Keep the secret: it is shown this once."
     return JsonResponse(
-        WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret),
+        WebhookKept(status="success", message=message, webhook=_webhook(result), secret=secret),
         status_code=201,
     )
 
@@ -89,27 +89,27 @@ async def list_deliveries(
 
 @router.put("/webhooks/{webhook_id}", summary="Change a webhook, or its secret", response_model=WebhookKept)
 async def update_webhook(
-    runtime: Running, webhook_id: PathId, order: WebhookChange, caller: WebhookWriter
+    runtime: Running, webhook_id: PathId, body: WebhookChange, caller: WebhookWriter
 ) -> Response:
     forbid_test_key(caller)
-    changes: dict[str, Any] = order.model_dump(include={"url", "is_active"}, exclude_none=True)
-    secret = new_secret() if order.rotate_secret else None
+    changes: dict[str, Any] = body.model_dump(include={"url", "is_active"}, exclude_none=True)
+    secret = new_secret() if body.rotate_secret else None
     if secret is not None:
         changes["encrypted_secret"] = runtime.vault.encrypt(secret)
-    asked = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": order.grace_period}
-    found = await db.update_webhook(runtime.client, {**caller.stamp(), **asked})
-    require_found(found, MISSING, param="webhook_id")
+    change = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": body.grace_period}
+    result = await db.update_webhook(runtime.client, {**caller.stamp(), **change})
+    require_found(result, MISSING, param="webhook_id")
     message = "The webhook is changed" if secret is None else "Keep the new secret: it is shown this once."
     return JsonResponse(
-        WebhookKept(status="success", message=message, webhook=_webhook(found), secret=secret)
+        WebhookKept(status="success", message=message, webhook=_webhook(result), secret=secret)
     )
 
 
 @router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
 async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     forbid_test_key(caller)
-    found = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(found, MISSING, param="webhook_id")
+    result = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
+    require_found(result, MISSING, param="webhook_id")
     return JsonResponse({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
 
 
@@ -121,23 +121,23 @@ async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWr
 async def test_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
     forbid_test_key(caller)
-    found = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(found, MISSING, param="webhook_id")
-    if found["outcome"] == "inactive":
+    result = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
+    require_found(result, MISSING, param="webhook_id")
+    if result["outcome"] == "inactive":
         raise Conflict("This webhook is switched off.", param="webhook_id")
-    if found["outcome"] == "too_soon":
-        raise RateLimited("One test a minute for each webhook.", retry_after=found["retry_after"])
-    await runtime.deliveries.deliver_due(delivery_id=found["delivery_id"])
-    row = await db.get_delivery(runtime.client, caller.user_id, found["delivery_id"])
+    if result["outcome"] == "too_soon":
+        raise RateLimited("One test a minute for each webhook.", retry_after=result["retry_after"])
+    await runtime.deliveries.deliver_due(delivery_id=result["delivery_id"])
+    row = await db.get_delivery(runtime.client, caller.user_id, result["delivery_id"])
     if row is None:
         raise NotFound(MISSING, param="webhook_id")
-    shown = _delivery(row)
+    delivery = _delivery(row)
     message = (
         "The test has arrived"
-        if shown.status == "delivered"
+        if delivery.status == "delivered"
         else "The test has not arrived yet; `last_error` says why"
     )
-    return JsonResponse(DeliveryTested(status="success", message=message, delivery=shown))
+    return JsonResponse(DeliveryTested(status="success", message=message, delivery=delivery))
 
 
 @router.get(

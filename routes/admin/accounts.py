@@ -41,7 +41,7 @@ router = APIRouter(
 )
 
 
-KEY_USED = "This idempotency_key was used for another order. Give a new order a new one."
+KEY_USED = "This idempotency_key was used for a different request. Use a new one."
 TOO_LARGE = "`credits`: the balance would exceed 9,000,000,000 credits, the most that an account can have."
 
 
@@ -55,119 +55,119 @@ def _named(target: Target) -> str:
 
 
 @router.post("/add_credits", summary="Grant credits", response_model=CreditsGranted)
-async def add_credits(runtime: Running, order: CreditGrant, admin: AdminOnly) -> Response:
-    found = await db.grant_credits(
+async def add_credits(runtime: Running, body: CreditGrant, admin: AdminOnly) -> Response:
+    result = await db.grant_credits(
         runtime.client,
         {
             **admin.stamp(),
-            **_whom(order, runtime),
-            "amount_nanos": str(nanos_from_credits(order.credits)),
-            "reason": order.reason,
-            "idempotency_key": order.idempotency_key,
+            **_whom(body, runtime),
+            "amount_nanos": str(nanos_from_credits(body.credits)),
+            "reason": body.reason,
+            "idempotency_key": body.idempotency_key,
         },
     )
-    if found["outcome"] == "too_large":
+    if result["outcome"] == "too_large":
         raise BadRequest(TOO_LARGE, param="credits")
-    if found["outcome"] == "conflict":
+    if result["outcome"] == "conflict":
         raise Conflict(KEY_USED, param="idempotency_key")
-    require_target(found, _named(order))
+    require_target(result, _named(body))
     return JsonResponse(
         CreditsGranted(
             status="success",
-            message=f"Added {plain(order.credits)} credits"
-            if found["outcome"] == "granted"
+            message=f"Added {plain(body.credits)} credits"
+            if result["outcome"] == "granted"
             else "Was granted before; nothing added",
-            new_balance=credits_from_nanos(found["balance_nanos"]),
-            user_id=found["user_id"],
-            transaction_id=found["transaction_id"],
+            new_balance=credits_from_nanos(result["balance_nanos"]),
+            user_id=result["user_id"],
+            transaction_id=result["transaction_id"],
         )
     )
 
 
 @router.post("/limit", summary="Set the rate limits of a user or a key", response_model=LimitsSet)
-async def set_limits(runtime: Running, order: LimitOrder, admin: AdminOnly) -> Response:
-    limits = order.rate_limits.model_dump(exclude_unset=True)
-    subject = "user" if order.api_key is None else "key"
-    found = await db.set_rate_limits(
-        runtime.client, {**admin.stamp(), **_whom(order, runtime), "subject": subject, "limits": limits}
+async def set_limits(runtime: Running, body: LimitOrder, admin: AdminOnly) -> Response:
+    limits = body.rate_limits.model_dump(exclude_unset=True)
+    subject = "user" if body.api_key is None else "key"
+    result = await db.set_rate_limits(
+        runtime.client, {**admin.stamp(), **_whom(body, runtime), "subject": subject, "limits": limits}
     )
-    require_target(found, _named(order))
-    current = {name: found["limits"][name] for name in RateLimits.model_fields}
+    require_target(result, _named(body))
+    current = {name: result["limits"][name] for name in RateLimits.model_fields}
     message = f"Limits of this {subject} are set"
     return JsonResponse(
         LimitsSet(
-            status="success", message=message, user_id=found["user_id"], rate_limits=RateLimits(**current)
+            status="success", message=message, user_id=result["user_id"], rate_limits=RateLimits(**current)
         )
     )
 
 
 @router.post("/assign-plan", summary="Give a user a plan, from now on", response_model=PlanAssigned)
-async def assign_plan(runtime: Running, order: PlanOrder, admin: AdminOnly) -> Response:
-    found = await db.assign_plan(runtime.client, {**admin.stamp(), **order.model_dump()})
-    if found["outcome"] == "plan_not_found":
+async def assign_plan(runtime: Running, body: PlanOrder, admin: AdminOnly) -> Response:
+    result = await db.assign_plan(runtime.client, {**admin.stamp(), **body.model_dump()})
+    if result["outcome"] == "plan_not_found":
         raise NotFound("There is no such plan.", param="plan_id")
-    require_target(found, "user_id")
+    require_target(result, "user_id")
     return JsonResponse(
         PlanAssigned(
             status="success",
-            message=f"Assigned the plan {found['plan_name']}",
-            end_date=found["end_date"],
-            **order.model_dump(),
+            message=f"Assigned the plan {result['plan_name']}",
+            end_date=result["end_date"],
+            **body.model_dump(),
         )
     )
 
 
 @router.post("/adjust_credits", summary="Correct a balance, up or down")
-async def adjust_credits(runtime: Running, order: Adjustment, admin: AdminOnly) -> Response:
-    nanos = nanos_from_credits(order.credits)
-    found = await db.adjust_credits(
+async def adjust_credits(runtime: Running, body: Adjustment, admin: AdminOnly) -> Response:
+    nanos = nanos_from_credits(body.credits)
+    result = await db.adjust_credits(
         runtime.client,
         {
             **admin.stamp(),
-            **_whom(order, runtime),
+            **_whom(body, runtime),
             "amount_nanos": str(nanos),
-            "reason": order.reason,
-            "idempotency_key": order.idempotency_key,
+            "reason": body.reason,
+            "idempotency_key": body.idempotency_key,
         },
     )
-    require_target(found, _named(order))
-    _raise_correction_refusal(found)
-    return JsonResponse(_corrected(found, "Adjusted"))
+    require_target(result, _named(body))
+    _raise_correction_refusal(result)
+    return JsonResponse(_corrected(result, "Adjusted"))
 
 
 @router.post("/refund", summary="Give back what a request cost, or part of it")
-async def refund(runtime: Running, order: Refund, admin: AdminOnly) -> Response:
-    nanos = None if order.credits is None else str(nanos_from_credits(order.credits))
-    found = await db.refund_request(
+async def refund(runtime: Running, body: Refund, admin: AdminOnly) -> Response:
+    nanos = None if body.credits is None else str(nanos_from_credits(body.credits))
+    result = await db.refund_request(
         runtime.client,
         {
             **admin.stamp(),
-            "refunded_request_id": str(order.request_id),
+            "refunded_request_id": str(body.request_id),
             "amount_nanos": nanos,
-            "reason": order.reason,
-            "idempotency_key": order.idempotency_key,
+            "reason": body.reason,
+            "idempotency_key": body.idempotency_key,
         },
     )
-    if found["outcome"] == "not_found":
+    if result["outcome"] == "not_found":
         raise NotFound(
             "There is no request with this id. It is the `x-request-id` of the request's answer.",
             param="request_id",
         )
-    if found["outcome"] == "not_settled":
+    if result["outcome"] == "not_settled":
         message = (
             "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
         )
         raise Conflict(message, param="request_id")
-    if found["outcome"] == "too_much":
-        raise await _too_much_to_refund(runtime, order, found["refundable_nanos"])
-    _raise_correction_refusal(found)
+    if result["outcome"] == "too_much":
+        raise await _too_much_to_refund(runtime, body, result["refundable_nanos"])
+    _raise_correction_refusal(result)
     return JsonResponse(
-        {**_corrected(found, "Refunded"), "refunded": credits_from_nanos(found["amount_nanos"])}
+        {**_corrected(result, "Refunded"), "refunded": credits_from_nanos(result["amount_nanos"])}
     )
 
 
-async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) -> BadRequest:
-    row = await db.get_record(runtime.client, str(order.request_id))
+async def _too_much_to_refund(runtime: Runtime, body: Refund, left_nanos: int) -> BadRequest:
+    row = await db.get_record(runtime.client, str(body.request_id))
     cost = credits_from_nanos(row["cost_nanos"] if row else 0)
     if left_nanos:
         left = plain(credits_from_nanos(left_nanos))
@@ -189,27 +189,27 @@ async def _too_much_to_refund(runtime: Runtime, order: Refund, left_nanos: int) 
     )
 
 
-def _raise_correction_refusal(found: db.Row) -> None:
-    outcome = found["outcome"]
+def _raise_correction_refusal(result: db.Row) -> None:
+    outcome = result["outcome"]
     if outcome == "conflict":
         raise Conflict(KEY_USED, param="idempotency_key")
     if outcome == "too_large":
         raise BadRequest(TOO_LARGE, param="credits")
     if outcome == "too_much":
-        most = plain(credits_from_nanos(found["available_nanos"]))
+        most = plain(credits_from_nanos(result["available_nanos"]))
         message = (
             f"`credits`: at most {most} can be taken from this account; what running requests hold cannot."
         )
         raise BadRequest(message, param="credits")
 
 
-def _corrected(found: db.Row, done: str) -> dict[str, Any]:
+def _corrected(result: db.Row, done: str) -> dict[str, Any]:
     return {
         "status": "success",
-        "message": "Was done before; nothing changed" if found["outcome"] == "repeated" else done,
-        "new_balance": credits_from_nanos(found["balance_nanos"]),
-        "user_id": found["user_id"],
-        "transaction_id": found["transaction_id"],
+        "message": "Was done before; nothing changed" if result["outcome"] == "repeated" else done,
+        "new_balance": credits_from_nanos(result["balance_nanos"]),
+        "user_id": result["user_id"],
+        "transaction_id": result["transaction_id"],
     }
 
 
@@ -239,10 +239,10 @@ async def read_user(runtime: Running, user_id: PathId, admin: AdminOnly) -> Resp
 
 
 @router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
-async def set_user(runtime: Running, user_id: PathId, order: UserChange, admin: AdminOnly) -> Response:
-    changes = order.model_dump(exclude_none=True)
-    found = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
-    require_target(found, "user_id")
+async def set_user(runtime: Running, user_id: PathId, body: UserChange, admin: AdminOnly) -> Response:
+    changes = body.model_dump(exclude_none=True)
+    result = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
+    require_target(result, "user_id")
     row = await db.get_user(runtime.client, user_id)
     return JsonResponse({"status": "success", "user": None if row is None else _user(row)})
 

@@ -41,21 +41,21 @@ router = APIRouter(
 
 @router.get("/monitor", summary="The whole installation at a glance")
 async def read_monitor(runtime: Running, admin: AdminOnly) -> Response:
-    found = await db.system_metrics(runtime.client)
-    latest = found["recent"][0]["created_at"] if found["recent"] else None
-    metrics = {**shown_metrics(found["metrics"]), "last_request_time": latest}
+    totals = await db.system_metrics(runtime.client)
+    latest = totals["recent"][0]["created_at"] if totals["recent"] else None
+    metrics = {**shown_metrics(totals["metrics"]), "last_request_time": latest}
     return JsonResponse(
         {
             "status": "success",
             "timestamp": utc_now(),
-            "total_users": found["total_users"],
-            "active_users_today": found["active_users_today"],
+            "total_users": totals["total_users"],
+            "active_users_today": totals["active_users_today"],
             "requests_today": metrics["requests_today"],
             "tokens_today": metrics["tokens_today"],
             "cost_today": metrics["cost_today"],
             "system_usage_metrics": metrics,
-            "top_users_by_usage": [_with_cost(row) for row in found["top_users"]],
-            "recent_activity": [_with_cost(row) for row in found["recent"]],
+            "top_users_by_usage": [_with_cost(row) for row in totals["top_users"]],
+            "recent_activity": [_with_cost(row) for row in totals["recent"]],
         }
     )
 
@@ -133,12 +133,12 @@ async def list_audit_logs(
     request: Request,
     runtime: Running,
     admin: AdminOnly,
-    asked: Events,
+    events: Events,
     part: AnyPart,
     user_id: QueryId = None,
 ) -> Response:
     return await list_response(
-        request, audit(runtime, replace(asked, user_id=user_id)), part, "logs", counted="total_logs"
+        request, audit(runtime, replace(events, user_id=user_id)), part, "logs", counted="total_logs"
     )
 
 
@@ -174,40 +174,42 @@ async def find_keys(
     summary="Give a user a key: to replace a lost one, or with the scope `admin`",
     response_model=KeyMade,
 )
-async def issue_key(runtime: Running, order: KeyIssue, admin: AdminOnly) -> Response:
-    key, stored = new_key_of(runtime, order)
-    found = await db_security.issue_key(
-        runtime.client, {**admin.stamp(), "user_id": order.user_id, "key": stored}
+async def issue_key(runtime: Running, body: KeyIssue, admin: AdminOnly) -> Response:
+    key, stored = new_key_of(runtime, body)
+    result = await db_security.issue_key(
+        runtime.client, {**admin.stamp(), "user_id": body.user_id, "key": stored}
     )
-    require_target(found, "user_id")
-    return made(order, key, found)
+    require_target(result, "user_id")
+    return made(body, key, result)
 
 
 @router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")
 async def revoke_key(runtime: Running, key_id: PathId, admin: AdminOnly) -> Response:
-    found = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
-    raise_key_refusal(found)
+    result = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
+    raise_key_refusal(result)
     return JsonResponse(
         {
             "status": "success",
             "message": "The key no longer works",
-            "user_id": found["user_id"],
+            "user_id": result["user_id"],
             "deleted_key_id": key_id,
         }
     )
 
 
 @router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
-async def import_keys(runtime: Running, order: LegacyImport, admin: AdminOnly) -> Response:
-    found = await db_security.import_keys(
-        runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in order.keys]}
+async def import_keys(runtime: Running, body: LegacyImport, admin: AdminOnly) -> Response:
+    result = await db_security.import_keys(
+        runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in body.keys]}
     )
-    if found["outcome"] == "not_found":
-        place = next(n for n, key in enumerate(order.keys) if key.user_id == found["user_id"])
+    if result["outcome"] == "not_found":
+        index = next(n for n, key in enumerate(body.keys) if key.user_id == result["user_id"])
         raise NotFound(
-            f"There is no user {found['user_id']}; nothing was imported.", param=f"keys.{place}.user_id"
+            f"There is no user {result['user_id']}; nothing was imported.", param=f"keys.{index}.user_id"
         )
-    return JsonResponse({"status": "success", "imported": found["imported"], "known_before": found["known"]})
+    return JsonResponse(
+        {"status": "success", "imported": result["imported"], "known_before": result["known"]}
+    )
 
 
 @router.post("/refresh-models", summary="Fetch the model list now")

@@ -65,14 +65,14 @@ async def reconcile(runtime: Running, admin: AdminOnly) -> Response:
     An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest
     twenty of each kind are shown.
     """
-    found = await reconciliation.compare(runtime.client, runtime.upstream(None))
+    comparison = await reconciliation.compare(runtime.client, runtime.upstream(None))
     items = {
         kind: await reconciliation.open_items(runtime.client, kind, before=None, limit=SHOWN_AT_ONCE)
         for kind in reconciliation.KINDS
     }
     waiting = reconciliation.waiting_in(runtime.journal_folder)
     return JsonResponse(
-        {"status": "success", **found, "open": items, "journal_waiting": waiting, "timestamp": utc_now()}
+        {"status": "success", **comparison, "open": items, "journal_waiting": waiting, "timestamp": utc_now()}
     )
 
 
@@ -99,29 +99,29 @@ async def resolve(
     request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")],
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
-    found = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
-    charged = credits_from_nanos(found["cost_nanos"])
+    resolution = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
+    charged = credits_from_nanos(resolution["cost_nanos"])
     details = {
-        "generation_id": found["generation_id"],
-        "cost_nanos": found["cost_nanos"],
-        "outcome": found["outcome"],
+        "generation_id": resolution["generation_id"],
+        "cost_nanos": resolution["cost_nanos"],
+        "outcome": resolution["outcome"],
     }
     await db_security.write_audit(
         runtime.client,
         admin.stamp(),
         action="resolve_request",
         target=f"request:{request_id}",
-        user_id=found["user_id"],
+        user_id=resolution["user_id"],
         details=details,
     )
     return JsonResponse(
         {
             "status": "success",
             "message": "Charged what the upstream says"
-            if found["outcome"] == "settled"
+            if resolution["outcome"] == "settled"
             else "Was resolved before",
             "request_id": str(request_id),
             "charged": charged,
-            "overrun": credits_from_nanos(found["overrun_nanos"]),
+            "overrun": credits_from_nanos(resolution["overrun_nanos"]),
         }
     )

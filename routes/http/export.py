@@ -94,10 +94,10 @@ class Export(StreamingResponse):
             yield self._written(page, columns)
 
     def _written(self, page: Page, columns: Sequence[str]) -> bytes:
-        shown = [self._listing.show(row) for row in page]
+        views = [self._listing.show(row) for row in page]
         if self._form == "csv":
-            return csv_lines([cell(getattr(row, name)) for name in columns] for row in shown)
-        return b"".join(to_json(row) + b"\n" for row in shown)
+            return csv_lines([cell(getattr(view, name)) for name in columns] for view in views)
+        return b"".join(to_json(view) + b"\n" for view in views)
 
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -47,10 +47,10 @@ def moment_and_id_of(cursor: str | None) -> tuple[str, str] | None:
         return None
     moment, _, request_id = _text_of(cursor).partition(" ")
     try:
-        found = datetime.datetime.fromisoformat(moment)
-        if found.tzinfo is None:
+        time = datetime.datetime.fromisoformat(moment)
+        if time.tzinfo is None:
             raise _foreign()
-        return found.astimezone(datetime.UTC).isoformat(), str(UUID(request_id))
+        return time.astimezone(datetime.UTC).isoformat(), str(UUID(request_id))
     except (ValueError, OverflowError):
         raise _foreign() from None
 

@@ -29,10 +29,10 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"cannot be kept: {error}") from None
     if len(text) > 8192 or b"\\u0000" in text:
         raise ValueError("takes at most 8 kB, and no NUL")
-    found: dict[str, Any] = orjson.loads(text)
-    if _has_huge_number(found):
+    stored: dict[str, Any] = orjson.loads(text)
+    if _has_huge_number(stored):
         raise ValueError("takes no numbers beyond 64 bits")
-    return found
+    return stored
 
 
 def _has_huge_number(value: object) -> bool:
