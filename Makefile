@@ -17,11 +17,8 @@ run: .venv/local.done ## start the gateway on an embedded Supabase, 127.0.0.1:80
 test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
 	$(PY) -m pytest -q -n 4 --dist loadgroup $(ARGS)
 
-check: .venv/dev.done ## format, lint, types
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	$(PY) -m pip check
-	.venv/bin/mypy
+check: .venv/dev.done ## types, lint, imports, shape, dependencies, spelling (ARGS="imports spelling" for some)
+	@$(PY) -m tests.house.check $(ARGS)
 
 format: .venv/dev.done ## put the code into its form
 	.venv/bin/ruff check --fix .
