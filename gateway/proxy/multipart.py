@@ -1,21 +1,20 @@
-"""Multipart forms, the file to the byte. Its text fields are read, its one file stays as it is, to the byte.
+"""Reads and writes multipart forms (RFC 7578): text fields, and one file that stays as it is, to the byte.
 
-RFC 7578. The file itself is never parsed: a delimiter cannot occur in it (RFC 2046, 5.1.1), so the body is
-cut at the delimiters.
+The file itself must never be parsed: a delimiter cannot occur in it (RFC 2046, 5.1.1), so the body is cut at
+the delimiters. Why no library does this: docs/decisions/0011.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import HeaderParser
-from typing import Any
 
 import orjson
 
 from common.errors import BadRequest
+from common.json_types import Json, JsonObject
 
 MAX_PARTS = 64
 MAX_HEAD_BYTES = 8 * 1024
@@ -25,15 +24,16 @@ MAX_FIELD_BYTES = 64 * 1024
 MAX_NAME_LENGTH = 128
 MAX_CONTAINERS = 100  # in a field that is an object: reading takes more nesting than writing does
 FILE = "file"
+ANY_TYPE = "application/octet-stream"
 OBJECTS = frozenset(("provider",))  # fields that are objects, written as JSON
-# OpenAI's lists. No other name has brackets: some servers would read `models[]` or `provider[order]` as what
-# nobody has bounded here.
+# OpenAI's lists. No other name may have brackets: some servers would read `models[]` or `provider[order]` as
+# a field that nobody has bounded here.
 LISTS = frozenset(
     ("timestamp_granularities[]", "include[]", "known_speaker_names[]", "known_speaker_references[]")
 )
 PLAIN_ENCODINGS = ("", "7bit", "8bit", "binary")
-# The same for every form, so that they share what the upstream's client builds once; random, so that no file
-# can hold it.
+# The same for every form, so that they share the request that the upstream's client builds once; random, so
+# that no client can put it into a file.
 BOUNDARY = "gateway-" + secrets.token_hex(16)
 CONTENT_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
@@ -51,7 +51,7 @@ class FormFile:
 class Form:
     """A form: its text fields (one of LISTS has a list), and its file."""
 
-    fields: Mapping[str, Any]
+    fields: JsonObject
     file: FormFile
 
 
@@ -61,7 +61,7 @@ def is_form(content_type: str) -> bool:
 
 def read_form(raw: bytes, content_type: str) -> Form:
     """The form in a body. Raises BadRequest, which names the field."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, Json] = {}
     file: FormFile | None = None
     for head, content in _parts(raw, _boundary(content_type)):
         name = _name(head)
@@ -78,34 +78,36 @@ def read_form(raw: bytes, content_type: str) -> Form:
     return Form(fields, file)
 
 
-def write_form(fields: Mapping[str, Any], file: FormFile) -> bytes:
+def write_form(fields: JsonObject, file: FormFile) -> bytes:
     """The body of a form under BOUNDARY."""
-    parts = []
-    for name, value in fields.items():
-        for each in value if isinstance(value, list) else [value]:
-            text = each if isinstance(each, str) else orjson.dumps(each, default=str).decode()
-            parts.append(
-                f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{_quoted(name)}"\r\n\r\n{text}\r\n'.encode()
-            )
-    about = f'Content-Disposition: form-data; name="{FILE}"; filename="{_quoted(file.name)}"\r\nContent-Type: {file.content_type}'
-    return b"".join(
-        (
-            *parts,
-            f"--{BOUNDARY}\r\n{about}\r\n\r\n".encode(),
-            file.content,
-            f"\r\n--{BOUNDARY}--\r\n".encode(),
-        )
-    )
+    parts = [
+        (f'name="{_quoted(name)}"', _text(value).encode())
+        for name, values in fields.items()
+        for value in (values if isinstance(values, list) else [values])
+    ]
+    of_file = f'name="{FILE}"; filename="{_quoted(file.name)}"\r\nContent-Type: {file.content_type}'
+    parts.append((of_file, file.content))
+    # Joined at once, so that a file of many megabytes is copied once.
+    pieces = [piece for head, content in parts for piece in (_opening(head), content, b"\r\n")]
+    return b"".join((*pieces, f"--{BOUNDARY}--\r\n".encode()))
+
+
+def _opening(parameters: str) -> bytes:
+    return f"--{BOUNDARY}\r\nContent-Disposition: form-data; {parameters}\r\n\r\n".encode()
+
+
+def _text(value: Json) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 
 
 def _boundary(content_type: str) -> bytes:
     _check_parameters(content_type.count(";"))
     header = Message()
     header["content-type"] = content_type
-    found = header.get_boundary()
-    if not found or len(found) > 200 or not found.isascii():
+    boundary = header.get_boundary()
+    if not boundary or len(boundary) > 200 or not boundary.isascii():
         raise BadRequest("The Content-Type of a form names its `boundary`.", param="content-type")
-    return found.encode()
+    return boundary.encode()
 
 
 def _parts(raw: bytes, boundary: bytes) -> list[tuple[Message, bytes]]:
@@ -142,21 +144,17 @@ def _check_parameters(semicolons: int) -> None:
 
 def _name(head: Message) -> str:
     name = head.get_param("name", header="content-disposition")
-    if (
-        head.get_content_disposition() != "form-data"
-        or not isinstance(name, str)
-        or not 0 < len(name) <= MAX_NAME_LENGTH
-    ):
+    is_field = head.get_content_disposition() == "form-data"
+    if not is_field or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
         raise BadRequest(
             "Every field of a form has a `name` in its Content-Disposition.", param="content-disposition"
         )
     if not name.isprintable():
         raise BadRequest("The name of a field is not printable.", param="content-disposition")
     if ("[" in name or "]" in name) and name not in LISTS:
-        raise BadRequest(
-            f"`{name}` is no field here. Lists are {', '.join(sorted(LISTS))}; an object is JSON in one field.",
-            param=name,
-        )
+        known = ", ".join(sorted(LISTS))
+        message = f"`{name}` is no field here. Lists are {known}; an object is JSON in one field."
+        raise BadRequest(message, param=name)
     if str(head.get("content-transfer-encoding", "")).strip().lower() not in PLAIN_ENCODINGS:
         raise BadRequest(f"`{name}` has a Content-Transfer-Encoding, which forms do not have.", param=name)
     return name
@@ -165,30 +163,36 @@ def _name(head: Message) -> str:
 def _file(head: Message, content: bytes) -> FormFile:
     if not content:
         raise BadRequest("`file` is empty.", param=FILE)
-    named = "".join(c for c in head.get_filename() or FILE if c.isprintable())[-256:]
-    kind = head.get_content_type() if "content-type" in head else "application/octet-stream"
-    return FormFile(
-        named, kind if kind.isascii() and kind.isprintable() else "application/octet-stream", content
-    )
+    name = "".join(c for c in head.get_filename() or FILE if c.isprintable())[-256:]
+    content_type = head.get_content_type() if "content-type" in head else ANY_TYPE
+    sound = content_type.isascii() and content_type.isprintable()  # else it could end our own header
+    return FormFile(name, content_type if sound else ANY_TYPE, content)
 
 
-def _value(name: str, content: bytes) -> Any:
+def _value(name: str, content: bytes) -> Json:
     if len(content) > MAX_FIELD_BYTES:
         raise BadRequest(f"`{name}` is longer than {MAX_FIELD_BYTES} bytes.", param=name)
     try:
         text = content.decode()
-        if name in OBJECTS and text.count("{") + text.count("[") > MAX_CONTAINERS:
-            raise BadRequest(f"`{name}` has too many parts.", param=name)
-        return orjson.loads(text) if name in OBJECTS else text
+        return _object(name, text) if name in OBJECTS else text
     except UnicodeDecodeError:
         raise BadRequest(f"`{name}` is not UTF-8.", param=name) from None
     except orjson.JSONDecodeError:
         raise BadRequest(f"`{name}` must be a JSON object.", param=name) from None
 
 
-def _add(fields: dict[str, Any], name: str, value: Any) -> None:
+def _object(name: str, text: str) -> Json:
+    if text.count("{") + text.count("[") > MAX_CONTAINERS:
+        raise BadRequest(f"`{name}` has too many parts.", param=name)
+    value: Json = orjson.loads(text)
+    return value
+
+
+def _add(fields: dict[str, Json], name: str, value: Json) -> None:
     if name in LISTS:
-        fields.setdefault(name, []).append(value)
+        values = fields.setdefault(name, [])
+        assert isinstance(values, list)
+        values.append(value)
     elif name in fields:
         raise BadRequest(f"There is more than one `{name}`.", param=name)
     else:
