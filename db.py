@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from uuid import UUID
 
-from db_rows import (
+from db_rows.requests import (
     AdmissionAnswer,
     AdmissionItem,
     ExpiredHold,

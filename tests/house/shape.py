@@ -27,14 +27,13 @@ FILES = {
     "app.py",
     "config.py",
     "db.py",
-    "db_rows.py",
     "db_security.py",
     "models.py",
     "security.py",
     "supabase_config.py",
 }
 BESIDE = {"tests", "benchmarks", "docs", "supabase", "deploy"}
-PACKAGES = {"common", "console", "embedded", "gateway", "routes", "sandbox"}
+PACKAGES = {"common", "console", "db_rows", "embedded", "gateway", "routes", "sandbox"}
 
 # Comments in a hundred lines, at least. Raise a floor when a package has got above it.
 COMMENTS = {

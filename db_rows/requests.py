@@ -1,21 +1,13 @@
-"""Rows of the database as types, each with the outcomes that its SQL function can have.
-
-Nothing is checked or converted here: the database's constraints and functions say what a row holds, and a
-test compares the outcomes. Amounts are nano-dollars. Times are text, ISO 8601 with an offset; ids of requests
-are UUIDs as text.
-"""
+"""Admission and settlement: what a request sends to the database, and every answer that it can get."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NotRequired, TypedDict
+from typing import Generic, Literal, NotRequired, TypedDict
 
-Mode = Literal["sandbox", "live"]
-Environment = Literal["live", "test", "staging", "development"]
-Scopes = dict[str, list[str]]
+from db_rows.shared import Environment, Mode, OutcomeT, Role, Scopes
 
-
-# Admission: one item per request, one answer per item, both named by `request_id`.
+# Admission. One item per request, one answer per item, both named by `request_id`.
 
 
 class SlotItem(TypedDict):
@@ -44,6 +36,12 @@ class BoundItem(TypedDict):
     output_nanos: str
     min_output: int
     max_output: int
+
+
+class QuoteItem(BoundItem):
+    models: Sequence[str]
+    prompt_estimate: int
+    markup: str
 
 
 class VerificationItem(TypedDict):
@@ -107,99 +105,20 @@ class ExpiredHold(TypedDict):
     provider_key: str | None
 
 
-class Busy(TypedDict):
-    """The user is locked elsewhere: the item is to be sent again."""
+class RequestOutcome(TypedDict, Generic[OutcomeT]):
+    """The outcome of one item, where there is nothing more to say."""
 
-    outcome: Literal["busy"]
+    outcome: OutcomeT
     request_id: str
 
 
-class Failed(TypedDict):
-    """The item raised in the database; the others of its batch did not suffer."""
-
-    outcome: Literal["failed"]
-    request_id: str
-    sqlstate: str
-    message: str
-
-
-class UnknownRequest(TypedDict):
-    """There is no such request, or, for a hold to be raised, it is not running."""
-
-    outcome: Literal["unknown"]
-    request_id: str
-
-
-class Verified(TypedDict):
-    outcome: Literal["verified"]
-    request_id: str
-    user_id: int
-    key_id: int
-    environment: Environment
-    role: Literal["user", "admin"]
-    outdated: bool
-    key_name: str
-    key_prefix: str
-    last4: str
-    scopes: Scopes
-    limits: LimitsLeft
-
-
-class Admitted(TypedDict):
-    """A hold. `byok`: it holds nothing, and goes out under the user's own `provider_key` (encrypted).
-    `cache_ttl`: seconds for which its answer may be cached.
-    """
-
-    outcome: Literal["admitted"]
-    request_id: str
-    user_id: int
-    key_id: int
-    environment: Environment
-    granted_output: int
-    hold_nanos: int
-    balance_nanos: int
-    limits: LimitsLeft
-    byok: NotRequired[bool]
-    provider_key: NotRequired[str | None]
-    cache_ttl: NotRequired[int]
-
-
-class Cached(TypedDict):
-    """An answer from the response cache (sealed); `age` in seconds."""
-
-    outcome: Literal["cached"]
-    request_id: str
-    original_request_id: str
-    user_id: int
-    key_id: int
-    environment: Environment
-    cost_nanos: int
-    balance_after_nanos: int
-    answer: str
-    age: int
-    limits: LimitsLeft
-
-
-class Replayed(TypedDict):
-    """The answer (sealed) of the first request with this idempotency key, and what that was charged."""
-
-    outcome: Literal["replayed"]
-    request_id: str
-    original_request_id: str
-    user_id: int
-    key_id: int
-    environment: Environment
-    cost_nanos: int
-    balance_after_nanos: int
-    answer: str
-    age: int
-    tokens: int
-
-
-class IdentityRefused(TypedDict):
-    """The key may not be used for this at all, or not any more."""
-
-    outcome: Literal[
+Busy = RequestOutcome[Literal["busy"]]  # the user is locked elsewhere: the item is to be sent again
+UnknownRequest = RequestOutcome[
+    Literal["unknown"]
+]  # no such request, or, for a larger hold, it is not running
+WrongMode = RequestOutcome[Literal["wrong_mode"]]  # another instance took the database live
+IdentityRefused = RequestOutcome[
+    Literal[
         "INVALID_KEY",
         "INACTIVE_KEY",
         "EXPIRED_KEY",
@@ -211,7 +130,75 @@ class IdentityRefused(TypedDict):
         "REQUEST_LIMIT_EXCEEDED",
         "trial_expired",
     ]
+]
+
+
+class Failed(TypedDict):
+    """The item raised in the database; the others of its batch did not suffer."""
+
+    outcome: Literal["failed"]
     request_id: str
+    sqlstate: str
+    message: str
+
+
+class KeyAnswer(TypedDict):
+    request_id: str
+    user_id: int
+    key_id: int
+    environment: Environment
+
+
+class Verified(KeyAnswer):
+    """`outdated`: the secret was replaced, and is in its grace period."""
+
+    outcome: Literal["verified"]
+    role: Role
+    outdated: bool
+    key_name: str
+    key_prefix: str
+    last4: str
+    scopes: Scopes
+    limits: LimitsLeft
+
+
+class Admitted(KeyAnswer):
+    """A hold. `byok`: it holds nothing, and goes out under the user's own `provider_key` (encrypted).
+    `cache_ttl`: seconds for which its answer may be cached.
+    """
+
+    outcome: Literal["admitted"]
+    granted_output: int
+    hold_nanos: int
+    balance_nanos: int
+    limits: LimitsLeft
+    byok: NotRequired[bool]
+    provider_key: NotRequired[str | None]
+    cache_ttl: NotRequired[int]
+
+
+class StoredAnswerRow(KeyAnswer):
+    """An answer that was given before, sealed, and what it was charged; `age` in seconds."""
+
+    original_request_id: str
+    cost_nanos: int
+    balance_after_nanos: int
+    answer: str
+    age: int
+
+
+class Cached(StoredAnswerRow):
+    """From the response cache, which costs nothing."""
+
+    outcome: Literal["cached"]
+    limits: LimitsLeft
+
+
+class Replayed(StoredAnswerRow):
+    """Of the first request with this idempotency key."""
+
+    outcome: Literal["replayed"]
+    tokens: int
 
 
 class LimitRefused(TypedDict):
@@ -265,13 +252,6 @@ class IdempotencyPending(TypedDict):
     expired: list[ExpiredHold] | None
 
 
-class WrongMode(TypedDict):
-    """Another instance took the database live."""
-
-    outcome: Literal["wrong_mode"]
-    request_id: str
-
-
 AdmissionRefusal = (
     IdentityRefused
     | LimitRefused
@@ -300,19 +280,13 @@ class Raised(TypedDict):
     balance_nanos: int
 
 
-RaiseAnswer = Raised | MoneyRefused | UnknownRequest | Busy | Failed
-
-
 class GenerationNote(TypedDict):
     request_id: str
     generation_id: str
 
 
-class NoteAnswer(TypedDict):
-    outcome: Literal["noted", "settled", "busy", "failed"]
-    request_id: str
-
-
+RaiseAnswer = Raised | MoneyRefused | UnknownRequest | Busy | Failed
+NoteAnswer = RequestOutcome[Literal["noted", "settled", "busy", "failed"]]
 SettlementStatus = Literal["completed", "failed", "cancelled", "expired"]
 SettlementSource = Literal["usage", "generation", "none"]
 
