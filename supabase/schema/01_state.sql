@@ -42,6 +42,7 @@ begin
     if p_mode is null or p_mode not in ('sandbox', 'live') then
         raise exception 'there is no mode %', p_mode using errcode = 'invalid_parameter_value';
     end if;
+    -- Waits for registrations, which lock this row in share mode.
     select mode into v_mode from public.gateway_state where singleton for update;
     if v_mode = p_mode then
         return jsonb_build_object('outcome', 'entered', 'mode', v_mode);

@@ -353,6 +353,7 @@ begin
     end if;
     v_state := public.check_limits(v_state, v_limits, p_user_usage, p_need);
     v_limits.concurrency := least(v_limits.concurrency, p_plan.concurrency);
+    -- All test keys of a user together run at most four requests at a time.
     if p_key.environment_tag = 'test' and p_user_usage.test_slots >= 4 then
         v_running := greatest(v_running, 4);
         v_limits.concurrency := least(v_limits.concurrency, 4);
@@ -495,6 +496,7 @@ begin
     select * into v_limits from public.rate_limit_configs
     where (subject, subject_id) in ((p ->> 'subject', coalesce(v_key, v_user.id)), ('default', 0))
     order by (subject = 'default') limit 1;
+    -- A key without limits of its own starts unlimited, not with the default limits.
     if v_key is not null and v_limits.subject = 'default' then
         v_limits := null;
     end if;

@@ -344,6 +344,7 @@ begin
             v_cached := public.find_cached(p_item.cache, p_user.id, p_now);
         end if;
     end if;
+    -- A cached answer counts as a request, and as no tokens.
     v_state := public.check_all_limits(
         p_key, p_user, v_plan, v_key_limits, v_key_usage, v_user_usage,
         case when v_cached.id is null then p_item.prompt_estimate else 0 end, p_now);
@@ -363,11 +364,13 @@ begin
         select encrypted_key into v_provider_key from public.provider_keys
         where user_id = p_user.id and is_active;
     end if;
+    -- Test requests and those under the user's own upstream key hold nothing.
     if not v_test and v_provider_key is null then
         v_budget := p_key.budget_nanos - v_key_usage.budget_spent_nanos - v_key_usage.budget_held_nanos;
         if p_user.has_end_user_budgets and p_item.end_user is not null then
             v_end_user_left := public.end_user_left(p_user.id, p_item.end_user, p_now);
         end if;
+        -- Budgets that do not exist are null, which least() passes over.
         v_granted := public.affordable_output(
             p_item, greatest(0, least(v_available, v_budget, v_end_user_left)));
         if v_granted < p_item.min_output then

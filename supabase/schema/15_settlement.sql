@@ -89,6 +89,7 @@ begin
         return jsonb_build_object('outcome', 'unknown');
     elsif v_record.user_id <> all (p_locked) then
         return jsonb_build_object('outcome', 'busy');
+    -- A settlement without a known cost is amended once, by one that knows it.
     elsif v_record.status <> 'pending'
           and (v_record.settlement_source <> 'none' or p_item.source = 'none') then
         return public.settlement_answer(p_item.request_id, 'repeated');
@@ -100,6 +101,7 @@ begin
         v_before := public.counted_tokens(
             v_record.prompt_tokens, v_record.completion_tokens, v_record.prompt_estimate);
     end if;
+    -- A test key's answer is invented: nobody pays for it.
     if v_record.environment = 'test' then
         v_upstream := 0;
         v_due := 0;
@@ -112,6 +114,7 @@ begin
     -- held for it.
     select case when v_record.mode = s.mode then u.credits_nanos - u.held_nanos else 0 end into v_unheld
     from public.users u, public.gateway_state s where u.id = v_record.user_id;
+    -- Credits that other requests hold are not touched. What is due beyond the rest is the overrun.
     v_cost := least(v_due, v_record.cost_nanos + v_held + v_unheld);
     update public.users set credits_nanos = credits_nanos - (v_cost - v_record.cost_nanos),
         held_nanos = held_nanos - v_held
@@ -210,6 +213,7 @@ begin
         test_slots = greatest(
             0, test_slots - case when p_record.environment = 'test' then v_released else 0 end)
     where subject = 'user' and subject_id = p_record.user_id;
+    -- Read now, not at admission: the budget may have been changed while the request ran.
     select k.budget_window, k.budget_nanos into v_window, v_budget from public.api_keys_new k
     where k.id = p_record.key_id;
     if v_window is not null then

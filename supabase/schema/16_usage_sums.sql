@@ -187,10 +187,12 @@ declare
     v_closed timestamptz;
     v_until timestamptz;
 begin
+    -- The counters of an address are of no use after their longest window, an hour.
     delete from public.rate_limit_usage
     where subject = 'address'
       and coalesce(last_used_at, '-infinity') < clock_timestamp() - interval '2 hours';
     select summed_until into v_from from public.usage_sums_state for update skip locked;
+    -- Another instance is adding up.
     if not found then
         return false;
     end if;
