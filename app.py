@@ -14,11 +14,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from common.logs import configure_logging
+from common.version import VERSION
 from config import Configuration, load_configuration
 from gateway.runtime.banner import print_welcome
 from gateway.runtime.server import serve
 from gateway.runtime.service import Service
-from routes import proxy, public
+from routes import proxy
 from routes.http.error_handlers import HANDLERS
 from routes.http.middleware import EXPOSED_HEADERS, Application, RequestLog
 from routes.http.openapi import DESCRIPTION, add_documentation_page, document_proxy
@@ -42,7 +43,7 @@ def create_app(configuration: Configuration) -> FastAPI:
     configure_logging(settings.log_level, settings.log_format)
     app = Application(
         title="AI Gateway",
-        version=public.VERSION,
+        version=VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 import db
 from common.errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
 from common.money import credits_from_nanos, nanos_from_credits
+from common.version import VERSION
 from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
@@ -26,7 +27,6 @@ from security import DEFAULT_SCOPES, address_subject, new_key, printable_header
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 
-VERSION = "0.1.0"
 JSON = "application/json"
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [

@@ -1,7 +1,7 @@
 """Runs every check of `make check`, two at a time, and prints how long each took.
 
-`python -m tests.house.check imports spelling` runs only the checks that it names. A check that fails prints what
-it found.
+`python -m tests.house.check imports spelling` runs only the checks that it names. A check that fails prints
+what it found.
 """
 
 from __future__ import annotations
