@@ -23,19 +23,12 @@ import httpx
 from embedded.postgres import EmbeddedPostgres
 from sandbox import create_app as create_sandbox
 from sandbox.generation import Generation
-from tests.support.gateway import (
-    Database,
-    Gateway,
-    Upstream,
-    User,
-    eventually,
-    fresh_database,
-    quick_folder,
-    running_workers,
-    served,
-    started_postgres,
-)
+from tests.support.database import Database, fresh_database, quick_folder, started_postgres
+from tests.support.gateway import Gateway, User
 from tests.support.kinds import KINDS, Kind
+from tests.support.servers import eventually, served
+from tests.support.upstream import Upstream
+from tests.support.workers import running_workers
 
 USERS = 8
 AT_ONCE = 24

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 ADMIN_KEY = "fuzzing-admin-key"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance"
 

@@ -4,6 +4,7 @@ and code agree.
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -56,6 +57,39 @@ def test_every_module_says_what_is_in_it() -> None:
 
 def test_supabase_is_a_folder_of_sql_and_no_package() -> None:
     assert not (ROOT / "supabase" / "__init__.py").exists()
+
+
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if "node_modules" not in path.parts)
+# These run in environments of their own and import by bare names (see tests/clients/__init__.py).
+CLIENTS = ROOT / "tests" / "clients" / "python"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_module_is_imported(path: Path) -> None:
+    """What tests share is in tests/support, so that a test module can be moved, split or run alone."""
+    names = {
+        each
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for each in [
+            *([node.module or ""] if isinstance(node, ast.ImportFrom) else []),
+            *(alias.name for alias in node.names),
+        ]
+    }
+    parts = {part for name in names for part in name.split(".")}
+    assert not {part for part in parts if part == "conftest" or part in TEST_MODULES}
+
+
+TEST_MODULES = {path.stem for path in TESTS if path.stem.startswith("test_")}
+
+
+def test_tests_are_in_folders_as_the_packages_they_test() -> None:
+    assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == {
+        "test_architecture.py",
+        "test_documentation.py",
+    }
+    folders = {path.parent for path in TESTS} - {CLIENTS}
+    assert not {folder for folder in folders if not (folder / "__init__.py").exists()}
 
 
 def documented_defaults(pattern: str, text: str) -> dict[str, str]:

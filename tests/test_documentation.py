@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from gateway.proxy.endpoints import ENDPOINTS
-from tests.support.gateway import ADMIN_KEY, ROOT, Gateway
+from tests.support import ROOT
+from tests.support.gateway import ADMIN_KEY, Gateway
 
 PUBLIC = {
     ("get", "/"),

@@ -37,7 +37,9 @@ from gateway.pricing.upper_bound import Bound
 from gateway.runtime.instance import Runtime
 from gateway.upstream.usage import Usage
 from security import Credential
-from tests.support.gateway import SECRET, Gateway, Upstream, User, live, served
+from tests.support.gateway import SECRET, Gateway, User, live
+from tests.support.servers import served
+from tests.support.upstream import Upstream
 
 BODY = {"model": "m", "messages": []}
 

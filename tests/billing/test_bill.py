@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sandbox import create_app as create_sandbox
 from tests.bill import RandomUpstream, report, run
-from tests.support.gateway import Database, running_workers, served
+from tests.support.database import Database
+from tests.support.servers import served
+from tests.support.workers import running_workers
 
 REQUESTS, SEED = 300, 7
 

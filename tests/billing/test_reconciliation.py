@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests.routes.test_budgets import refusing
-from tests.support.gateway import Gateway, Upstream, User, live, running_upstream
+from tests.support.gateway import Gateway, User, live
+from tests.support.upstream import Upstream, running_upstream
+from tests.support.users import make_unknown
 
 ROUTES = [
     ("GET", "/admin/reconciliation"),
@@ -21,8 +22,6 @@ ROUTES = [
     ("POST", "/admin/reconciliation/0199f0a0-0000-7000-8000-000000000000/resolve"),
 ]
 ITEMS = "/admin/reconciliation/items"
-
-__all__ = ["refusing"]
 
 
 async def reconciled(gateway: Gateway) -> Any:
@@ -36,28 +35,6 @@ async def reconciled(gateway: Gateway) -> Any:
 async def resolve(gateway: Gateway, request_id: str) -> Any:
     headers = {"authorization": "Bearer admin-key-for-tests"}
     return await gateway.http.post(f"/admin/reconciliation/{request_id}/resolve", headers=headers)
-
-
-async def make_unknown(gateway: Gateway, user: User, request_id: str, **columns: Any) -> None:
-    """As if a crash had left neither usage nor an answer of the upstream's when this request was settled."""
-    sets = "".join(f", {name} = ${number}" for number, name in enumerate(columns, 3))
-    async with gateway.database.owner() as owner, owner.transaction():
-        await owner.execute("alter table public.usage_records disable trigger all")
-        await owner.execute(
-            "update public.users set credits_nanos = credits_nanos + (select cost_nanos from public.usage_records where request_id = $2) "
-            "where id = $1",
-            user.id,
-            request_id,
-        )
-        await owner.execute(
-            "update public.usage_records set settlement_source = 'none', status = 'expired', cost_nanos = 0, upstream_cost_nanos = 0"
-            f"{sets} where user_id = $1 and request_id = $2",
-            user.id,
-            request_id,
-            *columns.values(),
-        )
-        await owner.execute("alter table public.usage_records enable trigger all")
-    await gateway.database.assert_books_balance()
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

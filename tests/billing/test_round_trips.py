@@ -14,10 +14,11 @@ import httpx
 import orjson
 import pytest
 
-from tests.routes.test_budgets import KEY, ask
-from tests.routes.test_receipts import scoped
-from tests.support.gateway import Database, DatabaseLink, Gateway, Upstream, User, database_link, live
-from tests.support.upstream import TEXT, Reply, running_script
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, database_link
+from tests.support.gateway import Gateway, User, live
+from tests.support.upstream import TEXT, Reply, Upstream, running_script
+from tests.support.users import PROVIDER_KEY, ask, scoped
 
 Start = Callable[..., Awaitable[Gateway]]
 RESTRICTED = {
@@ -109,7 +110,7 @@ async def customer_of(
         await ask(user, "POST", "/user/webhooks", {"url": "https://hooks.example.com/"})
     ).status_code == 201
     if own_key:
-        assert (await ask(user, "PUT", "/user/provider-key", {"key": KEY})).status_code == 200
+        assert (await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})).status_code == 200
     restricted = await scoped(user, {"read": ["chat"], "write": ["chat"]}, **RESTRICTED)
     await admin("POST", "/admin/limit", json={"user_id": user.id, "rate_limits": USER_LIMITS})
     await gateway.database.value(KEY_LIMITS, user.id)

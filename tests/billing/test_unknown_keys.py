@@ -11,7 +11,10 @@ import orjson
 
 from gateway.billing.unknown_keys import MAX_REMEMBERED, REMEMBERED_SECONDS, UnknownKeys
 from security import new_key
-from tests.support.gateway import Database, Gateway, Upstream, database_link, live
+from tests.support.database import Database
+from tests.support.database_link import database_link
+from tests.support.gateway import Gateway, live
+from tests.support.upstream import Upstream
 
 QUESTION = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
 

@@ -27,9 +27,9 @@ from embedded import EmbeddedDatabaseError
 from embedded.binaries import borrowed_identity, find_binaries
 from embedded.postgres import EmbeddedPostgres
 from embedded.postgrest import PostgrestTransport
+from tests.support import ROOT
 from tests.support.installations import INSTALLATIONS, QUICK
 
-PROJECT = Path(__file__).parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, see prctl(2)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="uses prctl")
@@ -67,7 +67,7 @@ async def participant(folder: Path, *identity: int) -> AsyncIterator[asyncio.sub
         PARTICIPANT,
         str(folder),
         *map(str, identity),
-        cwd=PROJECT,
+        cwd=ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

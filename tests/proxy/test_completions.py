@@ -15,7 +15,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from security import new_key
-from tests.support.gateway import Gateway, Upstream, User, staged_gateway, staged_upstream
+from tests.support.gateway import Gateway, User, staged_gateway, staged_upstream
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -17,7 +17,9 @@ import pytest_asyncio
 
 from embedded.postgres import EmbeddedPostgres
 from gateway.proxy.endpoints import ENDPOINTS
-from tests.support.gateway import Gateway, User, eventually, fresh_database, live, running_gateway
+from tests.support.database import fresh_database
+from tests.support.gateway import Gateway, User, live, running_gateway
+from tests.support.servers import eventually
 from tests.support.upstream import (
     EMBEDDER,
     GENERATION,

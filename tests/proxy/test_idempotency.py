@@ -25,25 +25,14 @@ from gateway.billing.stored_answers import MAX_ANSWER_BYTES
 from gateway.proxy.endpoints import ENDPOINTS
 from sandbox.wire import dumps
 from security import new_key
-from tests.routes.test_receipts import scoped
-from tests.runtime.test_processes import age_holds, workers_of
-from tests.support.gateway import (
-    Database,
-    DatabaseLink,
-    Gateway,
-    Upstream,
-    User,
-    eventually,
-    is_ready,
-    live,
-    running_workers,
-    staged_gateway,
-    staged_link,
-    staged_start,
-    staged_upstream,
-)
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, staged_link
+from tests.support.gateway import Gateway, User, live, staged_gateway, staged_start, staged_upstream
 from tests.support.kinds import KINDS, Kind
-from tests.support.upstream import TEXT, Reply, running_script
+from tests.support.servers import eventually, is_ready
+from tests.support.upstream import TEXT, Reply, Upstream, running_script
+from tests.support.users import scoped
+from tests.support.workers import running_workers, workers_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -437,7 +426,7 @@ async def test_a_crash_frees_it_when_its_hold_is_swept(
         upstream.scenario = ""
         await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
         assert code_of(await ask(user)) == (409, "idempotency_request_running")
-        await age_holds(database)
+        await database.age_holds()
         again = await ask(user)  # finds it, unless the workers' own loop came before
         assert again.status_code == 200 and not is_replay(again)
         assert [record["status"] for record in await user.records()] == ["completed", "expired"]

@@ -18,19 +18,18 @@ import pytest
 import app as application
 from config import Configuration
 from sandbox.state import Call
+from tests.support.database import Database
 from tests.support.gateway import (
-    Database,
     Gateway,
-    Upstream,
     User,
-    eventually,
     live,
-    served,
     settings_for,
     staged_gateway,
     staged_start,
     staged_upstream,
 )
+from tests.support.servers import eventually, served
+from tests.support.upstream import Upstream
 
 Start = Callable[..., Awaitable[Gateway]]
 

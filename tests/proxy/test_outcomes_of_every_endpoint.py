@@ -22,24 +22,21 @@ import pytest_asyncio
 
 from gateway.proxy.endpoints import ENDPOINTS
 from sandbox.state import Call
-from tests.runtime.test_processes import age_holds, workers_of
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, staged_link
 from tests.support.gateway import (
-    Database,
-    DatabaseLink,
     Gateway,
-    Upstream,
     User,
-    eventually,
-    is_ready,
     live,
     running_gateway,
-    running_workers,
     staged_gateway,
-    staged_link,
     staged_start,
     staged_upstream,
 )
 from tests.support.kinds import KINDS, Kind
+from tests.support.servers import eventually, is_ready
+from tests.support.upstream import Upstream
+from tests.support.workers import running_workers, workers_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -263,7 +260,7 @@ async def test_a_process_killed_under_every_kind_of_request(
         await eventually(running, lambda found: found == 0, seconds=60)
         upstream.scenario = ""
         await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
-        await age_holds(database)
+        await database.age_holds()
         await gateway.admin("POST", "/internal/sweep")  # unless the workers' own loop came before
     bills = {call.generation_id: call.cost for call in upstream.sandbox.state.calls if call.generation_id}
     records = await database.rows(

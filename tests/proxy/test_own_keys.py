@@ -18,25 +18,21 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from tests.routes.test_budgets import ask
-from tests.routes.test_receipts import scoped
-from tests.runtime.test_processes import age_holds, start_stream, workers_of
+from tests.support.database import Database
 from tests.support.gateway import (
     OPERATOR_KEY,
-    Database,
     Gateway,
-    Upstream,
     User,
-    eventually,
-    is_ready,
     live,
-    running_workers,
     staged_gateway,
     staged_start,
     staged_upstream,
 )
 from tests.support.kinds import KINDS, Kind
-from tests.support.upstream import TEXT, Reply, running_script
+from tests.support.servers import eventually, is_ready
+from tests.support.upstream import TEXT, Reply, Upstream, running_script
+from tests.support.users import ask, scoped
+from tests.support.workers import running_workers, start_stream, workers_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -254,7 +250,7 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
         await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
         if removed:
             assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
-        await age_holds(database)
+        await database.age_holds()
         await gateway.admin("POST", "/internal/sweep")  # unless the workers' own loop came before
         await user.settled_record()
     row = (

@@ -17,7 +17,8 @@ from common.errors import UpstreamUnavailable
 from gateway.pricing.catalog import Catalog, read_models
 from gateway.pricing.upper_bound import BoundPolicy, bound_request
 from sandbox.wire import dumps
-from tests.support.gateway import Gateway, User, eventually, live
+from tests.support.gateway import Gateway, User, live
+from tests.support.servers import eventually
 from tests.support.upstream import GENERATION, MODELS, TEXT, Reply, Scripted, running_script
 
 Start = Callable[..., Awaitable[Gateway]]

@@ -11,9 +11,10 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from tests.routes.test_receipts import scoped
-from tests.support.gateway import Gateway, Upstream, User, live, staged_gateway, staged_start, staged_upstream
+from tests.support.gateway import Gateway, User, live, staged_gateway, staged_start, staged_upstream
 from tests.support.kinds import KINDS, Kind
+from tests.support.upstream import Upstream
+from tests.support.users import scoped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

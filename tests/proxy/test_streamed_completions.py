@@ -11,7 +11,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from tests.support.gateway import Gateway, Upstream, User, staged_gateway, staged_upstream
+from tests.support.gateway import Gateway, User, staged_gateway, staged_upstream
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

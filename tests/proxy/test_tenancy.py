@@ -17,7 +17,9 @@ from gateway.upstream.errors import sanitised_error
 from routes.http.pagination import cursor_of
 from sandbox import create_app
 from security import new_key
-from tests.support.gateway import ADMIN_KEY, OPERATOR_KEY, Gateway, Upstream, User, live, served
+from tests.support.gateway import ADMIN_KEY, OPERATOR_KEY, Gateway, User, live
+from tests.support.servers import served
+from tests.support.upstream import Upstream
 
 OWN_KEYS = ["sk-or-v1-" + digit * 64 for digit in "ab"]
 NATIVE_FILES = {"id": "file-parser", "pdf": {"engine": "native"}}

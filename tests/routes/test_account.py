@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.gateway import Gateway, User, eventually
+from tests.support.gateway import Gateway, User
+from tests.support.servers import eventually
 
 LIMITS_OF_FREE = {
     "daily_requests": 100,

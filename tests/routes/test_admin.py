@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.gateway import ADMIN_KEY, Gateway, Upstream, User, live
+from tests.support.gateway import ADMIN_KEY, Gateway, User, live
+from tests.support.upstream import Upstream
 
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 ROUTES = [

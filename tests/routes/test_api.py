@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from security import DEFAULT_SCOPES, key_environment, new_key
-from tests.support.gateway import ADMIN_KEY, Gateway, Upstream, User, staged_gateway, staged_upstream
+from tests.support.gateway import ADMIN_KEY, Gateway, User, staged_gateway, staged_upstream
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,8 +15,9 @@ import pytest
 import pytest_asyncio
 
 from common.validation_messages import PATTERNS
-from tests.routes.test_every_endpoint import PUBLIC, TABLE, Endpoint, World, make_world
-from tests.support.gateway import ADMIN_KEY, Gateway, Upstream
+from tests.support.endpoint_table import PUBLIC, TABLE, Endpoint, World, make_world
+from tests.support.gateway import ADMIN_KEY, Gateway
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
-from tests.routes.test_receipts import BODY, quote, scoped
-from tests.support.gateway import Gateway, Upstream, User, eventually, live, running_upstream, served
+from tests.support.gateway import Gateway, live
+from tests.support.servers import eventually
+from tests.support.upstream import Upstream
+from tests.support.users import CHAT_BODY, PROVIDER_KEY, ask, quote, scoped
 
-KEY = "sk-or-v1-" + "0123456789abcdef" * 4
 ORDER = {"end_user": "customer-17", "budget": 5, "budget_window": "month"}
 ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", "/user/provider-key", None, "account"),
-    ("PUT", "/user/provider-key", {"key": KEY}, "account"),
+    ("PUT", "/user/provider-key", {"key": PROVIDER_KEY}, "account"),
     ("DELETE", "/user/provider-key", None, "account"),
     ("GET", "/user/end-users", None, "budgets"),
     ("POST", "/user/end-users", ORDER, "budgets"),
@@ -25,10 +24,6 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("DELETE", "/user/end-users/1", None, "budgets"),
     ("GET", "/user/budget-events", None, "budgets"),
 ]
-
-
-async def ask(user: User, method: str, path: str, body: Any = None) -> Any:
-    return await user.gateway.http.request(method, path, headers=user.headers, json=body)
 
 
 @pytest.mark.parametrize(("method", "path", "body", "resource"), ROUTES)
@@ -57,42 +52,21 @@ async def test_a_test_key_changes_nothing(
 # The user's own upstream key.
 
 
-@pytest.fixture
-async def refusing() -> AsyncIterator[Callable[[int], Awaitable[dict[str, Any]]]]:
-    """Settings of a live gateway whose OpenRouter answers GET /key with this status."""
-    async with AsyncExitStack() as stack:
-
-        async def start(status: int) -> dict[str, Any]:
-            upstream = await stack.enter_async_context(running_upstream())
-
-            async def front(scope: Any, receive: Any, send: Any) -> None:
-                if scope["type"] != "http" or not scope["path"].endswith("/key"):
-                    await upstream(scope, receive, send)
-                    return
-                headers = [(b"content-type", b"application/json")]
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": b'{"error": {"code": 1, "message": "no"}}'})
-
-            return live(f"{await stack.enter_async_context(served(front))}/api/v1")
-
-        yield start
-
-
 async def test_an_own_key_is_kept_encrypted_and_shown_masked(gateway: Gateway) -> None:
     user, other = await gateway.register(), await gateway.register()
     assert (await ask(user, "GET", "/user/provider-key")).status_code == 404
-    kept = (await ask(user, "PUT", "/user/provider-key", {"key": KEY})).json()
+    kept = (await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})).json()
     assert kept["provider_key"]["label"] == "sk-or-v1-012...def"
     assert kept["checked"] is False
     shown = await ask(user, "GET", "/user/provider-key")
     assert (shown.status_code, shown.json()["provider_key"]["label"]) == (200, "sk-or-v1-012...def")
-    assert KEY not in shown.text
+    assert PROVIDER_KEY not in shown.text
     assert (await ask(other, "GET", "/user/provider-key")).status_code == 404
     stored = await gateway.database.value(
         "select encrypted_key from public.provider_keys where user_id = $1", user.id
     )
-    assert KEY not in stored
-    assert gateway.app.state.service.runtime.vault.decrypt(stored) == KEY
+    assert PROVIDER_KEY not in stored
+    assert gateway.app.state.service.runtime.vault.decrypt(stored) == PROVIDER_KEY
     assert (await ask(other, "DELETE", "/user/provider-key")).status_code == 404
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 404
@@ -103,7 +77,7 @@ async def test_a_newer_key_takes_the_place_of_the_old_and_both_are_audited_witho
     gateway: Gateway,
 ) -> None:
     user = await gateway.register()
-    for key in (KEY, "sk-or-v1-" + "f" * 64):
+    for key in (PROVIDER_KEY, "sk-or-v1-" + "f" * 64):
         assert (await ask(user, "PUT", "/user/provider-key", {"key": key})).status_code == 200
     assert (await ask(user, "GET", "/user/provider-key")).json()["provider_key"][
         "label"
@@ -117,12 +91,22 @@ async def test_a_newer_key_takes_the_place_of_the_old_and_both_are_audited_witho
         ("set_provider_key", {"label": "sk-or-v1-012...def"}),
     ]
     dump = await gateway.database.value("select string_agg(a::text, '') from public.audit_logs a")
-    assert KEY not in dump
+    assert PROVIDER_KEY not in dump
     assert "f" * 64 not in dump
 
 
 @pytest.mark.parametrize(
-    "key", ["", "sk-or-v1-", KEY[:-1], KEY + "0", KEY.upper(), "sk-proj-" + "0" * 64, 7, None]
+    "key",
+    [
+        "",
+        "sk-or-v1-",
+        PROVIDER_KEY[:-1],
+        PROVIDER_KEY + "0",
+        PROVIDER_KEY.upper(),
+        "sk-proj-" + "0" * 64,
+        7,
+        None,
+    ],
 )
 async def test_what_is_no_openrouter_key_is_refused(gateway: Gateway, key: Any) -> None:
     user = await gateway.register()
@@ -135,10 +119,10 @@ async def test_a_live_gateway_asks_openrouter_about_the_key(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register()
-    kept = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
+    kept = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
     assert (kept.status_code, kept.json()["checked"]) == (200, True)
     call = [call for call in upstream.sandbox.state.calls if call.path == "/key"][-1]
-    assert (b"authorization", f"Bearer {KEY}".encode()) in call.raw_headers
+    assert (b"authorization", f"Bearer {PROVIDER_KEY}".encode()) in call.raw_headers
 
 
 async def test_a_key_that_openrouter_refuses_is_not_kept(
@@ -147,7 +131,7 @@ async def test_a_key_that_openrouter_refuses_is_not_kept(
     await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
     user = await gateway.register()
-    refused = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
+    refused = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "provider_key_refused")
     assert (await ask(user, "GET", "/user/provider-key")).status_code == 404
 
@@ -157,7 +141,7 @@ async def test_a_key_that_cannot_be_checked_now_is_kept_and_that_is_said(
 ) -> None:
     gateway = await start_gateway(**await refusing(503))
     user = await gateway.register()
-    kept = await ask(user, "PUT", "/user/provider-key", {"key": KEY})
+    kept = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
     assert (kept.status_code, kept.json()["checked"]) == (200, False)
 
 
@@ -165,10 +149,12 @@ async def test_what_goes_out_with_an_own_key_is_shown_as_such(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register(credits=1)
-    await ask(user, "PUT", "/user/provider-key", {"key": KEY})
+    await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
     sent = await user.chat()
     assert sent.status_code == 200, sent.text
-    assert (b"authorization", f"Bearer {KEY}".encode()) in upstream.sandbox.state.calls[-1].raw_headers
+    assert (b"authorization", f"Bearer {PROVIDER_KEY}".encode()) in upstream.sandbox.state.calls[
+        -1
+    ].raw_headers
     receipt = (await ask(user, "GET", f"/v1/receipts/{sent.headers['x-request-id']}")).json()
     assert (receipt["byok"], receipt["charge"]["charged"], receipt["charge"]["markup_amount"]) == (
         True,
@@ -192,8 +178,8 @@ async def test_what_goes_out_with_an_own_key_is_shown_as_such(
 
 async def test_with_an_own_key_a_quote_holds_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
-    await ask(user, "PUT", "/user/provider-key", {"key": KEY})
-    found = (await quote(user, {"body": BODY})).json()
+    await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
+    found = (await quote(user, {"body": CHAT_BODY})).json()
     assert (found["byok"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
         True,
         True,
@@ -323,7 +309,7 @@ async def test_a_quote_is_bounded_by_the_end_users_budget(gateway: Gateway) -> N
     await ask(
         user, "POST", "/user/end-users", {"end_user": "poor", "budget": "0.000001", "budget_window": "day"}
     )
-    body = {name: BODY[name] for name in ("model", "messages")}
+    body = {name: CHAT_BODY[name] for name in ("model", "messages")}
     assert (await quote(user, {"body": body})).json()["affordable"]
     for asked, headers in (({**body, "user": "poor"}, {}), (body, {"x-end-user": "poor"})):
         found = (await quote(user, {"body": asked}, **headers)).json()

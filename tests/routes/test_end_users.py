@@ -17,18 +17,11 @@ import db
 from gateway.webhooks.deliveries import BATCH, Deliveries
 from gateway.webhooks.sender import Sender
 from security import new_key
-from tests.routes.test_budgets import KEY
-from tests.routes.test_budgets import ask as manage
-from tests.routes.test_receipts import scoped
-from tests.support.gateway import ADMIN_KEY, Gateway, User, eventually
-from tests.webhooks.test_webhooks import (  # noqa: F401  # fixtures
-    Receiver,
-    certificate,
-    names,
-    receiver,
-    trusting,
-    verified,
-)
+from tests.support.gateway import ADMIN_KEY, Gateway, User
+from tests.support.receiver import Receiver, verified
+from tests.support.servers import eventually
+from tests.support.users import PROVIDER_KEY, scoped
+from tests.support.users import ask as manage
 
 # Each request to this model costs half a credit.
 CHAT = {"model": "sandbox/fixed-price", "messages": [{"role": "user", "content": "Hi"}]}
@@ -190,7 +183,7 @@ async def test_budgets_are_their_tenants_own(user: User) -> None:
 
 async def test_under_an_own_upstream_key_nothing_is_spent_of_them(user: User) -> None:
     await budget(user, "ann", 0)
-    assert (await manage(user, "PUT", "/user/provider-key", {"key": KEY})).status_code == 200
+    assert (await manage(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})).status_code == 200
     assert (await ask(user, "ann")).status_code == 200
     assert (await standing(user, "ann"))["spent"] == 0 and await recorded(user) == ["ann"]
 
@@ -254,8 +247,8 @@ async def test_no_name_is_nobody(user: User, body: dict[str, Any]) -> None:
 
 async def test_a_level_that_is_reached_is_told_once_and_delivered_by_the_sweep(
     user: User,
-    receiver: Receiver,  # noqa: F811
-    trusting: Callable[..., Sender],  # noqa: F811
+    receiver: Receiver,
+    trusting: Callable[..., Sender],
 ) -> None:
     runtime = user.gateway.app.state.service.runtime
     runtime.deliveries = Deliveries(

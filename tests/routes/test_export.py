@@ -15,7 +15,9 @@ import httpx
 import pytest
 
 from routes.http.export import PAGE, cell, csv_lines
-from tests.support.gateway import ADMIN_KEY, Database, DatabaseLink, Gateway, User, database_link
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, database_link
+from tests.support.gateway import ADMIN_KEY, Gateway, User
 
 Start = Callable[..., Awaitable[Gateway]]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}

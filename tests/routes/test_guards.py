@@ -18,7 +18,9 @@ from openai._constants import MAX_RETRY_AFTER_DELAY
 
 from routes.http.middleware import MAX_ORDER_BYTES
 from security import new_key
-from tests.support.gateway import ADMIN_KEY, Database, DatabaseLink, Gateway, User, database_link
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, database_link
+from tests.support.gateway import ADMIN_KEY, Gateway, User
 
 Start = Callable[..., Awaitable[Gateway]]
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}

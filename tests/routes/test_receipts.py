@@ -13,7 +13,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.gateway import Gateway, Upstream, User
+from tests.support.gateway import Gateway, User
+from tests.support.upstream import Upstream
+from tests.support.users import CHAT_BODY, quote, scoped
 
 NANO = Decimal("0.000000001")
 READERS = [
@@ -22,11 +24,6 @@ READERS = [
     "/v1/generation?id=gen-1786988078-x",
     "/v1/receipts/0199f0a0-0000-7000-8000-000000000000",
 ]
-BODY = {
-    "model": "openai/gpt-4o-mini",
-    "messages": [{"role": "user", "content": "Say hello."}],
-    "max_tokens": 50,
-}
 
 
 async def exact(user: User, path: str) -> Any:
@@ -34,18 +31,6 @@ async def exact(user: User, path: str) -> Any:
     answer = await user.gateway.http.get(path, headers=user.headers)
     assert answer.status_code == 200, answer.text
     return json.loads(answer.text, parse_float=Decimal)
-
-
-async def scoped(user: User, scopes: dict[str, list[str]], **rules: Any) -> User:
-    """The same user with another key."""
-    order = {"key_name": f"key {uuid4()}", "scope_permissions": scopes, **rules}
-    made = await user.gateway.http.post("/user/api-keys", headers=user.headers, json=order)
-    assert made.status_code == 200, made.text
-    return User(user.gateway, user.id, made.json()["api_key"])
-
-
-async def quote(user: User, order: dict[str, Any], **headers: str) -> Any:
-    return await user.gateway.http.post("/v1/quote", headers={**user.headers, **headers}, json=order)
 
 
 @pytest.mark.parametrize("path", READERS)
@@ -210,7 +195,7 @@ async def test_a_request_that_still_runs_has_a_receipt_and_no_generation(gateway
     user = await gateway.register()
     completions: Any = user.sdk().chat.completions.with_streaming_response
     slow = {"x-sandbox-scenario": "slow;ms=400;tokens=8"}
-    async with completions.create(**BODY, stream=True, extra_headers=slow) as running:
+    async with completions.create(**CHAT_BODY, stream=True, extra_headers=slow) as running:
         request_id = running.headers["x-request-id"]
         receipt = await exact(user, f"/v1/receipts/{request_id}")
         assert (receipt["status"], receipt["charge"], receipt["tokens"], receipt["ending"]) == (
@@ -282,7 +267,7 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     gateway = await start_gateway(price_markup="1.1")
     user = await gateway.register()
     before = await user.balance()
-    answer = await quote(user, {"body": BODY, "output_tokens": 10})
+    answer = await quote(user, {"body": CHAT_BODY, "output_tokens": 10})
     assert answer.status_code == 200, answer.text
     found = json.loads(answer.text, parse_float=Decimal)
     assert (found["affordable"], found["reason"], found["max_output_tokens"], found["free"]) == (
@@ -297,7 +282,7 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     assert {"fixed_nanos", "output_nanos", "max_price"} == found["price_basis"].keys()
     assert await user.balance() == before
     assert await user.records() == []
-    content = json.dumps(BODY, separators=(",", ":"))
+    content = json.dumps(CHAT_BODY, separators=(",", ":"))
     sent = await gateway.http.post(
         "/v1/chat/completions",
         headers={**user.headers, "content-type": "application/json"},
@@ -310,7 +295,7 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
 async def test_a_quote_says_what_could_be_afforded(gateway: Gateway) -> None:
     user = await gateway.register()
     poor = await scoped(user, {"read": ["*"], "write": ["*"]}, budget=0.00001, budget_window="day")
-    explicit = (await quote(poor, {"body": BODY})).json()
+    explicit = (await quote(poor, {"body": CHAT_BODY})).json()
     assert (explicit["affordable"], explicit["reason"], explicit["max_output_tokens"]) == (
         False,
         "budget_exceeded",
@@ -320,13 +305,15 @@ async def test_a_quote_says_what_could_be_afforded(gateway: Gateway) -> None:
     await gateway.admin(
         "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9.9999, "reason": "less"}
     )
-    open_ended = (await quote(user, {"body": {name: BODY[name] for name in ("model", "messages")}})).json()
+    open_ended = (
+        await quote(user, {"body": {name: CHAT_BODY[name] for name in ("model", "messages")}})
+    ).json()
     assert open_ended["affordable"]
     assert 16 <= open_ended["max_output_tokens"] < 4096
     await gateway.admin(
         "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -0.0001, "reason": "nothing"}
     )
-    assert (await quote(user, {"body": BODY})).json()["reason"] == "insufficient_credits"
+    assert (await quote(user, {"body": CHAT_BODY})).json()["reason"] == "insufficient_credits"
 
 
 @pytest.mark.parametrize("limit", [50, 16_000, None])
@@ -365,7 +352,10 @@ async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_
 ) -> None:
     user = await gateway.register()
     narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])
-    found, allowed = (await quote(narrow, {"body": BODY})).json(), (await quote(user, {"body": BODY})).json()
+    found, allowed = (
+        (await quote(narrow, {"body": CHAT_BODY})).json(),
+        (await quote(user, {"body": CHAT_BODY})).json(),
+    )
     assert (found["affordable"], found["affordable_max_tokens"], found["would_hold"]) == (
         False,
         None,
@@ -375,23 +365,23 @@ async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_
     testing = await scoped(
         user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"], environment_tag="test"
     )
-    free = (await quote(testing, {"body": BODY})).json()
+    free = (await quote(testing, {"body": CHAT_BODY})).json()
     assert (free["reason"], free["free"], free["would_hold"]) == ("model_not_allowed", True, 0)
 
 
 async def test_a_quote_knows_the_keys_models_and_its_number_of_requests(gateway: Gateway) -> None:
     user = await gateway.register()
     narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])
-    assert (await quote(narrow, {"body": BODY})).json()["reason"] == "model_not_allowed"
+    assert (await quote(narrow, {"body": CHAT_BODY})).json()["reason"] == "model_not_allowed"
     once = await scoped(user, {"read": ["*"], "write": ["*"]}, max_requests=1)
-    assert (await quote(once, {"body": BODY})).json()["affordable"]
+    assert (await quote(once, {"body": CHAT_BODY})).json()["affordable"]
     await once.chat()
-    assert (await quote(once, {"body": BODY})).json()["reason"] == "key_request_limit_exceeded"
+    assert (await quote(once, {"body": CHAT_BODY})).json()["reason"] == "key_request_limit_exceeded"
 
 
 async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
     user = await gateway.register(environment="test")
-    found = (await quote(user, {"body": BODY})).json()
+    found = (await quote(user, {"body": CHAT_BODY})).json()
     assert (found["free"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
         True,
         True,
@@ -409,7 +399,7 @@ async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
             "messages",
             {
                 "model": "openai/gpt-4o-mini",
-                "messages": BODY["messages"],
+                "messages": CHAT_BODY["messages"],
                 "max_tokens": 20,
                 "metadata": {"user_id": "x"},
             },
@@ -457,7 +447,7 @@ async def test_a_body_that_the_proxy_refuses_is_refused_in_the_same_words(
     gateway: Gateway, changes: dict[str, Any]
 ) -> None:
     user = await gateway.register()
-    body = {**BODY, **changes}
+    body = {**CHAT_BODY, **changes}
     quoted = await quote(user, {"body": body})
     sent = await gateway.http.post("/v1/chat/completions", headers=user.headers, json=body)
     assert quoted.status_code == sent.status_code >= 400
@@ -466,13 +456,13 @@ async def test_a_body_that_the_proxy_refuses_is_refused_in_the_same_words(
 
 async def test_a_quote_is_closed_to_strangers_and_to_keys_that_may_not_chat(gateway: Gateway) -> None:
     user = await gateway.register()
-    assert (await gateway.http.post("/v1/quote", json={"body": BODY})).status_code == 401
+    assert (await gateway.http.post("/v1/quote", json={"body": CHAT_BODY})).status_code == 401
     reader = await scoped(user, {"read": ["*"], "write": ["keys"]})
-    assert (await quote(reader, {"body": BODY})).status_code == 403
+    assert (await quote(reader, {"body": CHAT_BODY})).status_code == 403
     assert (await quote(user, {})).status_code == 400
     for order, param in (
-        ({"body": BODY, "endpoint": "videos"}, "endpoint"),
-        ({"body": BODY, "typo": 1}, "typo"),
+        ({"body": CHAT_BODY, "endpoint": "videos"}, "endpoint"),
+        ({"body": CHAT_BODY, "typo": 1}, "typo"),
     ):
         refused = await quote(user, order)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
@@ -483,7 +473,7 @@ async def test_a_body_nested_too_deeply_is_a_400(gateway: Gateway) -> None:
     deep: Any = 1
     for _ in range(400):
         deep = [deep]
-    refused = await quote(user, {"body": {**BODY, "extra": deep}})
+    refused = await quote(user, {"body": {**CHAT_BODY, "extra": deep}})
     assert refused.status_code == 400
 
 

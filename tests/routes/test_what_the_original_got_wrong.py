@@ -16,9 +16,13 @@ import pytest
 
 from config import load_configuration
 from security import key_environment
-from tests.support.gateway import ADMIN_KEY, Database, Gateway, User, database_link, eventually
+from tests.support import ROOT
+from tests.support.database import Database
+from tests.support.database_link import database_link
+from tests.support.gateway import ADMIN_KEY, Gateway, User
+from tests.support.servers import eventually
 
-TESTS = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 Start = Callable[..., Awaitable[Gateway]]
 
 # What it got wrong, and the tests that would fail if it were so here; those without a file stand below.

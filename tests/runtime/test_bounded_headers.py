@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from gateway.runtime.bounded_headers import MAX_HEAD_BYTES, BoundedHeads
-from tests.support.gateway import listening
+from tests.support.servers import listening
 
 BEGINNING = b"POST / HTTP/1.1\r\nhost: x\r\n"
 

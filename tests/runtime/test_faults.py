@@ -24,25 +24,22 @@ from starlette.responses import PlainTextResponse
 import app as application
 from config import Configuration, load_configuration
 from security import new_key
+from tests.support import ROOT
+from tests.support.database import Database
+from tests.support.database_link import DatabaseLink, staged_link
 from tests.support.gateway import (
     ADMIN_KEY,
-    ROOT,
-    Database,
-    DatabaseLink,
     Gateway,
-    Upstream,
     User,
-    eventually,
     live,
     running_gateway,
-    running_upstream,
-    served,
     settings_for,
     staged_gateway,
-    staged_link,
     staged_start,
     staged_upstream,
 )
+from tests.support.servers import eventually, served
+from tests.support.upstream import Upstream, running_upstream
 
 Start = Callable[..., Awaitable[Gateway]]
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.gateway import Database, Gateway, User, running_gateway
+from tests.support import ROOT
+from tests.support.database import Database
+from tests.support.gateway import Gateway, User, running_gateway
 
 OLD, NEW = (base64.urlsafe_b64encode(bytes([n]) * 32).decode() for n in (1, 2))
-DOCUMENT = Path(__file__).parents[2] / "docs" / "key-rotation.md"
+DOCUMENT = ROOT / "docs" / "key-rotation.md"
 
 
 class Fleet:

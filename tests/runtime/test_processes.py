@@ -11,16 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.gateway import Database, Gateway, Upstream, User, eventually, is_ready, running_workers
-
-
-def workers_of(pid: int) -> list[int]:
-    """The server processes below the supervisor (multiprocessing also keeps a tracker there)."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+from tests.support.database import Database
+from tests.support.gateway import Gateway, User
+from tests.support.servers import eventually, is_ready
+from tests.support.upstream import Upstream
+from tests.support.workers import running_workers, start_stream, workers_of
 
 
 @pytest.fixture
@@ -63,39 +60,6 @@ async def test_two_hundred_at_once_spend_ten_credits_to_the_last_and_not_one_mor
     await gateway.database.assert_books_balance()
 
 
-async def start_stream(user: User) -> tuple[asyncio.Task[None], asyncio.Event]:
-    """A stream that is read until it breaks; the event says that it has begun."""
-    begun = asyncio.Event()
-
-    async def read() -> None:
-        body = {
-            "model": "openai/gpt-4o-mini",
-            "messages": [{"role": "user", "content": "Hi"}],
-            "stream": True,
-            "max_tokens": 400,
-        }
-        try:
-            async with user.gateway.http.stream(
-                "POST", "/v1/chat/completions", headers=user.headers, json=body
-            ) as answer:
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        begun.set()
-        except httpx.HTTPError:
-            return
-
-    task = asyncio.create_task(read())
-    await asyncio.wait_for(begun.wait(), 10)
-    return task, begun
-
-
-async def age_holds(database: Database) -> None:
-    async with database.owner() as owner:
-        await owner.execute(
-            "update public.usage_records set expires_at = now() - interval '1 second' where status = 'pending'"
-        )
-
-
 async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
     supervisor: tuple[Gateway, int], upstream: Upstream
 ) -> None:
@@ -118,7 +82,7 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
     for user in (known, unknown):
         (record,) = await user.records()
         assert record["status"] == "pending" and (await user.balance())["held"] > 0
-    await age_holds(gateway.database)
+    await gateway.database.age_holds()
     swept = await gateway.admin("GET", "/internal/sweep")
     assert (swept["expired"], swept["resolved"]) == (2, 2)
     bill = next(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -16,9 +16,7 @@ from sandbox import tokens
 from sandbox.models.pricing import Tokens
 from sandbox.models.text_models import BY_ID
 from sandbox.schemas import sample
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 TOOL = {
     "type": "function",

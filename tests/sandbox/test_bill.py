@@ -8,7 +8,7 @@ import asyncio
 import json
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 import pytest
@@ -16,9 +16,7 @@ import pytest
 from sandbox import SCENARIOS, SandboxTransport, create_app
 from sandbox.bill import MAX_CHARGES, Bill, Charge
 from sandbox.failures import FAILURES
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 KEY = {"Authorization": "Bearer sk-or-v1-test"}
 HI = [{"role": "user", "content": "Say hi"}]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 import httpx2
 import orjson
@@ -17,9 +16,7 @@ from sandbox.generation import API_TYPES, FINISHES, Generation, decode, encode
 from sandbox.models.pricing import Tokens
 from sandbox.models.text_models import MODELS
 from sandbox.state import MAX_GENERATIONS, Call, State
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 counts = st.integers(0, 2_000_000)
 costs = st.integers(0, 10**18).map(lambda femto: Decimal(femto).scaleb(-15))

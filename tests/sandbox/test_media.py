@@ -9,7 +9,7 @@ import json
 import struct
 import zlib
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import httpx2
 import openai
@@ -21,9 +21,7 @@ from sandbox.endpoints.speech import hum
 from sandbox.models.media_models import MEDIA
 from sandbox.models.text_models import BY_ID
 from sandbox.multipart import read_form
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 KEY = {"Authorization": "Bearer sk-or-v1-test"}
 RERANK = {

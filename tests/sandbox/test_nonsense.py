@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 NONSENSE: list[Any] = [None, True, 0, -1, 1.5, "x", "", [], {}, [[]], [{}], {"a": 1}, [1], ["x"], 10**30]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 import openai
@@ -12,9 +12,7 @@ import pytest
 from openai.types.responses import ResponseFunctionToolCall
 
 from sandbox.models.text_models import BY_ID
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 MINI = "openai/gpt-4o-mini"
 TOOL: dict[str, Any] = {

@@ -7,19 +7,15 @@ import subprocess
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx2
 import openai
 import pytest
 
 from sandbox import SandboxTransport, create_app
+from tests.support import ROOT
+from tests.support.sandbox_client import Client
 
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
-
-ROOT = Path(__file__).parents[2]
 KEY = {"Authorization": "Bearer sk-or-v1-test"}
 
 

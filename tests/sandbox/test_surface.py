@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
@@ -16,11 +14,10 @@ from sandbox import SCENARIOS, SandboxTransport, create_app
 from sandbox.app import ENDPOINTS
 from sandbox.failures import FAILURES, KEY_HASH
 from sandbox.models.text_models import MODELS
+from tests.support import ROOT
+from tests.support.sandbox_client import Client
 
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
-
-DOC = Path(__file__).parents[2] / "docs" / "sandbox.md"
+DOC = ROOT / "docs" / "sandbox.md"
 KEY = {"Authorization": "Bearer sk-or-v1-test"}
 BODY = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "x"}]}
 

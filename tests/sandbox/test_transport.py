@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
@@ -11,9 +10,7 @@ import pytest
 from sandbox import SandboxTransport
 from sandbox.transport import CHANNEL_LENGTH
 from sandbox.wire import Message, Receive, Scope, Send
-
-if TYPE_CHECKING:
-    from tests.sandbox.conftest import Client
+from tests.support.sandbox_client import Client
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from tests.support.sql_client import Client, Database, copy_database, drop_database, open_client
+from tests.support.database import Database, copy_database, drop_database
+from tests.support.sql_client import Client, open_client
 
 _names = (f"sql_{n}" for n in itertools.count())
 VERSIONS = {"18": "postgres", "15": "postgres_15"}

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.sql_client import RINGS, UNLIMITED, Account, Client, request
+from tests.support.database import UNLIMITED
+from tests.support.sql_client import RINGS, Account, Client, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -17,8 +17,8 @@ import pytest
 import pytest_asyncio
 
 from supabase_config import MIGRATIONS
-from tests.support.gateway import BOOTSTRAP
-from tests.support.sql_client import Client, Database, copy_database, drop_database, open_client
+from tests.support.database import BOOTSTRAP, Database, copy_database, drop_database
+from tests.support.sql_client import Client, open_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -14,8 +14,7 @@ from uuid import UUID
 import pytest
 import pytest_asyncio
 
-from tests.sql.test_usage_sums import INSERT
-from tests.support.sql_client import Account, Client, Json, new_id, request, settlement
+from tests.support.sql_client import INSERT_RECORD, Account, Client, Json, new_id, request, settlement
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -100,7 +99,7 @@ async def books(fresh: Client) -> tuple[Client, list[Json]]:
             "byok": dice.random() < 0.2,
         }
         await fresh.owner.execute(
-            INSERT,
+            INSERT_RECORD,
             record["id"],
             user.id,
             user.key_id,

@@ -13,19 +13,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from tests.support.sql_client import Client
+from tests.support.sql_client import INSERT_RECORD, Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NOW = datetime.now(UTC)
 START = (NOW - timedelta(days=4)).replace(minute=0, second=0, microsecond=0)
-INSERT = """
-insert into public.usage_records (
-    request_id, user_id, key_id, mode, environment, endpoint, model, provider, prompt_tokens, completion_tokens, hold_nanos,
-    upstream_cost_nanos, cost_nanos, markup, status, settlement_source, error_code, latency_ms, created_at, expires_at, settled_at)
-values ($1, $2, $3, 'sandbox', 'live', 'chat/completions', $4, $5, $6, $7, 0, $8, $8, 1, $9, $10, $11, $12, $13,
-        $13::timestamptz + interval '15 minutes', $13)
-"""
 PENDING = """
 insert into public.usage_records (
     request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, created_at, expires_at)
@@ -55,7 +48,7 @@ async def write_records(client: Client, count: int, *, seed: str) -> list[dict[s
             "latency": dice.randrange(400_000),
             "created_at": START + timedelta(seconds=dice.randrange(int((NOW - START).total_seconds()))),
         }
-        await client.owner.execute(INSERT, *record.values())
+        await client.owner.execute(INSERT_RECORD, *record.values())
         written.append(record)
     await forget_sums(client)
     return written
@@ -138,7 +131,20 @@ async def test_a_record_amended_after_it_was_summed_up_takes_the_sums_along(clie
     moment = NOW - timedelta(days=3)
     request_id = UUID(int=77)
     await client.owner.execute(
-        INSERT, request_id, user.id, user.key_id, "a/one", "X", 1, 1, 0, "expired", "none", "lost", 5, moment
+        INSERT_RECORD,
+        request_id,
+        user.id,
+        user.key_id,
+        "a/one",
+        "X",
+        1,
+        1,
+        0,
+        "expired",
+        "none",
+        "lost",
+        5,
+        moment,
     )
     await forget_sums(client)
     await sum_up(client)

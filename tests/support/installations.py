@@ -1,4 +1,4 @@
-"""Which PostgreSQL programs do these tests run on? The wheel's, and Debian's 15 where it is installed."""
+"""The PostgreSQL programs that tests run on: the wheel's, and Debian's 15 where it is installed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 QUICK = {"fsync": "off"}
 INSTALLATIONS = [
     pytest.param(None, id="wheel"),
     pytest.param(
-        SYSTEM_15, id="system-15", marks=pytest.mark.skipif(not SYSTEM_15.exists(), reason="not installed")
+        DEBIAN_15, id="system-15", marks=pytest.mark.skipif(not DEBIAN_15.exists(), reason="not installed")
     ),
 ]

@@ -15,26 +15,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import asyncpg
-
-from embedded.postgres import EmbeddedPostgres
-
-if TYPE_CHECKING:
-    Connection = asyncpg.Connection[asyncpg.Record]
+from tests.support.database import UNLIMITED, Connection, Database
 
 Json = dict[str, Any]
-UNLIMITED = dict.fromkeys(
-    (
-        "requests_per_minute",
-        "requests_per_hour",
-        "requests_per_day",
-        "tokens_per_minute",
-        "tokens_per_hour",
-        "tokens_per_day",
-    )
-)
 RINGS = {
     "burst_ring": (11, 100),
     "minute_ring": (7, 10_000),
@@ -64,39 +49,6 @@ class Account:
     key_id: int
     hash: str
     environment: str = "live"
-
-
-@dataclass(frozen=True)
-class Database:
-    """A migrated database of a server."""
-
-    server: EmbeddedPostgres
-    name: str
-
-    @asynccontextmanager
-    async def connection(self, role: str) -> AsyncIterator[Connection]:
-        kwargs = {
-            **self.server.connect_kwargs(role if role == "postgres" else "authenticator"),
-            "database": self.name,
-        }
-        connection: Connection = await asyncpg.connect(**kwargs)
-        try:
-            if role != "postgres":
-                await connection.execute(f"set role {role}")
-            yield connection
-        finally:
-            await connection.close()
-
-
-async def copy_database(server: EmbeddedPostgres, name: str, template: str = "gateway_template") -> Database:
-    async with Database(server, "postgres").connection("postgres") as owner:
-        await owner.execute(f"create database {name} template {template} strategy file_copy")
-    return Database(server, name)
-
-
-async def drop_database(database: Database) -> None:
-    async with Database(database.server, "postgres").connection("postgres") as owner:
-        await owner.execute(f"drop database {database.name} with (force)")
 
 
 _numbers = itertools.count()
@@ -327,3 +279,13 @@ async def until_blocked(client: Client, sessions: int = 1) -> None:
     async with asyncio.timeout(10):
         while await client.value(query) < sessions:  # noqa: ASYNC110
             await asyncio.sleep(0.005)  # there is no event to wait for: another server process blocks
+
+
+# One usage record, as settlement would leave it.
+INSERT_RECORD = """
+insert into public.usage_records (
+    request_id, user_id, key_id, mode, environment, endpoint, model, provider, prompt_tokens, completion_tokens, hold_nanos,
+    upstream_cost_nanos, cost_nanos, markup, status, settlement_source, error_code, latency_ms, created_at, expires_at, settled_at)
+values ($1, $2, $3, 'sandbox', 'live', 'chat/completions', $4, $5, $6, $7, 0, $8, $8, 1, $9, $10, $11, $12, $13,
+        $13::timestamptz + interval '15 minutes', $13)
+"""

@@ -1,5 +1,5 @@
-"""An upstream that answers what a test tells it to, byte for byte and piece by piece; it keeps what it was
-sent.
+"""Two upstreams on sockets: the sandbox, and one that answers what a test tells it to, byte for byte and piece by
+piece. Both keep what they were sent.
 """
 
 from __future__ import annotations
@@ -12,9 +12,61 @@ from decimal import Decimal
 from typing import Any
 
 import orjson
+import pytest
 
+from sandbox import Sandbox
+from sandbox import create_app as create_sandbox
 from sandbox.wire import dumps
-from tests.support.gateway import served
+from tests.support.servers import served
+
+
+@dataclass
+class Upstream:
+    """The sandbox as an upstream of its own, on a socket. In live mode no client can ask it for a scenario:
+    `scenario` does.
+    """
+
+    url: str
+    sandbox: Sandbox
+    scenario: str = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and self.scenario:
+            scope = {**scope, "headers": [*scope["headers"], (b"x-sandbox-scenario", self.scenario.encode())]}
+        await self.sandbox(scope, receive, send)
+
+    def forget(self) -> Upstream:
+        """As if nothing had been asked yet."""
+        self.scenario = ""
+        self.sandbox.state.reset()
+        self.sandbox.state.billed = Decimal(0)
+        return self
+
+    @property
+    def inferences(self) -> int:
+        """How often it was asked for a completion."""
+        return self.sandbox.state.counts["/chat/completions"]
+
+    def sent(self) -> dict[str, Any]:
+        """The body of the last completion it was asked for."""
+        bodies = [call.body for call in self.sandbox.state.calls if call.path == "/chat/completions"]
+        assert isinstance(bodies[-1], dict)
+        return bodies[-1]
+
+
+@asynccontextmanager
+async def running_upstream() -> AsyncIterator[Upstream]:
+    found = Upstream("", create_sandbox())
+    async with served(found) as url:
+        found.url = f"{url}/api/v1"
+        yield found
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    async with running_upstream() as found:
+        yield found
+
 
 GENERATION = "gen-1790000000-known"
 
@@ -41,6 +93,7 @@ TEXT, EMBEDDER, RANKER, PAINTER, SPEAKER, WRITER = (
     "a/speaker",
     "a/writer",
 )
+
 MODELS = (
     model(TEXT, "text", "text"),
     model(EMBEDDER, "text", "embeddings", completion="0"),

@@ -31,17 +31,10 @@ from sandbox import SCENARIOS
 from sandbox.failures import KEY_HASH, USER_ID
 from sandbox.models.list_answers import list_models
 from sandbox.wire import dumps
-from tests.support.gateway import (
-    OPERATOR_KEY,
-    Gateway,
-    Upstream,
-    User,
-    eventually,
-    fresh_database,
-    live,
-    running_gateway,
-    staged_start,
-)
+from tests.support.database import fresh_database
+from tests.support.gateway import OPERATOR_KEY, Gateway, User, live, running_gateway, staged_start
+from tests.support.servers import eventually
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 start_gateway = staged_start

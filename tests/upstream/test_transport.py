@@ -6,7 +6,7 @@ from openai._models import FinalRequestOptions
 
 from config import Settings
 from gateway.upstream.client import open_live
-from tests.support.gateway import Upstream
+from tests.support.upstream import Upstream
 
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 
