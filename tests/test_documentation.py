@@ -112,7 +112,8 @@ async def test_the_form_of_errors_under_openrouter_s_prefix_is_documented_as_it_
         )
 
 
-DOCUMENTS = ("README.md", "docs/spending.md", "docs/management.md")
+DOCUMENTS = {"README.md": 3, "CONTRIBUTING.md": 1, "docs/spending.md": 3, "docs/management.md": 3}
+"""How many calls each shows, at least."""
 
 
 def documented_calls(text: str) -> list[list[str]]:
@@ -153,7 +154,7 @@ async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: 
         "REQUEST_ID": request_id,
     }
     calls = documented_calls(await asyncio.to_thread((ROOT / name).read_text))
-    assert len(calls) >= 3
+    assert len(calls) >= DOCUMENTS[name]
     for words in calls:
         answer = await send(gateway, words, values)
         expected = (429,) if "x-sandbox-scenario: error-429-upstream" in words else (200, 201)
