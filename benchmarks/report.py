@@ -1,9 +1,9 @@
-"""What did the benchmark find? One table: absolute figures, and ratios to the same load without the gateway."""
+"""The benchmark's table: absolute figures, and ratios to the same load without the gateway."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -24,36 +24,30 @@ HEADINGS = ("", "gateway", "unit", "direct", "nginx", "of direct", "of nginx", "
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, and where it was measured."""
-    cells = [HEADINGS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = [
+    lines = align([HEADINGS, *(_cells(row) for row in rows)], left=(0, 2))
+    return "\n".join([*lines, "", _where()])
+
+
+def align(cells: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[str]:
+    """Lines of equal columns, numbers to the right; `left` are the columns of words."""
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    return [
         "  ".join(
-            _aligned(cell, width, column)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        ).rstrip()
         for line in cells
     ]
-    return "\n".join([*(line.rstrip() for line in lines), "", _where()])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
+    figures = (number(row.gateway), row.unit, number(row.direct), number(row.nginx))
     ratios = (_ratio(row.gateway, other) for other in (row.direct, row.nginx))
-    return (
-        row.name,
-        _number(row.gateway),
-        row.unit,
-        _number(row.direct),
-        _number(row.nginx),
-        *ratios,
-        row.goal,
-    )
+    return (row.name, *figures, *ratios, row.goal)
 
 
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits or more; nothing for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
@@ -65,4 +59,7 @@ def _ratio(value: float, other: float | None) -> str:
 
 def _where() -> str:
     load = os.getloadavg()[0]
-    return f"Medians. {os.cpu_count()} cores, load average {load:.1f} at the end (2 of it our own): compare ratios, not machines."
+    return (
+        f"Medians. {os.cpu_count()} cores, load average {load:.1f} at the end (2 of it our own): "
+        "compare ratios, not machines."
+    )

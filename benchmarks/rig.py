@@ -1,9 +1,8 @@
-"""Which processes take part, and where do they run? Starts them on their cores, and ends every one of them
-whatever happens.
+"""The processes that take part: starts them on their cores, and ends every one of them whatever happens.
 
 The gateway (or nginx in its place) has one core to itself; PostgreSQL, the mock upstream and wrk share the
-other ones. Everything listens on 127.0.0.1 or on a UNIX socket. A child whose parent is killed is killed by
-the kernel.
+others. Everything listens on 127.0.0.1 or on a UNIX socket. If the benchmark is killed, the kernel ends its
+children.
 """
 
 from __future__ import annotations
@@ -17,17 +16,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 STOP_SECONDS = 15.0
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+T = TypeVar("T")
 
 
 class BenchmarkError(Exception):
@@ -36,14 +38,14 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which cores are whose; all of them for everybody where there is only one."""
+    """Which cores are whose. A machine with a single core shares it."""
 
     all: frozenset[int]
     gateway: frozenset[int]
     others: frozenset[int]
 
     @classmethod
-    def found(cls) -> Cores:
+    def of_this_machine(cls) -> Cores:
         every = frozenset(os.sched_getaffinity(0))
         last = frozenset([max(every)])
         return cls(every, last, every - last or every)
@@ -83,11 +85,12 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig() -> AsyncIterator[Rig]:
-    """A rig in a folder of its own under `build/` (on the disk, so that fsync means something), removed
-    afterwards.
+    """A rig in a folder of its own under `build/`, removed afterwards.
+
+    It lies on the disk, so that fsync means something.
     """
     require_tools()
-    cores = Cores.found()
+    cores = Cores.of_this_machine()
     os.sched_setaffinity(0, cores.others)
     folder = _new_folder()
     try:
@@ -107,19 +110,34 @@ def _new_folder() -> Path:
 def require_tools() -> None:
     """Raises BenchmarkError with one sentence where something is missing on this machine."""
     if sys.platform != "linux":
-        raise BenchmarkError(
-            "The benchmark needs Linux: it pins processes to cores and reads their cost from /proc."
-        )
+        raise BenchmarkError("The benchmark needs Linux: it pins processes to cores and reads /proc.")
     missing = [name for name in ("wrk", "nginx") if program(name) is None]
     if missing:
-        raise BenchmarkError(
-            f"The benchmark needs {' and '.join(missing)} (Debian, Ubuntu: apt-get install {' '.join(missing)})."
-        )
+        names, packages = " and ".join(missing), " ".join(missing)
+        raise BenchmarkError(f"The benchmark needs {names} (Debian, Ubuntu: apt-get install {packages}).")
 
 
 def program(name: str) -> str | None:
-    """The path of a program, looked for in the system folders too."""
+    """The path of a program; system folders count, too, where an ordinary user's PATH lacks them."""
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+
+
+def run_to_the_end(main: Coroutine[object, None, T]) -> T:
+    """Runs `main`; SIGTERM cancels it, so that all it started is ended.
+
+    Raises BenchmarkError where it took too long.
+    """
+    try:
+        return asyncio.run(_cancelled_by_sigterm(main))
+    except TimeoutError as exc:
+        raise BenchmarkError("It took too long, or a process did not start in time.") from exc
+
+
+async def _cancelled_by_sigterm(main: Coroutine[object, None, T]) -> T:
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await main
 
 
 def minimal_environment() -> dict[str, str]:
@@ -154,7 +172,7 @@ def _end_of(log: Path) -> str:
 def _settle_on(cores: frozenset[int]) -> Callable[[], None]:
     libc = ctypes.CDLL(None)
 
-    def settle() -> None:
+    def settle() -> None:  # runs in the child, before the program
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.sched_setaffinity(0, cores)
         os.setpgid(0, 0)  # an interrupt at the keyboard is for us to pass on

@@ -32,7 +32,7 @@ FILES = {
     "security.py",
     "supabase_config.py",
 }
-BESIDE = {"tests", "benchmarks", "docs", "supabase", "deploy"}
+BESIDE = {"tests", "benchmarks", "docs", "supabase", "deploy", "build"}  # build/ is what `make bench` keeps
 PACKAGES = {"common", "console", "db_rows", "embedded", "gateway", "routes", "sandbox"}
 
 # Comments in a hundred lines, at least. Raise a floor when a package has got above it.
