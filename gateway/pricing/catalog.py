@@ -1,7 +1,6 @@
-"""The model list in memory, refreshed by one fetch at a time. OpenRouter's model list, kept in memory and
-fetched by one at a time.
+"""OpenRouter's model list in memory, refreshed by one fetch at a time.
 
-It must never let one odd entry hide the other models, and never make a request wait while it has a list.
+One odd entry must never hide the other models, and a request must never wait while there is a list.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 from common.errors import GatewayError, UpstreamUnavailable
+from common.json_types import Json, JsonObject
 from gateway.pricing.prices import Markups, Price, markups, parse_price
 
 log = logging.getLogger(__name__)
@@ -29,8 +28,9 @@ MAX_TOKENS = 2**31 - 1
 # Source: https://openrouter.ai/docs/guides/routing/model-variants/overview
 ROUTING_SUFFIXES = frozenset(("nitro", "floor", "exacto", "online"))
 
-# Its endpoints are those of the one model that it picks, and `provider.max_price` filters them; other routers
-# ask several. Source: https://openrouter.ai/docs/guides/routing/routers/auto-router
+# The router whose cost has a bound: it picks one model, and `provider.max_price` filters that model's
+# endpoints. Other routers ask several models. Source:
+# https://openrouter.ai/docs/guides/routing/routers/auto-router
 ROUTER = "openrouter/auto"
 
 
@@ -53,7 +53,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class CacheStatus:
-    """How the cache stands. Ages are seconds; `is_valid` means younger than the time to live."""
+    """The state of the cache. Ages are seconds; `is_valid` means younger than the time to live."""
 
     has_data: bool
     cache_age_seconds: float | None
@@ -63,13 +63,13 @@ class CacheStatus:
 
 
 class ModelIndex:
-    """One model list: as the upstream wrote it, as JSON ready to send, and by id."""
+    """One model list: as the upstream wrote it (`raw`), as JSON ready to send, and by id."""
 
     __slots__ = ("_by_id", "_markups", "json", "raw")
 
-    def __init__(self, raw: list[dict[str, Any]], models: Iterable[Model]) -> None:
+    def __init__(self, raw: list[dict[str, Json]], models: Iterable[Model]) -> None:
         self.raw = raw
-        self.json = upstream_json({"data": raw, "total_count": len(raw), "links": {"next": None}})
+        self.json = upstream_json({"data": [*raw], "total_count": len(raw), "links": {"next": None}})
         self._by_id = {model.id: model for model in models}
         self._markups: Markups | None = None
 
@@ -82,30 +82,30 @@ class ModelIndex:
     def markups(self) -> Markups:
         """How far the bill of any model can exceed the prices that can be capped: what a router may meet."""
         if self._markups is None:
-            text = (
-                model for model in self._by_id.values() if "text" in (model.output_modalities or ("text",))
+            self._markups = markups(
+                model.price
+                for model in self._by_id.values()
+                if model.price is not None and "text" in (model.output_modalities or ("text",))
             )
-            self._markups = markups(model.price for model in text if model.price is not None)
         return self._markups
 
     @property
     def uncapped(self) -> list[str]:
         """The ids of the models for text that no price cap bounds: they search by themselves, or may put out
-        media too.
+        media, too.
         """
-        return [
-            model.id for model in self._by_id.values() if model.searches or _puts_out_text_and_more(model)
-        ]
+        models = self._by_id.values()
+        return [model.id for model in models if model.searches or _puts_out_text_and_more(model)]
 
     def page(self, offset: int, limit: int | None, path: str) -> bytes:
-        """A part of the list as JSON, with the path and query of the next one, if there is one."""
+        """A page of the list as JSON, with the path and query of the next one, if there is one."""
         end = len(self.raw) if limit is None else offset + limit
         following = f"{path}?offset={end}&limit={limit}" if end < len(self.raw) else None
         return upstream_json(
-            {"data": self.raw[offset:end], "total_count": len(self.raw), "links": {"next": following}}
+            {"data": [*self.raw[offset:end]], "total_count": len(self.raw), "links": {"next": following}}
         )
 
-    def entry(self, model_id: str) -> dict[str, Any] | None:
+    def entry(self, model_id: str) -> dict[str, Json] | None:
         """The model of exactly this id, as the upstream wrote it."""
         return next((entry for entry in self.raw if entry.get("id") == model_id), None)
 
@@ -123,25 +123,25 @@ class ModelIndex:
         Suffixes that are models of their own (`:free`, `:thinking`, `:extended`) never fall back to the plain
         model.
         """
-        found = self._by_id.get(name)
-        if found is not None or ":" not in name:
-            return found
+        model = self._by_id.get(name)
+        if model is not None or ":" not in name:
+            return model
         base, *suffixes = name.split(":")
-        kept = [
+        naming = [
             suffix
             for suffix in suffixes
             if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes
         ]
-        return self._by_id.get(":".join((base, *kept)))
+        return self._by_id.get(":".join((base, *naming)))
 
 
 class Catalog:
     """The current model list. `fetch` returns the body of GET /models?output_modalities=all.
 
-    One fetch runs at a time and everybody waits for the same one; a waiter that is cancelled leaves it
+    One fetch runs at a time and all callers wait for the same one; a caller that is cancelled leaves it
     running for the others. A list older than `ttl_seconds` is still served while it is replaced in the
-    background. A refresh that failed is recorded in `last_error` and not repeated for RETRY_SECONDS (or the
-    time to live, if shorter) as long as there is a list to serve.
+    background. A failed refresh is recorded in `last_error`, and not repeated for RETRY_SECONDS (or the time
+    to live, if shorter) as long as there is a list to serve.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Catalog:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether `models` will answer without asking the upstream."""
+        """Whether `models` returns without asking the upstream."""
         return self._index is not None and (self._refreshing is not None or not self._is_due())
 
     async def models(self) -> ModelIndex:
@@ -178,16 +178,15 @@ class Catalog:
         return self._index
 
     async def refresh(self) -> ModelIndex:
-        """The model list as the upstream has it now, or UpstreamUnavailable (a list already held stays)."""
+        """The model list as the upstream has it now. Raises UpstreamUnavailable; what is held remains."""
         try:
             return await asyncio.shield(self._start())
-        except (GatewayError, OSError, ValueError, RecursionError) as exc:
-            raise UpstreamUnavailable(
-                "The model list of the upstream cannot be fetched now. Try again."
-            ) from exc
+        except (GatewayError, OSError, ValueError, RecursionError) as error:
+            message = "The model list of the upstream cannot be fetched now. Try again."
+            raise UpstreamUnavailable(message) from error
 
     async def refresh_within(self, seconds: float) -> ModelIndex:
-        """The same where nobody has called this for so long; else the list that is held or under way."""
+        """The same, at most once in so many seconds; in between, the list that is held or under way."""
         now = self._clock()
         if self._index is not None and now - self._forced_at < seconds and self._refreshing is None:
             return self._index
@@ -223,29 +222,29 @@ class Catalog:
 
     async def _load(self) -> ModelIndex:
         payload = await self._fetch()
-        # Parsing takes tens of milliseconds, during which streams would stand still.
+        # Parsing takes tens of milliseconds, in which the event loop would send no stream's next event.
         return await asyncio.to_thread(read_models, payload)
 
     def _finish(self, task: asyncio.Task[ModelIndex]) -> None:
         self._refreshing = None
         if task.cancelled():
             return
-        self.last_error = task.exception()
-        if self.last_error is None:
+        self.last_error = error = task.exception()
+        if error is None:
             self._index = task.result()
             self._loaded_at = self._clock()
-        else:
-            self._retry_at = self._clock() + min(self._ttl, RETRY_SECONDS)
-            cause = self.last_error.__cause__ or self.last_error
-            log.warning(
-                "The model list cannot be refreshed: %s: %s", type(cause).__name__, cause.__cause__ or cause
-            )
+            return
+        self._retry_at = self._clock() + min(self._ttl, RETRY_SECONDS)
+        cause = error.__cause__ or error
+        reason = cause.__cause__ or cause
+        log.warning("The model list cannot be refreshed: %s: %s", type(cause).__name__, reason)
 
 
 def read_models(payload: bytes) -> ModelIndex:
-    """The index of a GET /models answer. Raises ValueError if it is no such answer, or holds no usable model.
+    """The index of the body of GET /models. Raises ValueError for a body that is none, or holds no usable
+    model.
 
-    It is parsed twice: as plain JSON for those who list models, and with exact decimals for the prices.
+    It is parsed twice: as plain JSON to be listed to clients, and with exact decimals for the prices.
     """
     raw = _entries(json.loads(payload, parse_float=_finite, parse_constant=_null))
     exact = _entries(json.loads(payload, parse_float=_exact, parse_constant=_null))
@@ -255,25 +254,23 @@ def read_models(payload: bytes) -> ModelIndex:
     return ModelIndex(raw, models)
 
 
-def upstream_json(value: Mapping[str, Any]) -> bytes:
-    """JSON of what an upstream wrote. Not orjson: it refuses lone surrogates and long integers: one entry
-    must not take others along.
+def upstream_json(value: JsonObject) -> bytes:
+    """JSON of values that an upstream wrote. orjson would refuse lone surrogates and long integers, and then
+    one odd entry would hide all others.
     """
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def parse_model(entry: Mapping[str, Any]) -> Model | None:
-    """A model out of its entry, or None without an id. Parts that cannot be read are unknown, the rest still
+def parse_model(entry: JsonObject) -> Model | None:
+    """The model of an entry, or None without an id. Parts that cannot be read are unknown, the rest still
     counts.
     """
     model_id = entry.get("id")
     if not isinstance(model_id, str) or not model_id:
         return None
     provider = _object(entry.get("top_provider"))
-    context = max(
-        filter(None, map(_tokens, (entry.get("context_length"), provider.get("context_length")))),
-        default=None,
-    )
+    lengths = [_tokens(part.get("context_length")) for part in (entry, provider)]
+    context = max(filter(None, lengths), default=None)
     parameters = _strings(entry.get("supported_parameters")) or frozenset()
     price = parse_price(entry.get("pricing"))
     return Model(
@@ -307,22 +304,22 @@ def _exact(text: str) -> Decimal | None:
         return None
 
 
-def _entries(answer: object) -> list[dict[str, Any]]:
+def _entries(answer: Json) -> list[dict[str, Json]]:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         raise ValueError("the model list has no `data`")
     return [entry for entry in data if isinstance(entry, dict)]
 
 
-def _object(value: object) -> Mapping[str, Any]:
+def _object(value: Json) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _tokens(value: object) -> int | None:
+def _tokens(value: Json) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         return None
     return min(value, MAX_TOKENS)
 
 
-def _strings(value: object) -> frozenset[str] | None:
+def _strings(value: Json) -> frozenset[str] | None:
     return frozenset(item for item in value if isinstance(item, str)) if isinstance(value, list) else None

@@ -1,17 +1,16 @@
-"""OpenRouter's pricing object as exact rates, at the dearest reading. OpenRouter's `pricing` object, read for
-upper bounds.
+"""OpenRouter's `pricing` object as exact rates, at the dearest reading.
 
-No float ever passes through here, and nothing that we fail to understand is ever taken for free.
+No float must ever pass through here, and no price that is not understood may ever be taken for free.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
-from typing import Any
 
+from common.json_types import Json, JsonObject
 from common.money import EXACT, parse_amount, plain
 
 ZERO = Decimal(0)
@@ -19,9 +18,9 @@ _SMALLEST_DOLLARS = Decimal("1e-18")
 _MAX_DOLLARS = Decimal(1_000_000)
 _ROUND_UP = Context(prec=50, rounding=ROUND_CEILING)
 
-# The dearest search engine with a documented price is Exa's deep-reasoning mode, 10 results included. An
-# older page of the same documentation (features/web-search) has four dollars for a thousand results: the
-# dearer of both counts.
+# The dearest search engine with a documented price is Exa in its deep-reasoning mode: 15 dollars for a
+# thousand searches with 10 results each, and one for a thousand more results. An older page of the same
+# documentation (features/web-search) has four dollars for a thousand results: the dearer of both counts.
 _SEARCH_NANOS = Decimal(15_000_000)
 _INCLUDED_RESULTS = 10
 _EXTRA_RESULT_NANOS = Decimal(1_000_000)
@@ -42,9 +41,14 @@ _KNOWN = frozenset((*_INPUT, *_OUTPUT, *_FEATURES, "request"))
 _NOT_A_PRICE = frozenset(("discount", "overrides"))
 _CONDITIONS = frozenset(("min_prompt_tokens", "utc_start", "utc_end", "utc_days"))
 
-_FEATURE_WORDS = ("image", "audio", "video", "file", "pdf", "page", "search", "fetch")
-_INPUT_WORDS = ("input", "prompt", "cache")
-_OUTPUT_WORDS = ("output", "completion", "reasoning")
+_UNKNOWN = "unknown"  # a price of media, files or searches that nobody here can read
+# What a component counts as that OpenRouter adds later, by the words in its name. Features come first: a
+# price of image input is none of text.
+_STAND_INS = (
+    (("image", "audio", "video", "file", "pdf", "page", "search", "fetch"), _UNKNOWN),
+    (("input", "prompt", "cache"), "input_cache_write"),
+    (("output", "completion", "reasoning"), "internal_reasoning"),
+)
 _NUMBER_LIKE = re.compile(r"\d|nan|inf", re.IGNORECASE)
 
 
@@ -65,9 +69,8 @@ class Rates:
     image_token: Decimal  # per prompt token of an image
     web_search: Decimal  # per search
     audio: Decimal | None  # per prompt token of audio
-    image_output: (
-        Decimal | None
-    )  # per output token; documented per image too, which is never more than per token
+    # Per output token. It is documented per image, too, which is never more than per token.
+    image_output: Decimal | None
     audio_output: Decimal | None  # per output token
 
 
@@ -82,35 +85,40 @@ class Price:
     unknown_features: bool = False  # media, files or searches have a price that we cannot read
 
     def rates_for(self, prompt_tokens: int) -> Rates:
-        """The dearest rates that a prompt of at most this many tokens can meet (thresholds are strictly
-        exceeded).
+        """The dearest rates that a prompt of at most this many tokens can meet. A tier applies above its
+        threshold, not at it.
         """
-        found = self.base
-        for threshold, rates in self.tiers:
+        rates = self.base
+        for threshold, tier_rates in self.tiers:
             if prompt_tokens > threshold:
-                found = rates
-        return found
+                rates = tier_rates
+        return rates
+
+    @property
+    def dearest(self) -> Rates:
+        """The rates for the longest prompts."""
+        return self.tiers[-1][1] if self.tiers else self.base
 
 
-def parse_price(pricing: object) -> Price | None:
+def parse_price(pricing: Json) -> Price | None:
     """The price of a model out of its `pricing` (JSON parsed with `parse_float=Decimal`), or None: it has no
     bound.
 
     Units and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as
-    decimal strings. No bound have: a missing `prompt` or `completion`, and any price that is negative ("-1"
-    marks routers), not a number or absurd (above a million dollars a unit). Where the documentation leaves
-    room, the dearest reading is taken:
+    decimal strings. There is no bound where `prompt` or `completion` is missing, or where any price is
+    negative ("-1" marks routers), not a number or absurd (above a million dollars a unit). Where the
+    documentation leaves room, the dearest reading is taken:
 
     - `discount` lowers nothing (listed prices may or may not contain it); a negative one raises every price.
-    - `overrides` by time of day or week count at any time, since a request may run across the boundary and clocks
-      differ; so do those under conditions that we do not know. Those by prompt length count where the prompt may be
-      that long. An override never makes anything cheaper here.
-    - Price components that OpenRouter adds later must neither be free nor take every model offline. One named like an
-      input or output rate joins the dearest of that side. One named after a medium, file or search can only be met by
-      bodies that use such a feature: these are refused (`unknown_features`), plain text is not. Any other one that is
-      not zero leaves the model without a bound, until this module knows it.
+    - `overrides` by time of day or week count at any time, since a request may run across the boundary and
+      clocks differ; so do those under conditions that are not known here. Those by prompt length count where
+      the prompt may be that long. An override never makes anything cheaper here.
+    - Price components that OpenRouter adds later must neither be free nor take every model offline. One named
+      like an input or output rate joins the dearest of that side. One named after a medium, file or search
+      can only be met by bodies that use such a feature: these are refused (`unknown_features`), plain text is
+      not. Any other one that is not zero leaves the model without a bound, until this module knows it.
     """
-    if not isinstance(pricing, Mapping):
+    if not isinstance(pricing, dict):
         return None
     try:
         return _parse(pricing)
@@ -120,10 +128,19 @@ def parse_price(pricing: object) -> Price | None:
 
 def dearest(first: Rates, second: Rates) -> Rates:
     """The dearer of two, component by component; a price that only one of them names counts."""
-    rates: dict[str, Any] = {
-        name: _dearer(getattr(first, name), getattr(second, name)) for name in _RATE_NAMES
-    }
-    return Rates(**rates)
+    return Rates(
+        prompt=max(first.prompt, second.prompt),
+        completion=max(first.completion, second.completion),
+        input=max(first.input, second.input),
+        output=max(first.output, second.output),
+        request=max(first.request, second.request),
+        image=max(first.image, second.image),
+        image_token=max(first.image_token, second.image_token),
+        web_search=max(first.web_search, second.web_search),
+        audio=_dearer(first.audio, second.audio),
+        image_output=_dearer(first.image_output, second.image_output),
+        audio_output=_dearer(first.audio_output, second.audio_output),
+    )
 
 
 def search_nanos(rates: Rates, results: int) -> Decimal:
@@ -155,13 +172,12 @@ def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
     return caps
 
 
-def max_price(held: Mapping[str, Decimal], own: Mapping[str, Decimal]) -> dict[str, str]:
-    """`provider.max_price` to send: what is held, or the client's own limits where they are lower; decimal
+def max_price(held: Mapping[str, Decimal], client_caps: Mapping[str, Decimal]) -> dict[str, str]:
+    """`provider.max_price` to send: what is held, or the client's own caps where they are lower; decimal
     strings, never floats.
     """
-    if own:
-        held = {**own, **{name: min(price, own.get(name, price)) for name, price in held.items()}}
-    return {name: plain(price) for name, price in held.items()}
+    lower = {name: min(price, client_caps.get(name, price)) for name, price in held.items()}
+    return {name: plain(price) for name, price in {**client_caps, **lower}.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +186,7 @@ class Markups:
     list.
 
     Cache writes, tokens of images, long prompts and reasoning may cost more than the listed `prompt` and
-    `completion`, by these factors; `free_*` are nano-dollars per token where the listed price is zero.
+    `completion`, by these factors. `free_*` are nano-dollars per token of models whose listed price is zero.
     """
 
     input: Decimal = Decimal(1)
@@ -180,15 +196,15 @@ class Markups:
 
     def rates(self, prompt: Decimal, completion: Decimal, request: Decimal, image: Decimal) -> Rates:
         """The dearest bill at these caps, in nano-dollars per unit."""
-        dear = max(EXACT.multiply(prompt, self.input), self.free_input)
+        dear_input = max(EXACT.multiply(prompt, self.input), self.free_input)
         return Rates(
             prompt=prompt,
             completion=completion,
-            input=dear,
+            input=dear_input,
             output=max(EXACT.multiply(completion, self.output), self.free_output),
             request=request,
             image=image,
-            image_token=dear,
+            image_token=dear_input,
             web_search=ZERO,
             audio=None,
             image_output=None,
@@ -198,15 +214,15 @@ class Markups:
 
 def markups(prices: Iterable[Price]) -> Markups:
     """The markups over these prices."""
-    found = Markups()
+    most = Markups()
     for price in prices:
-        dear = price.tiers[-1][1] if price.tiers else price.base
-        found = replace(
-            found,
-            **_markup("input", price.base.prompt, dear.image_token, found.input, found.free_input),
-            **_markup("output", price.base.completion, dear.output, found.output, found.free_output),
+        listed, billed = price.base, price.dearest
+        most = replace(
+            most,
+            **_markup("input", listed.prompt, billed.image_token, most.input, most.free_input),
+            **_markup("output", listed.completion, billed.output, most.output, most.free_output),
         )
-    return found
+    return most
 
 
 def _markup(
@@ -217,63 +233,66 @@ def _markup(
     return {f"free_{name}": max(free, billed)}
 
 
-def _parse(pricing: Mapping[str, Any]) -> Price:
+def _parse(pricing: JsonObject) -> Price:
     surcharge = _surcharge(pricing.get("discount"))
     base = _components(pricing, surcharge)
     if "prompt" not in base or "completion" not in base:
         raise _Unpriced
-    conditional: list[tuple[int, dict[str, Decimal]]] = []
+    by_length: list[tuple[int, dict[str, Decimal]]] = []
     for override in _overrides(pricing):
         threshold, prices = _threshold(override), _components(override, surcharge)
-        if threshold is None:
+        if threshold is None:  # it may apply to any request
             base = _merged(base, prices)
         else:
-            conditional.append((threshold, prices))
-    tiers = list(_tiers(base, conditional))
-    unknown = any("unknown" in prices for prices in (base, *(prices for _, prices in conditional)))
-    return Price(_rates(base), tuple((threshold, _rates(prices)) for threshold, prices in tiers), unknown)
+            by_length.append((threshold, prices))
+    tiers = tuple((threshold, _rates(prices)) for threshold, prices in _tiers(base, by_length))
+    unknown = any(_UNKNOWN in prices for prices in (base, *(prices for _, prices in by_length)))
+    return Price(_rates(base), tiers, unknown)
 
 
-def _surcharge(discount: object) -> Decimal:
+def _surcharge(discount: Json) -> Decimal:
+    """The factor by which a negative discount raises every price."""
     if discount is None:
         return Decimal(1)
-    if (
-        isinstance(discount, bool)
-        or not isinstance(discount, int | Decimal)
-        or not Decimal(discount).is_finite()
-    ):
+    if isinstance(discount, bool) or not isinstance(discount, int | Decimal):
+        raise _Unpriced
+    if not Decimal(discount).is_finite():
         raise _Unpriced
     return EXACT.subtract(Decimal(1), min(Decimal(discount), ZERO))
 
 
-def _overrides(pricing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = pricing.get("overrides")
-    if found is None:
+def _overrides(pricing: JsonObject) -> list[JsonObject]:
+    entries = pricing.get("overrides")
+    if entries is None:
         return []
-    if not isinstance(found, list) or not all(isinstance(entry, Mapping) for entry in found):
+    if not isinstance(entries, list):
         raise _Unpriced
-    return found
+    overrides: list[JsonObject] = [entry for entry in entries if isinstance(entry, dict)]
+    if len(overrides) < len(entries):
+        raise _Unpriced
+    return overrides
 
 
-def _threshold(override: Mapping[str, Any]) -> int | None:
+def _threshold(override: JsonObject) -> int | None:
     """The prompt length in tokens above which an override applies; None if it may apply to any prompt."""
-    found = override.get("min_prompt_tokens")
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+    tokens = override.get("min_prompt_tokens")
+    return tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None
 
 
-def _components(pricing: Mapping[str, Any], surcharge: Decimal) -> dict[str, Decimal]:
-    found: dict[str, Decimal] = {}
+def _components(pricing: JsonObject, surcharge: Decimal) -> dict[str, Decimal]:
+    """The prices in a pricing object or override, in nano-dollars."""
+    prices: dict[str, Decimal] = {}
     for name, value in pricing.items():
         if value is None or name in _NOT_A_PRICE or name in _CONDITIONS:
             continue
         if name in _KNOWN:
-            found = _merged(found, {name: _nanos(value, surcharge)})
+            prices = _merged(prices, {name: _nanos(value, surcharge)})
         elif not _is_harmless(value):
-            found = _merged(found, {_stand_in(name): _nanos(value, surcharge)})
-    return found
+            prices = _merged(prices, {_stand_in(name): _nanos(value, surcharge)})
+    return prices
 
 
-def _is_harmless(value: object) -> bool:
+def _is_harmless(value: Json) -> bool:
     """Whether an unknown entry of `pricing` costs nothing: a zero, a flag, or a label such as a currency."""
     if isinstance(value, bool) or parse_amount(value) == 0:
         return True
@@ -282,18 +301,14 @@ def _is_harmless(value: object) -> bool:
 
 def _stand_in(name: str) -> str:
     """The component that an unknown one counts as."""
-    for words, component in (
-        (_FEATURE_WORDS, "unknown"),
-        (_INPUT_WORDS, "input_cache_write"),
-        (_OUTPUT_WORDS, "internal_reasoning"),
-    ):
+    for words, component in _STAND_INS:
         if any(word in name.lower() for word in words):
             return component
     raise _Unpriced
 
 
-def _nanos(value: object, surcharge: Decimal) -> Decimal:
-    """Dollars as nano-dollars, what lies beyond 1e-9 nano-dollars rounded up."""
+def _nanos(value: Json, surcharge: Decimal) -> Decimal:
+    """Dollars as nano-dollars; fractions below 1e-9 nano-dollars are rounded up."""
     amount = parse_amount(value)
     if amount is None or amount > _MAX_DOLLARS:
         raise _Unpriced
@@ -302,21 +317,19 @@ def _nanos(value: object, surcharge: Decimal) -> Decimal:
     if charged > _MAX_DOLLARS:
         raise _Unpriced
     nanos = charged.quantize(_SMALLEST_DOLLARS, ROUND_CEILING, EXACT).scaleb(9, EXACT)
-    # `normalize` alone would write 500000000 as 5E+8.
-    return (
-        nanos.quantize(Decimal(1), context=EXACT)
-        if nanos == nanos.to_integral_value()
-        else nanos.normalize(EXACT)
-    )
+    if nanos == nanos.to_integral_value():
+        return nanos.quantize(Decimal(1), context=EXACT)  # `normalize` would write 500000000 as 5E+8
+    return nanos.normalize(EXACT)
 
 
 def _tiers(
-    base: dict[str, Decimal], conditional: list[tuple[int, dict[str, Decimal]]]
+    base: dict[str, Decimal], by_length: list[tuple[int, dict[str, Decimal]]]
 ) -> Iterable[tuple[int, dict[str, Decimal]]]:
-    reached = base
-    for threshold, prices in sorted(conditional, key=lambda entry: entry[0]):
-        reached = _merged(reached, prices)
-        yield threshold, reached
+    """The thresholds, ascending, each with the prices above it: those above the lower ones count, too."""
+    prices = base
+    for threshold, override in sorted(by_length, key=lambda entry: entry[0]):
+        prices = _merged(prices, override)
+        yield threshold, prices
 
 
 def _merged(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict[str, Decimal]:
@@ -327,6 +340,7 @@ def _rates(prices: Mapping[str, Decimal]) -> Rates:
     def dearest_of(*names: str) -> Decimal:
         return max(prices.get(name, ZERO) for name in names)
 
+    # What is priced as text may be billed for sound and images, too, so that neither is cheaper here.
     audio = dearest_of(*_INPUT, "audio", "input_audio_cache") if "audio" in prices else None
     return Rates(
         prompt=prices["prompt"],
@@ -347,6 +361,3 @@ def _dearer(first: Decimal | None, second: Decimal | None) -> Decimal | None:
     if first is None or second is None:
         return second if first is None else first
     return max(first, second)
-
-
-_RATE_NAMES = tuple(field.name for field in fields(Rates))

@@ -52,7 +52,7 @@ def test_whole_amounts_print_without_an_exponent() -> None:
     "value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"]
 )
 @pytest.mark.parametrize("component", ["prompt", "completion"])
-def test_a_token_price_that_is_none_leaves_the_model_unpriced(component: str, value: object) -> None:
+def test_a_token_price_that_is_none_leaves_the_model_unpriced(component: str, value: Any) -> None:
     assert parse_price({**BASE, component: value}) is None
 
 
@@ -62,7 +62,7 @@ def test_a_negative_price_of_anything_leaves_the_model_unpriced(component: str) 
 
 
 @pytest.mark.parametrize("pricing", [None, [], "free", 0, {}, {"prompt": "0"}, {"completion": "0"}])
-def test_pricing_without_both_token_prices_is_no_price(pricing: object) -> None:
+def test_pricing_without_both_token_prices_is_no_price(pricing: Any) -> None:
     assert parse_price(pricing) is None
 
 
@@ -100,7 +100,7 @@ def test_an_absurd_surcharge_leaves_the_model_unpriced() -> None:
 
 
 @pytest.mark.parametrize("discount", ["half", True, [], Decimal("NaN"), 0.5])
-def test_a_discount_that_is_none_leaves_the_model_unpriced(discount: object) -> None:
+def test_a_discount_that_is_none_leaves_the_model_unpriced(discount: Any) -> None:
     assert parse_price({**BASE, "discount": discount}) is None
 
 
@@ -147,7 +147,7 @@ def test_conditions_of_time_and_unknown_ones_count_always(condition: dict[str, A
 @pytest.mark.parametrize(
     "overrides", ["none", [1], {}, [{"prompt": "-1"}], [{"utc_start": 0, "completion": "NaN"}]]
 )
-def test_overrides_that_cannot_be_read_leave_the_model_unpriced(overrides: object) -> None:
+def test_overrides_that_cannot_be_read_leave_the_model_unpriced(overrides: Any) -> None:
     assert parse_price({**BASE, "overrides": overrides}) is None
 
 
@@ -169,12 +169,12 @@ def test_an_unknown_price_of_anything_else_leaves_the_model_unpriced() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "0.000", None, False, "USD"])
-def test_unknown_entries_that_cost_nothing_are_ignored(value: object) -> None:
+def test_unknown_entries_that_cost_nothing_are_ignored(value: Any) -> None:
     assert parse_price({**BASE, "session": value}) == price_of()
 
 
 @pytest.mark.parametrize("value", ["-1", "NaN", [{"from": 1}], {"a": 1}])
-def test_unknown_entries_that_may_be_prices_leave_the_model_unpriced(value: object) -> None:
+def test_unknown_entries_that_may_be_prices_leave_the_model_unpriced(value: Any) -> None:
     assert parse_price({**BASE, "session": value}) is None
 
 

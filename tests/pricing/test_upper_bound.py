@@ -28,6 +28,7 @@ from tests.support.bounds import (
     chat,
     image,
     refusal,
+    sent,
     with_parts,
 )
 
@@ -448,8 +449,7 @@ def test_a_search_without_an_engine_gets_one_that_searches_once() -> None:
 
 def test_a_named_engine_with_a_known_price_stays() -> None:
     assert (
-        bound(chat(plugins=[{"id": "web", "engine": "parallel"}])).apply(1)["plugins"][0]["engine"]
-        == "parallel"
+        sent(bound(chat(plugins=[{"id": "web", "engine": "parallel"}])))["plugins"][0]["engine"] == "parallel"
     )
 
 
@@ -464,7 +464,7 @@ def test_the_online_suffix_is_a_search() -> None:
 
 
 def test_the_online_suffix_does_not_search_twice() -> None:
-    assert len(bound(chat("plain/model:online", plugins=[{"id": "web"}])).apply(1)["plugins"]) == 1
+    assert len(sent(bound(chat("plain/model:online", plugins=[{"id": "web"}])))["plugins"]) == 1
 
 
 def test_a_listed_search_price_counts_by_result() -> None:
@@ -507,9 +507,7 @@ def test_the_clients_routing_stays_and_its_lower_caps_too() -> None:
 
 
 def test_image_prices_are_capped_when_there_are_images() -> None:
-    assert (
-        bound(with_parts(image(), model="vision/model")).apply(1)["provider"]["max_price"]["image"] == "0.001"
-    )
+    assert sent(bound(with_parts(image(), model="vision/model")))["provider"]["max_price"]["image"] == "0.001"
 
 
 def test_the_clients_body_is_left_as_it_was() -> None:
@@ -728,8 +726,8 @@ def test_another_fallback_never_makes_a_request_cheaper(first: str, second: str)
 
 @given(limit=limits, granted=st.integers(1, 20_000), model=st.sampled_from(usable))
 def test_what_goes_out_never_exceeds_the_grant(limit: int | None, granted: int, model: str) -> None:
-    sent = bound(chat(model, max_tokens=limit)).apply(granted)
-    assert all(sent[name] <= granted for name in ("max_tokens", "max_completion_tokens") if name in sent)
+    body: dict[str, Any] = {**bound(chat(model, max_tokens=limit)).apply(granted)}
+    assert all(body[name] <= granted for name in ("max_tokens", "max_completion_tokens") if name in body)
 
 
 @given(
@@ -752,7 +750,7 @@ def test_every_model_that_takes_a_limit_gets_one_that_it_lists(
 )
 def test_no_amount_is_ever_a_float(cap: object, model: str) -> None:
     found = bound(chat(model, provider={"max_price": {"prompt": cap}}))
-    caps = found.apply(1)["provider"]["max_price"].values()
+    caps = sent(found)["provider"]["max_price"].values()
     assert type(found.fixed_nanos) is type(found.output_nanos) is Decimal
     assert all(isinstance(price, str) and Decimal(price) >= 0 for price in caps)
 

@@ -11,7 +11,7 @@ from common.errors import BadRequest, Forbidden, UnboundedCost
 from gateway.pricing.candidates import IMAGE_TOKENS
 from gateway.pricing.catalog import read_models
 from gateway.pricing.upper_bound import BoundPolicy, bound_request
-from tests.support.bounds import INDEX, amounts, bound, entry, output_of, refusal
+from tests.support.bounds import INDEX, amounts, bound, entry, output_of, refusal, sent
 
 RERANK, IMAGES, SPEECH, TRANSCRIPTIONS = "rerank", "images", "audio/speech", "audio/transcriptions"
 FREE = BoundPolicy(4096, free_models=True)
@@ -301,7 +301,7 @@ def test_a_form_is_bounded_like_a_json_body_and_sets_no_field() -> None:
 
 
 def test_a_json_body_gets_the_caps() -> None:
-    caps = bound(recording(), TRANSCRIPTIONS).apply(1)["provider"]["max_price"]
+    caps = sent(bound(recording(), TRANSCRIPTIONS))["provider"]["max_price"]
     assert caps == {"prompt": "2", "completion": "10", "request": "0", "audio": "0.000006"}
 
 

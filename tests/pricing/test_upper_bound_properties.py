@@ -234,7 +234,7 @@ def test_more_images_documents_and_uses_never_cost_less(n: int, more: int, uses:
 @given(endpoint=st.sampled_from([CHAT, "responses"]), prompt=st.integers(0, 100), more=st.integers(0, 100))
 def test_higher_caps_never_make_a_router_cheaper(endpoint: str, prompt: int, more: int) -> None:
     def routed(price: int) -> Bound:
-        provider = {"max_price": {"prompt": price, "completion": price}}
+        provider: Any = {"max_price": {"prompt": price, "completion": price}}
         return bound_request(
             endpoint,
             {**BASES[endpoint], "model": "openrouter/auto", "provider": provider},

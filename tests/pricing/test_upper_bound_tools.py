@@ -13,7 +13,19 @@ from common.errors import BadRequest, UnboundedCost
 from gateway.pricing.catalog import read_models
 from gateway.pricing.readers.tools import MAX_TOOL_STEPS
 from gateway.pricing.upper_bound import BoundPolicy, bound_request
-from tests.support.bounds import CHAT, INDEX, POLICY, amounts, bound, chat, entry, image, refusal, with_parts
+from tests.support.bounds import (
+    CHAT,
+    INDEX,
+    POLICY,
+    amounts,
+    bound,
+    chat,
+    entry,
+    image,
+    refusal,
+    sent,
+    with_parts,
+)
 
 CONTEXT = 100_000 * 1_000  # of plain/model, in nano-dollars
 SEARCH = 20_000_000
@@ -70,7 +82,7 @@ def test_function_tools_stay_beside_server_tools() -> None:
 def test_the_clients_own_end_of_the_loop_counts_where_it_is_earlier(fields: dict[str, Any]) -> None:
     found = bound(chat(tools=[search(max_uses=9)], **fields))
     assert found.fixed_nanos == 4 * CONTEXT + 9 * SEARCH
-    assert found.apply(1)["stop_server_tools_when"][-1] == {"type": "step_count_is", "step_count": 2}
+    assert sent(found)["stop_server_tools_when"][-1] == {"type": "step_count_is", "step_count": 2}
 
 
 def test_more_steps_than_were_asked_for_are_not_sent() -> None:
@@ -88,7 +100,7 @@ def test_a_cost_limit_is_held_with_the_turn_that_exceeds_it_and_the_last_one() -
     stop = [{"type": "max_cost", "max_cost_in_dollars": 0.25}]
     found = bound(chat(tools=[search(max_uses=9)], stop_server_tools_when=stop, max_tokens=100))
     assert amounts(found) == (250_000_000 + 2 * CONTEXT + 9 * SEARCH, 2 * OUTPUT)
-    assert found.apply(1)["stop_server_tools_when"][0] == stop[0]
+    assert sent(found)["stop_server_tools_when"][0] == stop[0]
 
 
 def test_a_cost_limit_above_what_the_steps_can_cost_changes_nothing() -> None:
@@ -99,8 +111,7 @@ def test_a_cost_limit_above_what_the_steps_can_cost_changes_nothing() -> None:
 def test_conditions_that_only_stop_earlier_stay() -> None:
     stop = [{"type": "has_tool_call", "tool_name": "f"}]
     assert (
-        bound(chat(tools=[CLOCK], stop_server_tools_when=stop)).apply(1)["stop_server_tools_when"][0]
-        == stop[0]
+        sent(bound(chat(tools=[CLOCK], stop_server_tools_when=stop)))["stop_server_tools_when"][0] == stop[0]
     )
 
 
@@ -211,7 +222,7 @@ def test_a_routers_plugin_without_the_router_is_refused() -> None:
 def test_a_search_on_a_router_is_held_for_its_context() -> None:
     found = bound(routed(plugins=[{"id": "web"}]))
     assert found.fixed_nanos == 200_000 * 9_000 + SEARCH
-    assert [plugin["id"] for plugin in found.apply(1)["plugins"]] == ["web", "auto-router"]
+    assert [plugin["id"] for plugin in sent(found)["plugins"]] == ["web", "auto-router"]
 
 
 def test_a_router_beside_models_is_the_dearer_of_both() -> None:
@@ -223,7 +234,7 @@ def test_images_on_a_router_need_their_cap() -> None:
     body = with_parts(image(), model="openrouter/auto", provider={"max_price": CAPS})
     assert refusal(body).param == "provider.max_price"
     body["provider"] = {"max_price": {**CAPS, "image": "0.5"}}
-    assert bound(body).apply(1)["provider"]["max_price"]["image"] == "0.5"
+    assert sent(bound(body))["provider"]["max_price"]["image"] == "0.5"
 
 
 @pytest.mark.parametrize("caps", [{}, {"prompt": 1}, {"completion": 1}, {"request": 1}])
@@ -257,7 +268,7 @@ def test_a_router_does_not_embed() -> None:
 
 def test_caps_of_media_go_out_where_they_are_in_the_bound() -> None:
     body = with_parts(image(), {"type": "input_audio", "input_audio": {"data": ""}}, model="eyed/model")
-    caps = bound(body).apply(1)["provider"]["max_price"]
+    caps = sent(bound(body))["provider"]["max_price"]
     assert (caps["image"], caps["audio"]) == ("0.001", "0.00003")
 
 

@@ -219,7 +219,7 @@ def test_a_second_of_sound_holds_a_begun_minute_or_its_tokens_not_a_day() -> Non
 def test_a_known_length_bounds_a_model_without_a_context() -> None:
     model = entry("second/model", "0", "0", pricing={"audio": "0.0001"}, context_length=None, top_provider={})
     index = read_models(json.dumps({"data": [model]}).encode())
-    body = {"model": "second/model", "input_audio": {"data": "", "format": "wav"}}
+    body: dict[str, Any] = {"model": "second/model", "input_audio": {"data": "", "format": "wav"}}
     bound = bound_request("audio/transcriptions", body, 100, index, POLICY, seconds=11)
     assert 1_100 * 100_000 < bound.fixed_nanos < 1_700 * 100_000
     with pytest.raises(UnboundedCost):

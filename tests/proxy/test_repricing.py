@@ -215,7 +215,11 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
     ],
 )
 def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own: bool) -> None:
-    fields = {"model": TEXT, "messages": [{"role": "user", "content": "Hi"}], "provider": {"max_price": own}}
+    fields: dict[str, Any] = {
+        "model": TEXT,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "provider": {"max_price": own},
+    }
     bound = bound_request(
         "chat/completions",
         fields,

@@ -140,6 +140,11 @@ def refusal(body: Mapping[str, Any], endpoint: str = CHAT) -> GatewayError:
     return caught.value
 
 
+def sent(found: Bound) -> dict[str, Any]:
+    """The fields that go out with one granted token, to look into."""
+    return {**found.apply(1)}
+
+
 def amounts(found: Bound) -> tuple[Any, Any]:
     """The fixed part and the price of an output token, to compare with integers."""
     return found.fixed_nanos, found.output_nanos

@@ -1,4 +1,4 @@
-"""Images, speech, transcription, rerank. /rerank, /images, /audio/speech, /audio/transcriptions.
+"""The bodies of /images, /audio/speech, /audio/transcriptions and /rerank.
 
 These endpoints take no tools and no plugins, and most take no price caps: their bounds rest on the prices of
 the model list.
@@ -7,10 +7,9 @@ the model list.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from common.errors import BadRequest, UnboundedCost
+from common.json_types import Json, JsonObject
 from gateway.pricing.cost_drivers import (
     IMAGE_OUTPUT_TOKENS,
     LARGE_IMAGE_OUTPUT_TOKENS,
@@ -31,21 +30,22 @@ MAX_REFERENCES = 16
 SMALL_SIZES = frozenset(("512", "1k", "2k", "auto"))
 PIXELS = re.compile(r"(\d{1,5})x(\d{1,5})")
 
-# A search unit is a query with up to 100 documents; a document longer than 500 tokens together with the query
-# counts as several; a query of more than 256 tokens used to be cut, and is counted in full. Source:
+# A search unit is a query with up to 100 documents. A document longer than 500 tokens together with the query
+# counts as several. A query of more than 256 tokens used to be cut, and is counted in full. Source:
 # https://cohere.com/pricing, https://docs.cohere.com/docs/rerank
 UNIT_DOCUMENTS = 100
 CHUNK_TOKENS = 500 - 256
 
-# A provider has a minute for a recording (https://openrouter.ai/docs/guides/overview/multimodal/stt): in it,
-# none is known to get through a day of silence, however few bytes that may take.
+# A provider has a minute for a recording (https://openrouter.ai/docs/guides/overview/multimodal/stt). None is
+# known to get through a day of silence in it, however few bytes that may take.
 MAX_SECONDS = 86_400
-# Those who bill by the second may count at least 10 or 15 of them, or begun minutes.
+# Providers that bill by the second may count at least 10 or 15 of them, or begun minutes.
 BILLED_SECONDS = 60
 
 
-def read_rerank(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    ask.has_output = ask.is_text = False
+def read_rerank(body: JsonObject, drivers: CostDrivers) -> None:
+    """/rerank: the query is billed with every piece of every document."""
+    drivers.has_output = drivers.is_text = False
     query = text_of(body, "query")
     integer(body, "top_n")
     documents = list_of(body, "documents")
@@ -53,12 +53,12 @@ def read_rerank(body: Mapping[str, Any], ask: CostDrivers) -> None:
         raise wrong("documents", "a list of at least one document")
     for document in documents:
         _read_document(document)
-    chunks = len(documents) + (ask.raw_size + len(documents) * _bytes(query)) // CHUNK_TOKENS
-    ask.requests = -(-chunks // UNIT_DOCUMENTS)
-    ask.allowance += chunks * (_bytes(query) + MESSAGE_TOKENS)  # the query is read along with every chunk
+    chunks = len(documents) + (drivers.raw_size + len(documents) * _bytes(query)) // CHUNK_TOKENS
+    drivers.requests = -(-chunks // UNIT_DOCUMENTS)
+    drivers.allowance += chunks * (_bytes(query) + MESSAGE_TOKENS)  # the query is read along with every chunk
 
 
-def _read_document(document: object) -> None:
+def _read_document(document: Json) -> None:
     if isinstance(document, dict):
         if document.get("image") is not None:
             raise UnboundedCost("No price is known for images among the documents.", param="documents")
@@ -67,24 +67,26 @@ def _read_document(document: object) -> None:
         raise wrong("documents", "a list of strings, or of objects with a `text`")
 
 
-def read_image(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    ask.limit_names, ask.is_text = (), False
+def read_image(body: JsonObject, drivers: CostDrivers) -> None:
+    """/images: how many, how large, and after which references."""
+    drivers.limit_names, drivers.is_text = (), False
     text_of(body, "prompt")
-    ask.modalities = frozenset(("text", "image"))
-    ask.choices = ask.requests = ask.made_images = integer(body, "n", MAX_IMAGES) or 1
-    ask.image_tokens = max(_image_tokens(body, "size"), _image_tokens(body, "resolution"))
+    drivers.modalities = frozenset(("text", "image"))
+    drivers.choices = drivers.requests = drivers.made_images = integer(body, "n", MAX_IMAGES) or 1
+    drivers.image_tokens = max(_image_tokens(body, "size"), _image_tokens(body, "resolution"))
     references = list_of(body, "input_references")
     if len(references) > MAX_REFERENCES:
         raise wrong("input_references", f"a list of at most {MAX_REFERENCES} images")
     refuse_foreign(body, "image", "images", "mask", "image_config")
-    for part in references:
-        if not isinstance(part, dict) or part.get("type") not in IMAGE_PARTS:
-            raise unknown_kind(part.get("type") if isinstance(part, dict) else part, "input_references")
-        read_part(part, "input_references", ask)
+    for reference in references:
+        kind = reference.get("type") if isinstance(reference, dict) else reference
+        if not isinstance(reference, dict) or kind not in IMAGE_PARTS:
+            raise unknown_kind(kind, "input_references")
+        read_part(reference, "input_references", drivers)
 
 
-def _image_tokens(body: Mapping[str, Any], param: str) -> int:
-    """The output tokens of an image of this size: a tier, or pixels."""
+def _image_tokens(body: JsonObject, param: str) -> int:
+    """The output tokens of an image of this size, which is a tier ("2K") or pixels ("1024x1024")."""
     size = body.get(param)
     if size is None:
         return IMAGE_OUTPUT_TOKENS
@@ -92,53 +94,60 @@ def _image_tokens(body: Mapping[str, Any], param: str) -> int:
         raise wrong(param, "a string")
     if size.lower() in SMALL_SIZES:
         return IMAGE_OUTPUT_TOKENS
-    if found := PIXELS.fullmatch(size):
-        megapixels = -(-int(found[1]) * int(found[2]) // 1_000_000)
+    if match := PIXELS.fullmatch(size):
+        megapixels = -(-int(match[1]) * int(match[2]) // 1_000_000)
         return max(IMAGE_OUTPUT_TOKENS, megapixels * TOKENS_PER_MEGAPIXEL)
     return LARGE_IMAGE_OUTPUT_TOKENS
 
 
-def read_speech(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    ask.limit_names, ask.is_text = (), False
+def read_speech(body: JsonObject, drivers: CostDrivers) -> None:
+    """/audio/speech: the text; how long it takes to say is the model's to know."""
+    drivers.limit_names, drivers.is_text = (), False
     text_of(body, "input")
-    ask.modalities = frozenset(("audio",))
+    drivers.modalities = frozenset(("audio",))
     if list_of(body, "input_references"):
         raise UnboundedCost("No price is known for voices to clone.", param="input_references")
 
 
-def read_transcription(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    """A JSON body with `input_audio`, or the text fields of a form: its values are strings, and its file is
-    not among them.
+def read_transcription(body: JsonObject, drivers: CostDrivers) -> None:
+    """/audio/transcriptions: a JSON body with `input_audio`, or the text fields of a form. The values of a
+    form are strings, and its file is not among them.
     """
-    ask.limit_names, ask.is_text = (), False
-    ask.modalities = frozenset(("text",))
-    ask.has_audio = True
-    ask.least_input = (
-        MAX_SECONDS if ask.seconds is None else -(-max(1, ask.seconds) // BILLED_SECONDS) * BILLED_SECONDS
-    )
+    drivers.limit_names, drivers.is_text = (), False
+    drivers.modalities = frozenset(("text",))
+    drivers.has_audio = True
+    drivers.least_input = MAX_SECONDS if drivers.seconds is None else _billed_seconds(drivers.seconds)
     audio = body.get("input_audio")
-    ask.takes_provider = audio is not None
-    if audio is None:
-        ask.media_bytes = ask.raw_size - min(
-            ask.raw_size, sum(_bytes(value) for value in body.values() if isinstance(value, str))
-        )
-    elif not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
-        raise wrong("input_audio", "an object with the recording in `data`")
-    else:
-        ask.media_bytes = size_of(audio["data"])
+    drivers.takes_provider = audio is not None
+    drivers.media_bytes = _file_bytes(body, drivers.raw_size) if audio is None else _audio_bytes(audio)
     if body.get("stream") not in (None, False, "false"):
         raise BadRequest("Transcriptions are not streamed.", param="stream")
 
 
-def refuse_extras(body: Mapping[str, Any], suffixes: set[str]) -> None:
-    """What the endpoints for text have and these have not."""
+def _billed_seconds(seconds: int) -> int:
+    return -(-max(1, seconds) // BILLED_SECONDS) * BILLED_SECONDS
+
+
+def _file_bytes(fields: JsonObject, raw_size: int) -> int:
+    """The bytes of a form that are not the text of its fields."""
+    return max(0, raw_size - sum(_bytes(value) for value in fields.values() if isinstance(value, str)))
+
+
+def _audio_bytes(audio: Json) -> int:
+    data = audio.get("data") if isinstance(audio, dict) else None
+    if not isinstance(data, str):
+        raise wrong("input_audio", "an object with the recording in `data`")
+    return size_of(data)
+
+
+def refuse_extras(body: JsonObject, suffixes: set[str]) -> None:
+    """Refuses what only the endpoints for text take."""
     refuse_foreign(body, "messages", "tools", "functions", "plugins")
     if "online" in suffixes:
         raise UnboundedCost("Only endpoints for text can search the web.", param="model")
     if object_of(body.get("provider"), "provider").get("options") is not None:
-        raise UnboundedCost(
-            "Options for one provider can change what is made and billed.", param="provider.options"
-        )
+        message = "Options for one provider can change what is made and billed."
+        raise UnboundedCost(message, param="provider.options")
 
 
 def _bytes(text: str) -> int:

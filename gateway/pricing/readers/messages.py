@@ -1,14 +1,12 @@
-"""Anthropic Messages. Anthropic's content blocks, and the fields of that endpoint alone.
+"""The body of Anthropic's Messages: its content blocks, and the fields of that endpoint alone.
 
 Source: https://openrouter.ai/docs/api/api-reference/anthropic-messages/create-a-message
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from common.errors import BadRequest, UnboundedCost
+from common.json_types import Json, JsonObject
 from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     SCHEMA_TOKENS,
@@ -41,50 +39,47 @@ BLOCKS = RESULT_BLOCKS | {
 }
 
 
-def read_messages(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    ask.limit_names = ("max_tokens",)
+def read_messages(body: JsonObject, drivers: CostDrivers) -> None:
+    """/messages. Raises BadRequest or UnboundedCost."""
+    drivers.limit_names = ("max_tokens",)
     refuse_foreign(body, "prompt", "input", "max_completion_tokens", "max_output_tokens", "n", "functions")
     refuse_unbounded(body, UNBOUNDED)
     _read_context_edits(body)
     _read_thinking(body)
     # `output_format` is its name under the beta feature that passes (structured outputs).
-    if (
-        object_of(body.get("output_config"), "output_config").get("format") is not None
-        or body.get("output_format") is not None
-    ):
-        ask.allowance += SCHEMA_TOKENS
-    _read_blocks(body.get("system"), "system", SYSTEM_BLOCKS, ask)
+    output_format = object_of(body.get("output_config"), "output_config").get("format")
+    if output_format is not None or body.get("output_format") is not None:
+        drivers.allowance += SCHEMA_TOKENS
+    _read_blocks(body.get("system"), "system", SYSTEM_BLOCKS, drivers)
     messages = list_of(body, "messages")
     if not messages:
         raise wrong("messages", "a list of at least one message")
-    ask.allowance += MESSAGE_TOKENS * len(messages)
+    drivers.allowance += MESSAGE_TOKENS * len(messages)
     for message in messages:
         if not isinstance(message, dict):
             raise wrong("messages", "a list of objects")
-        _read_blocks(message.get("content"), "messages", BLOCKS, ask)
+        _read_blocks(message.get("content"), "messages", BLOCKS, drivers)
 
 
-def _read_context_edits(body: Mapping[str, Any]) -> None:
+def _read_context_edits(body: JsonObject) -> None:
     param = "context_management"
     for edit in list_of(object_of(body.get(param), param), "edits", f"{param}."):
         kind = edit.get("type") if isinstance(edit, dict) else None
         if not isinstance(kind, str) or kind not in CONTEXT_EDITS:
-            raise UnboundedCost(
-                f"One of the edits has no bound; these have: {', '.join(sorted(CONTEXT_EDITS))}.", param=param
-            )
+            known = ", ".join(sorted(CONTEXT_EDITS))
+            raise UnboundedCost(f"One of the edits has no bound; these have: {known}.", param=param)
 
 
-def _read_thinking(body: Mapping[str, Any]) -> None:
+def _read_thinking(body: JsonObject) -> None:
     """Thinking is part of the output that `max_tokens` limits, as long as its budget is below that."""
     budget = integer(object_of(body.get("thinking"), "thinking"), "budget_tokens", None, "thinking.")
     limit = integer(body, "max_tokens")
     if budget is not None and (limit is None or budget >= limit):
-        raise BadRequest(
-            "`thinking.budget_tokens` must be below `max_tokens`.", param="thinking.budget_tokens"
-        )
+        message = "`thinking.budget_tokens` must be below `max_tokens`."
+        raise BadRequest(message, param="thinking.budget_tokens")
 
 
-def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: CostDrivers) -> None:
+def _read_blocks(blocks: Json, param: str, known: frozenset[str], drivers: CostDrivers) -> None:
     if blocks is None or isinstance(blocks, str):
         return
     if not isinstance(blocks, list):
@@ -95,30 +90,30 @@ def _read_blocks(blocks: object, param: str, known: frozenset[str], ask: CostDri
             raise BadRequest("Every content block must be an object with a `type`.", param=param)
         if kind not in known:
             raise unknown_kind(kind, param)
-        _read_block(kind, block, param, ask)
+        _read_block(kind, block, param, drivers)
 
 
-def _read_block(kind: str, block: Mapping[str, Any], param: str, ask: CostDrivers) -> None:
+def _read_block(kind: str, block: JsonObject, param: str, drivers: CostDrivers) -> None:
     if kind == "image":
-        _read_source(block, param, ask, is_image=True)
+        _read_source(block, param, drivers, is_image=True)
     elif kind == "document":
-        _read_source(block, param, ask, is_image=False)
+        _read_source(block, param, drivers, is_image=False)
     elif kind == "tool_result":
-        _read_blocks(block.get("content"), param, RESULT_BLOCKS, ask)
+        _read_blocks(block.get("content"), param, RESULT_BLOCKS, drivers)
     elif kind == "search_result":
-        _read_blocks(block.get("content"), param, SYSTEM_BLOCKS, ask)
+        _read_blocks(block.get("content"), param, SYSTEM_BLOCKS, drivers)
     elif kind == "web_search_tool_result":
-        ask.fills_context = True  # pages that only the provider can read
+        drivers.fills_context = True  # pages that only the provider can read
 
 
-def _read_source(block: Mapping[str, Any], param: str, ask: CostDrivers, *, is_image: bool) -> None:
+def _read_source(block: JsonObject, param: str, drivers: CostDrivers, *, is_image: bool) -> None:
     source = object_of(block.get("source"), param)
     kind = source.get("type")
     if kind == "content" and not is_image:
-        _read_blocks(source.get("content"), param, SYSTEM_BLOCKS | {"image"}, ask)
+        _read_blocks(source.get("content"), param, SYSTEM_BLOCKS | {"image"}, drivers)
     elif kind in ("base64", "url"):
-        ask.images += is_image
-        ask.has_files = ask.has_files or not is_image
-        ask.media_bytes += size_of(source.get("data")) if kind == "base64" else 0
+        drivers.images += is_image
+        drivers.has_files = drivers.has_files or not is_image
+        drivers.media_bytes += size_of(source.get("data")) if kind == "base64" else 0
     elif kind != "text" or is_image:
         raise unknown_kind(f"{block.get('type')} from {kind}", param)

@@ -1,4 +1,4 @@
-"""OpenAI Responses. Its input items, and the fields of that endpoint alone.
+"""The body of OpenAI's Responses: its input items, and the fields of that endpoint alone.
 
 Source: https://openrouter.ai/docs/api_reference/responses/overview, and OpenAI's Responses API for what the
 items hold.
@@ -6,10 +6,8 @@ items hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from common.errors import UnboundedCost
+from common.json_types import Json, JsonObject
 from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     SCHEMA_TOKENS,
@@ -29,59 +27,61 @@ UNBOUNDED = {
     "prompt": "A stored prompt template can be of any length.",
     "context_management": "Compaction is billed beyond any output limit.",
 }
-# Items that are the text that they show, calls of tools that the client runs and their results included.
+# Items that hold nothing but the text that they show: calls of tools that the client runs.
 TEXT_ITEMS = frozenset(("function_call", "custom_tool_call", "local_shell_call", "apply_patch_call"))
-RESULT_ITEMS = frozenset(
-    ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "apply_patch_call_output")
+RESULT_ITEMS = (
+    "function_call_output",
+    "custom_tool_call_output",
+    "local_shell_call_output",
+    "apply_patch_call_output",
 )
-# Items that stand for what a tool of the upstream found.
+# Items with content parts, and the fields that hold them. Encrypted reasoning is as long as what it hides.
+PARTS_OF_ITEMS = {
+    "message": ("content",),
+    "reasoning": ("content", "summary"),
+    **dict.fromkeys(RESULT_ITEMS, ("output",)),
+}
+# Items that stand for what a tool of the upstream returned, which the body does not show.
 HIDDEN_ITEMS = frozenset(("web_search_call", "openrouter:web_search", "openrouter:datetime"))
 
 
-def read_responses(body: Mapping[str, Any], ask: CostDrivers) -> None:
-    ask.limit_names = ("max_output_tokens",)
+def read_responses(body: JsonObject, drivers: CostDrivers) -> None:
+    """/responses. Raises BadRequest or UnboundedCost."""
+    drivers.limit_names = ("max_output_tokens",)
     refuse_foreign(body, "messages", "max_tokens", "max_completion_tokens", "n")
     refuse_unbounded(body, UNBOUNDED)
     if body.get("background") not in (None, False):
-        raise UnboundedCost(
-            "A response in the background has no end at which it could be charged.", param="background"
-        )
+        message = "A response in the background has no end at which it could be charged."
+        raise UnboundedCost(message, param="background")
     if not isinstance(body.get("instructions"), str | None):
         raise wrong("instructions", "a string")
     if object_of(body.get("text"), "text").get("format") is not None:
-        ask.allowance += SCHEMA_TOKENS
+        drivers.allowance += SCHEMA_TOKENS
     items = body.get("input")
     if isinstance(items, str):
         return
     if not items:
         raise wrong("input", "a string or a list of at least one item")
     for item in list_of(body, "input"):
-        _read_item(item, ask)
+        _read_item(item, drivers)
 
 
-def _read_item(item: object, ask: CostDrivers) -> None:
+def _read_item(item: Json, drivers: CostDrivers) -> None:
     if not isinstance(item, dict):
         raise wrong("input", "a list of objects")
-    ask.allowance += MESSAGE_TOKENS
+    drivers.allowance += MESSAGE_TOKENS
     kind = item.get("type", "message")
     if not isinstance(kind, str):
         raise unknown_kind(kind, "input")
-    if kind == "message":
-        if not isinstance(item.get("role"), str):
-            raise unknown_kind(
-                "item_reference", "input"
-            )  # an item that is only an id stands for a stored one
-        read_parts(item.get("content"), "input", ask)
-    elif kind == "reasoning":
-        # Encrypted, it is as long as what it hides.
-        read_parts(item.get("content"), "input", ask)
-        read_parts(item.get("summary"), "input", ask)
-    elif kind in RESULT_ITEMS:
-        read_parts(item.get("output"), "input", ask)
+    if kind == "message" and not isinstance(item.get("role"), str):
+        raise unknown_kind("item_reference", "input")  # an item that is only an id stands for a stored one
+    if kind in PARTS_OF_ITEMS:
+        for name in PARTS_OF_ITEMS[kind]:
+            read_parts(item.get(name), "input", drivers)
     elif kind in HIDDEN_ITEMS:
-        ask.fills_context = True
+        drivers.fills_context = True
     elif kind == "image_generation_call":
-        ask.images += 1
-        ask.media_bytes += size_of(item.get("result"))
+        drivers.images += 1
+        drivers.media_bytes += size_of(item.get("result"))
     elif kind not in TEXT_ITEMS:
         raise unknown_kind(kind, "input")
