@@ -1,4 +1,4 @@
-"""/user: profile, balance, limits, usage. Profile, balance, limits, usage and transactions."""
+"""/user: a user's own profile, balance, limits, usage and transactions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import JsonResponse, success, utc_now
 from routes.listings import AnyPart, Within, list_response, records, transactions
 from routes.reports import ABOUT_LATENCY, Bucket, Format, Group, Zone, usage_report
 from routes.schemas.accounts import AccountDeletion, Profile, ProfileChange
@@ -40,6 +40,10 @@ LIMITS = (
     "tokens_per_hour",
     "tokens_per_day",
 )
+NO_KEYS = {"total_requests": 0, "total_max_requests": None, "key_count": 0}
+DELETED = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
+# Places free bucket by bucket; after this many seconds of silence everything is free again.
+RESET_SECONDS = {"minute": 70, "hour": 3900, "day": 90000}
 ProfileReader = Annotated[Caller, get_api_key("read", "profile")]
 UsageReader = Annotated[Caller, get_api_key("read", "usage")]
 
@@ -49,7 +53,7 @@ async def read_balance(
     runtime: Running, caller: Annotated[Caller, get_api_key("read", "balance")]
 ) -> Response:
     user = await _require_user(runtime, caller)
-    credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
+    credits, held = (credits_from_nanos(user[name]) for name in ("credits_nanos", "held_nanos"))
     return JsonResponse(
         Balance(
             api_key=caller.masked_key,
@@ -88,63 +92,56 @@ async def delete_account(
     if caller.environment == "test":
         raise Forbidden("A test key cannot delete the account. Use a live one.")
     user = await _require_user(runtime, caller)
-    await db.delete_account(
-        runtime.client, {**caller.stamp(), "email_hashes": runtime.keyring.email_hashes(user["email"])}
-    )
-    message = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
-    return JsonResponse(
-        {"status": "success", "message": message, "user_id": caller.user_id, "timestamp": utc_now()}
-    )
+    # The hashes stay, so that nobody collects sign-up credits by deleting an account and registering again.
+    email_hashes = runtime.keyring.email_hashes(user["email"])
+    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": email_hashes})
+    return success(message=DELETED, user_id=caller.user_id, timestamp=utc_now())
 
 
 @router.get("/monitor", summary="What you have used, and your limits")
 async def read_monitor(runtime: Running, caller: UsageReader) -> Response:
     user = await _require_user(runtime, caller)
     metrics = await db.usage_metrics(runtime.client, caller.user_id)
-    limits = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    return JsonResponse(
-        {
-            "status": "success",
-            "timestamp": utc_now(),
-            "user_id": caller.user_id,
-            "api_key": caller.masked_key,
-            "current_credits": credits_from_nanos(user["credits_nanos"]),
-            "usage_metrics": shown_metrics(metrics),
-            "rate_limits": {name: limits["limits"][name] for name in LIMITS},
-        }
+    in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    return success(
+        timestamp=utc_now(),
+        user_id=caller.user_id,
+        api_key=caller.masked_key,
+        current_credits=credits_from_nanos(user["credits_nanos"]),
+        usage_metrics=shown_metrics(metrics),
+        rate_limits={name: in_use["limits"][name] for name in LIMITS},
     )
 
 
 @router.get("/limit", summary="Your rate limits, and what is used of them")
 async def read_limit(runtime: Running, caller: UsageReader) -> Response:
-    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    names = (*LIMITS, "concurrency", "burst")
-    key_limits = rates["key_limits"]
-    return JsonResponse(
-        {
-            "status": "success",
-            "api_key": caller.masked_key,
-            "current_limits": {name: rates["limits"][name] for name in names},
-            "key_limits": None if key_limits is None else {name: key_limits[name] for name in names},
-            "current_usage": rates["used"],
-            # Places free bucket by bucket; after these many seconds of silence everything is free again.
-            "reset_times": {"minute": 70, "hour": 3900, "day": 90000},
-        }
+    in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    return success(
+        api_key=caller.masked_key,
+        current_limits=_all_limits(in_use["limits"]),
+        key_limits=None if in_use["key_limits"] is None else _all_limits(in_use["key_limits"]),
+        current_usage=in_use["used"],
+        reset_times=RESET_SECONDS,
     )
+
+
+def _all_limits(limits: db.Row) -> dict[str, int | None]:
+    return {name: limits[name] for name in (*LIMITS, "concurrency", "burst")}
 
 
 @router.get("/environment-usage", summary="Requests by environment of your keys")
 async def read_environment_usage(runtime: Running, caller: UsageReader) -> Response:
     environments: dict[str, dict[str, Any]] = {}
     for row in await db_security.list_keys(runtime.client, caller.user_id):
-        entry = environments.setdefault(
-            row["environment_tag"], {"total_requests": 0, "total_max_requests": None, "key_count": 0}
-        )
-        entry["total_requests"] += row["requests_used"]
-        entry["key_count"] += 1
-        if row["max_requests"] is not None:
-            entry["total_max_requests"] = (entry["total_max_requests"] or 0) + row["max_requests"]
-    return JsonResponse({"status": "success", "environment_usage": environments})
+        _add_key(environments.setdefault(row["environment_tag"], NO_KEYS.copy()), row)
+    return success(environment_usage=environments)
+
+
+def _add_key(usage: dict[str, Any], key: dict[str, Any]) -> None:
+    usage["total_requests"] += key["requests_used"]
+    usage["key_count"] += 1
+    if key["max_requests"] is not None:
+        usage["total_max_requests"] = (usage["total_max_requests"] or 0) + key["max_requests"]
 
 
 @router.get(
@@ -219,7 +216,7 @@ async def _profile(runtime: Runtime, caller: Caller) -> Profile:
 
 
 def shown_metrics(metrics: db.Row) -> dict[str, Any]:
-    """Metrics with their amounts in credits."""
+    """Metrics as clients see them: amounts in credits, and the average of tokens per request."""
     amounts = {
         name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value
         for name, value in metrics.items()

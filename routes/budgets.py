@@ -1,6 +1,6 @@
-"""Provider keys and end users' budgets. A user's own upstream key, and the budgets of the user's customers.
+"""A user's own upstream key, and the budgets of the user's customers (end users).
 
-A request names its end user by the header `x-end-user`, else by OpenAI's `user` field (Anthropic's
+A request names its end user in the header `x-end-user`, or else in OpenAI's field `user` (Anthropic's
 `metadata.user_id`).
 """
 
@@ -21,7 +21,7 @@ from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_found
 from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import JsonResponse, success, utc_now
 from routes.schemas.spending import (
     EndUserChange,
     EndUserOrder,
@@ -44,6 +44,9 @@ AccountWriter = Annotated[Caller, get_api_key("write", "account")]
 BudgetReader = Annotated[Caller, get_api_key("read", "budgets")]
 BudgetWriter = Annotated[Caller, get_api_key("write", "budgets")]
 LABEL_START, LABEL_END = 12, 3
+NO_PROVIDER_KEY = "You have no upstream key of your own here."
+NO_BUDGET = "There is no such budget."
+TOO_MANY = "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
 
 
 # The user's own upstream key.
@@ -53,7 +56,7 @@ LABEL_START, LABEL_END = 12, 3
 async def read_provider_key(runtime: Running, caller: AccountReader) -> Response:
     row = await db_security.get_provider_key(runtime.client, caller.user_id)
     if row is None:
-        raise NotFound("You have no upstream key of your own here.")
+        raise NotFound(NO_PROVIDER_KEY)
     return JsonResponse(ProviderKeyView(status="success", provider_key=row))
 
 
@@ -66,10 +69,8 @@ async def set_provider_key(runtime: Running, body: ProviderKeyOrder, caller: Acc
     """
     forbid_test_key(caller)
     checked = await _check(runtime, body.key)
-    provider_key = {
-        "encrypted_key": runtime.vault.encrypt(body.key),
-        "label": f"{body.key[:LABEL_START]}...{body.key[-LABEL_END:]}",
-    }
+    label = f"{body.key[:LABEL_START]}...{body.key[-LABEL_END:]}"
+    provider_key = {"encrypted_key": runtime.vault.encrypt(body.key), "label": label}
     result = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **provider_key})
     require_found(result)
     return JsonResponse(
@@ -81,19 +82,15 @@ async def set_provider_key(runtime: Running, body: ProviderKeyOrder, caller: Acc
 async def delete_provider_key(runtime: Running, caller: AccountWriter) -> Response:
     forbid_test_key(caller)
     result = await db_security.delete_provider_key(runtime.client, caller.stamp())
-    if result["outcome"] == "not_found":
-        raise NotFound("You have no upstream key of your own here.")
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "Your key is forgotten: requests use the gateway's account, and your credits, again.",
-        }
+    require_found(result, NO_PROVIDER_KEY)
+    return success(
+        message="Your key is forgotten: requests use the gateway's account, and your credits, again."
     )
 
 
 async def _check(runtime: Runtime, key: str) -> bool:
-    """Whether the upstream was asked. Raises BadRequest for a key that it does not take; one that cannot be
-    checked is kept.
+    """Whether the upstream was asked about a key. Raises BadRequest for one that it refuses. A key that
+    cannot be checked now is stored unchecked.
     """
     if runtime.mode != "live":
         return False
@@ -102,9 +99,8 @@ async def _check(runtime: Runtime, key: str) -> bool:
     except UpstreamUnavailable:
         return False
     if account is None:
-        raise BadRequest(
-            "`key`: OpenRouter does not accept this key.", param="key", code="provider_key_refused"
-        )
+        message = "`key`: OpenRouter does not accept this key."
+        raise BadRequest(message, param="key", code="provider_key_refused")
     return True
 
 
@@ -122,17 +118,16 @@ async def list_end_users(
     cursor: Cursor = None,
 ) -> Response:
     if end_user is not None:
-        row = await db.end_user_standing(
-            runtime.client, caller.user_id, _named(end_user), now=utc_now().isoformat()
-        )
-        return JsonResponse(
-            EndUsers(status="success", end_users=[] if row is None else [_view(row)], next_cursor=None)
-        )
+        name, now = _printable(end_user), utc_now().isoformat()
+        row = await db.end_user_standing(runtime.client, caller.user_id, name, now=now)
+        return _listed([] if row is None else [row], next_cursor=None)
     rows = await db.list_end_user_budgets(runtime.client, caller.user_id, before=id_of(cursor), limit=limit)
-    following = cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None
-    return JsonResponse(
-        EndUsers(status="success", end_users=[_view(row) for row in rows], next_cursor=following)
-    )
+    return _listed(rows, next_cursor=cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None)
+
+
+def _listed(rows: list[db.Row], *, next_cursor: str | None) -> Response:
+    views = [_view(row) for row in rows]
+    return JsonResponse(EndUsers(status="success", end_users=views, next_cursor=next_cursor))
 
 
 @router.post(
@@ -152,9 +147,7 @@ async def create_end_user(runtime: Running, body: EndUserOrder, caller: BudgetWr
     if result["outcome"] == "name_taken":
         raise Conflict("This end user has a budget already. Change it with PUT.", param="end_user")
     if result["outcome"] == "too_many":
-        raise Conflict(
-            "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
-        )
+        raise Conflict(TOO_MANY)
     require_found(result)
     return JsonResponse(_view(result), status_code=201)
 
@@ -172,7 +165,7 @@ async def update_end_user(
     result = await db.update_end_user_budget(
         runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
     )
-    require_found(result, "There is no such budget.", param="budget_id")
+    require_found(result, NO_BUDGET, param="budget_id")
     return JsonResponse(_view(result))
 
 
@@ -180,23 +173,20 @@ async def update_end_user(
 async def delete_end_user(runtime: Running, budget_id: PathId, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
     result = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
-    require_found(result, "There is no such budget.", param="budget_id")
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "The budget is gone; that of `*` applies, if there is one.",
-            "deleted_id": budget_id,
-        }
-    )
+    require_found(result, NO_BUDGET, param="budget_id")
+    message = "The budget is gone; that of `*` applies, if there is one."
+    return success(message=message, deleted_id=budget_id)
 
 
 def forbid_test_key(caller: Caller) -> None:
-    """Raises Forbidden: a key that is handed out for trying things must not decide who pays and who is told."""
+    """Raises Forbidden for a test key: one that is handed out for trials must not decide who pays, and who is
+    told.
+    """
     if caller.environment == "test":
         raise Forbidden("A test key cannot change this. Use a live one.")
 
 
-def _named(end_user: str) -> str:
+def _printable(end_user: str) -> str:
     if not end_user.isprintable():
         raise BadRequest("`end_user`: takes printable characters only.", param="end_user")
     return end_user

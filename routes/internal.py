@@ -1,6 +1,4 @@
-"""The sweep that a scheduler calls. The sweep, which finishes the requests that crashed instances left
-behind.
-"""
+"""The sweep that a scheduler calls. It settles or expires the requests that crashed instances left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from common.errors import InvalidKey, Misconfigured
 from gateway.runtime.instance import Runtime
 from models import Swept, errors_of
 from routes.dependencies import Declared, Running, refuse_guesses
-from routes.http.responses import JsonResponse
+from routes.http.responses import success
 from security import presented_key
 
 router = APIRouter(
@@ -30,7 +28,7 @@ async def sweep(request: Request, runtime: Running) -> Response:
     await _require_secret(request, runtime)
     swept = await runtime.sweep()
     await runtime.sum_up()
-    return JsonResponse({"status": "success", **swept})
+    return success(**swept)
 
 
 async def _require_secret(request: Request, runtime: Runtime) -> None:

@@ -1,4 +1,7 @@
-"""/user/api-keys. Make, list, change, rotate, reveal and revoke them, and see who did what."""
+"""/user/api-keys: users make, list, change, rotate, reveal and revoke their keys, and see who did what.
+
+A key is shown when it is made. After that it is masked, unless it was made revealable.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db_security
-from common.errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
+from common.errors import BadRequest, Conflict, MissingScope, NotFound
 from common.money import credits_from_nanos, nanos_from_credits
 from gateway.runtime.instance import Runtime
 from models import errors_of
@@ -18,7 +21,7 @@ from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.export import EXPORTED
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import PathId
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import JsonResponse, success, utc_now
 from routes.listings import AnyPart, Events, list_response, own_audit
 from routes.schemas.keys import (
     AuditLogs,
@@ -45,6 +48,11 @@ router = APIRouter(
 
 Reader = Annotated[Caller, get_api_key("read", "keys")]
 Writer = Annotated[Caller, get_api_key("write", "keys")]
+FEATURES = ("ip_allowlist", "domain_referrers", "expiration_date", "max_requests", "scope_permissions")
+SHOWN_ONCE = "Keep the API key: it is shown this once."
+TOO_MANY = "You have 500 keys, the most that are allowed. Delete some that you no longer need."
+TOO_MANY_ACTIVE = "You have 50 active keys, the most that are allowed. Revoke one first."
+NO_LONGER_READABLE = "This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS)."
 
 
 @router.get("", summary="Your keys", response_model=Keys)
@@ -60,10 +68,10 @@ async def create_key(runtime: Running, body: KeyOrder, caller: Writer) -> Respon
 
 
 def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, dict[str, Any]]:
-    """A new key for an body, and its columns."""
+    """A new key as the body describes it, and its columns."""
     environment = body.environment_tag.value
     key = new_key(environment)
-    stored = {
+    columns = {
         **runtime.keyring.stored(key, environment, body.key_name),
         "scope_permissions": DEFAULT_SCOPES,
         "ip_allowlist": [],
@@ -71,29 +79,21 @@ def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, dict[str, Any]]:
         "encrypted_key": runtime.vault.encrypt(key) if body.revealable else None,
         **_rules(body),
     }
-    return key, stored
+    return key, columns
 
 
 def made(body: KeyOrder, key: str, result: dict[str, Any]) -> Response:
-    """The key as it is shown to whoever asked for it. Raises what a refusal means."""
+    """The answer with the key in clear. Raises what a refusal means."""
     raise_key_refusal(result)
     made_key = view(result["key"])
     return JsonResponse(
         KeyMade(
             status="success",
-            message="Keep the API key: it is shown this once."
-            if not body.revealable
-            else "The API key can be shown again.",
+            message="The API key can be shown again." if body.revealable else SHOWN_ONCE,
             api_key=key,
             key_name=body.key_name,
             environment_tag=body.environment_tag,
-            security_features={
-                "ip_allowlist": made_key.ip_allowlist,
-                "domain_referrers": made_key.domain_referrers,
-                "expiration_date": made_key.expiration_date,
-                "max_requests": made_key.max_requests,
-                "scope_permissions": made_key.scope_permissions,
-            },
+            security_features={name: getattr(made_key, name) for name in FEATURES},
             key=made_key,
         )
     )
@@ -118,21 +118,13 @@ async def list_audit_logs(
     events: Events,
     part: AnyPart,
 ) -> Response:
-    return await list_response(
-        request,
-        own_audit(runtime, replace(events, user_id=caller.user_id)),
-        part,
-        "logs",
-        counted="total_logs",
-    )
+    listing = own_audit(runtime, replace(events, user_id=caller.user_id))
+    return await list_response(request, listing, part, "logs", counted="total_logs")
 
 
 @router.get("/{key_id}", summary="One key", response_model=KeyView)
 async def read_key(runtime: Running, key_id: PathId, caller: Reader) -> Response:
-    for row in await db_security.list_keys(runtime.client, caller.user_id):
-        if row["id"] == key_id:
-            return JsonResponse(view(row))
-    raise NotFound("There is no such key.", param="key_id")
+    return JsonResponse(view(await _require_key(runtime, caller, key_id)))
 
 
 @router.get("/{key_id}/reveal", summary="Show a revealable key again")
@@ -141,11 +133,8 @@ async def reveal_key(runtime: Running, key_id: PathId, caller: Writer) -> Respon
     raise_key_refusal(result)
     key = runtime.vault.decrypt(result["encrypted_key"])
     if key is None:
-        raise NotFound(
-            "This key was encrypted with a key that the gateway no longer has (ENCRYPTION_KEYS).",
-            param="key_id",
-        )
-    return JsonResponse({"status": "success", "api_key": key, "key": view(result["key"])})
+        raise NotFound(NO_LONGER_READABLE, param="key_id")
+    return success(api_key=key, key=view(result["key"]))
 
 
 @router.put("/{key_id}", summary="Change or rotate a key", response_model=KeyChanged)
@@ -154,22 +143,11 @@ async def update_key(runtime: Running, key_id: PathId, body: KeyChange, caller: 
         return await _rotate(runtime, caller, key_id, body.grace_period)
     if body.action == "bulk_rotate":
         return await _rotate_all(runtime, caller, body)
-    changes = _rules(body)
-    for name in ("key_name", "is_active"):
-        if (value := getattr(body, name)) is not None:
-            changes[name] = value
     result = await db_security.update_key(
-        runtime.client, {**caller.stamp(), "key_id": key_id, "changes": changes}
+        runtime.client, {**caller.stamp(), "key_id": key_id, "changes": _changes(body)}
     )
     raise_key_refusal(result)
-    return JsonResponse(
-        KeyChanged(
-            status="success",
-            message="The key is changed",
-            updated_key=view(result["key"]),
-            timestamp=utc_now(),
-        )
-    )
+    return _changed("The key is changed", updated_key=view(result["key"]))
 
 
 @router.post("/{key_id}/rotate", summary="A new secret for a key", response_model=KeyChanged)
@@ -190,46 +168,39 @@ async def revoke_key(runtime: Running, key_id: PathId, body: KeyRevocation, call
     )
 
 
-async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace: int) -> Response:
-    row = await _require_key(runtime, caller, key_id)
-    key, stored = _new_secret(runtime, row)
-    result = await db_security.rotate_keys(
-        runtime.client, {**caller.stamp(), "grace_seconds": grace, "keys": [stored]}
-    )
-    raise_key_refusal(result)
-    changed = view(result["keys"][0])
-    return JsonResponse(
-        KeyChanged(
-            status="success",
-            message="The key has a new secret",
-            updated_key=changed,
-            api_key=key,
-            timestamp=utc_now(),
-        )
-    )
+def _changed(message: str, **fields: Any) -> Response:
+    return JsonResponse(KeyChanged(status="success", message=message, timestamp=utc_now(), **fields))
+
+
+async def _rotate(runtime: Runtime, caller: Caller, key_id: int, grace_seconds: int) -> Response:
+    key, secret = _new_secret(runtime, await _require_key(runtime, caller, key_id))
+    (row,) = await _store_secrets(runtime, caller, [secret], grace_seconds)
+    return _changed("The key has a new secret", updated_key=view(row), api_key=key)
 
 
 async def _rotate_all(runtime: Runtime, caller: Caller, body: KeyChange) -> Response:
     rows = await db_security.list_keys(runtime.client, caller.user_id)
-    wanted = [
+    rotated = [
         row for row in rows if row["is_active"] and body.environment_tag in (None, row["environment_tag"])
     ]
-    secrets = [_new_secret(runtime, row) for row in wanted]
-    result = await db_security.rotate_keys(
-        runtime.client,
-        {**caller.stamp(), "grace_seconds": body.grace_period, "keys": [stored for _, stored in secrets]},
-    )
-    raise_key_refusal(result)
-    new = [
+    secrets = [_new_secret(runtime, row) for row in rotated]
+    rows = await _store_secrets(runtime, caller, [secret for _, secret in secrets], body.grace_period)
+    new_keys = [
         {"id": row["id"], "key_name": row["key_name"], "api_key": key}
-        for row, (key, _) in zip(result["keys"], secrets, strict=True)
+        for row, (key, _) in zip(rows, secrets, strict=True)
     ]
-    message = f"{len(new)} keys have new secrets"
-    return JsonResponse(
-        KeyChanged(
-            status="success", message=message, rotated_count=len(new), new_keys=new, timestamp=utc_now()
-        )
-    )
+    return _changed(f"{len(new_keys)} keys have new secrets", rotated_count=len(new_keys), new_keys=new_keys)
+
+
+async def _store_secrets(
+    runtime: Runtime, caller: Caller, secrets: list[dict[str, Any]], grace_seconds: int
+) -> list[dict[str, Any]]:
+    """The rows of the keys, in the order of their secrets. Raises what a refusal means."""
+    rotation = {**caller.stamp(), "grace_seconds": grace_seconds, "keys": secrets}
+    result = await db_security.rotate_keys(runtime.client, rotation)
+    raise_key_refusal(result)
+    rows: list[dict[str, Any]] = result["keys"]
+    return rows
 
 
 async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> dict[str, Any]:
@@ -240,38 +211,43 @@ async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> dict[st
 
 
 def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A new key in clear, and the columns in which it replaces the old one."""
     key = new_key(row["environment_tag"])
     stored = runtime.keyring.stored(key, row["environment_tag"], row["key_name"])
-    fields = {name: stored[name] for name in ("key_hash", "hash_secret_id", "last4")}
-    return key, {
-        "key_id": row["id"],
-        **fields,
-        "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None,
-    }
+    secret = {name: stored[name] for name in ("key_hash", "hash_secret_id", "last4")}
+    encrypted = runtime.vault.encrypt(key) if row["is_revealable"] else None
+    return key, {"key_id": row["id"], **secret, "encrypted_key": encrypted}
+
+
+def _changes(body: KeyChange) -> dict[str, Any]:
+    """The columns that a change sets. A name and a switch are never taken away: null leaves them alone."""
+    changes = _rules(body)
+    for name in ("key_name", "is_active"):
+        if (value := getattr(body, name)) is not None:
+            changes[name] = value
+    return changes
 
 
 def _rules(body: KeyRules) -> dict[str, Any]:
-    """The columns that these rules set: what was left out is not among them."""
-    named = body.model_fields_set
-    columns: dict[str, Any] = {
-        name: getattr(body, name)
-        for name in ("allowed_models", "max_requests", "cache_ttl_seconds")
-        if name in named
-    }
-    if "scope_permissions" in named and body.scope_permissions is not None:
+    """The columns that these rules set. What was left out is not among them: it stays as it is."""
+    sent = body.model_fields_set
+    columns: dict[str, Any] = body.model_dump(
+        include={"allowed_models", "max_requests", "cache_ttl_seconds"} & sent
+    )
+    if body.scope_permissions is not None:
         columns["scope_permissions"] = body.scope_permissions
-    for name in ("ip_allowlist", "domain_referrers"):
-        if name in named:
-            columns[name] = getattr(body, name) or []
-    if "expiration_days" in named:
-        days = body.expiration_days
-        columns["expiration_date"] = (
-            None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
-        )
-    if "budget" in named:
+    for name in sent & {"ip_allowlist", "domain_referrers"}:
+        columns[name] = getattr(body, name) or []
+    if "expiration_days" in sent:
+        columns["expiration_date"] = _in_days(body.expiration_days)
+    if "budget" in sent:
         columns["budget_nanos"] = None if body.budget is None else nanos_from_credits(body.budget)
         columns["budget_window"] = body.budget_window
     return columns
+
+
+def _in_days(days: int | None) -> str | None:
+    return None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
 
 
 def view(row: dict[str, Any]) -> KeyView:
@@ -295,22 +271,19 @@ def _days_until(moment: str | None) -> int | None:
 
 
 def raise_key_refusal(result: dict[str, Any]) -> None:
-    """The error that a refusal of a key function means, if it is one."""
-    refusals: dict[str, GatewayError] = {
-        "not_found": NotFound("There is no such key.", param="key_id"),
-        "name_taken": Conflict("You have a key of this name already.", param="key_name"),
-        "too_many": Conflict(
-            "You have 500 keys, the most that are allowed. Delete some that you no longer need."
-            if result.get("limit") == 500
-            else "You have 50 active keys, the most that are allowed. Revoke one first."
-        ),
-        "not_revealable": BadRequest(
-            "This key was not made revealable: only its HMAC is stored.", param="key_id"
-        ),
-        "broader": MissingScope(
-            f"A key may not give more than it has itself, and this would be broader in `{result.get('field')}`.",
-            param=result.get("field"),
-        ),
-    }
-    if result["outcome"] in refusals:
-        raise refusals[result["outcome"]]
+    """Raises the error that a refusal of a key function means, if it is one."""
+    match result["outcome"]:
+        case "not_found":
+            raise NotFound("There is no such key.", param="key_id")
+        case "name_taken":
+            raise Conflict("You have a key of this name already.", param="key_name")
+        case "too_many":
+            raise Conflict(TOO_MANY if result.get("limit") == 500 else TOO_MANY_ACTIVE)
+        case "not_revealable":
+            raise BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id")
+        case "broader":
+            field = result.get("field")
+            raise MissingScope(
+                f"A key may not give more than it has itself: this would be broader in `{field}`.",
+                param=field,
+            )

@@ -1,12 +1,13 @@
-"""OpenRouter's /key, /credits, /generation. Its shapes, answered from our own books.
+"""OpenRouter's /key, /credits and /generation: its shapes, answered from our own books.
 
-Never what the upstream says of the operator's account.
+What the upstream says of the operator's account is never shown.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -53,6 +54,16 @@ API_TYPES = {
     "images": "image",
     "audio/speech": "tts",
     "audio/transcriptions": "stt",
+}
+NOT_SETTLED = "This request is not settled yet. Ask again in a moment."
+# What OpenRouter's keys have and ours have not.
+NOT_OURS: dict[str, Any] = {
+    "include_byok_in_limit": False,
+    "is_management_key": False,
+    "is_provisioning_key": False,
+    "organization_id": None,
+    "workspace_id": None,
+    "allowed_data_regions": ["global"],
 }
 ALL_LIMITS = "GET /user/limit shows all limits of this key."
 AMOUNTS = tuple(
@@ -107,12 +118,7 @@ async def read_generation(
     if row is None:
         raise NotFound("You have no request with this id.", param="id")
     if row["status"] == "pending":
-        raise NotFound(
-            "This request is not settled yet. Ask again in a moment.",
-            param="id",
-            code="generation_pending",
-            retry_after=1,
-        )
+        raise NotFound(NOT_SETTLED, param="id", code="generation_pending", retry_after=1)
     return JsonResponse(GenerationAnswer(data=_generation(row)))
 
 
@@ -123,41 +129,38 @@ async def _find(runtime: Runtime, user_id: int, wanted: str) -> dict[str, Any] |
         return await db.read_receipt(runtime.client, user_id, str(UUID(wanted)))
     except ValueError:
         pass
-    match = TIMED_ID.match(wanted)
-    around = (
-        None
-        if match is None
-        else datetime.datetime.fromtimestamp(int(match.group(1)), datetime.UTC).isoformat()
-    )
-    return await db.find_generation(runtime.client, user_id, wanted, around=around)
+    return await db.find_generation(runtime.client, user_id, wanted, around=_moment_in(wanted))
+
+
+def _moment_in(generation_id: str) -> str | None:
+    """When this generation began, where its id says so."""
+    match = TIMED_ID.match(generation_id)
+    if match is None:
+        return None
+    return datetime.datetime.fromtimestamp(int(match.group(1)), datetime.UTC).isoformat()
 
 
 def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
-    budget = row["budget_nanos"]
-    per_minute = row["requests_per_minute"]
+    budget, per_minute = row["budget_nanos"], row["requests_per_minute"]
     free = -1 if free_models else 0
     return KeyData(
         label=masked(row["key_prefix"], row["last4"]),
-        limit=None if budget is None else credits_from_nanos(budget),
-        limit_remaining=None
-        if budget is None
-        else credits_from_nanos(max(0, budget - row["budget_spent_nanos"])),
+        limit=_credits(budget),
+        limit_remaining=_credits(None if budget is None else max(0, budget - row["budget_spent_nanos"])),
         limit_reset=RESETS.get(row["budget_window"]),
-        include_byok_in_limit=False,
         is_free_tier=row["is_free_tier"],
-        is_management_key=False,
-        is_provisioning_key=False,
         expires_at=row["expiration_date"],
         creator_user_id=str(row["user_id"]),
-        organization_id=None,
-        workspace_id=None,
-        allowed_data_regions=["global"],
         free_model_daily_requests=FreeRequests(limit=free, remaining=free, used=0),
         rate_limit=KeyRateLimit(
             requests=-1 if per_minute is None else per_minute, interval="1m", note=ALL_LIMITS
         ),
-        **{name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS},
+        **NOT_OURS | {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS},
     )
+
+
+def _credits(nanos: int | None) -> Decimal | None:
+    return None if nanos is None else credits_from_nanos(nanos)
 
 
 def _generation(row: dict[str, Any]) -> GenerationData:

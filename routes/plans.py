@@ -1,4 +1,4 @@
-"""/plans, /user/plan. The public list, one's own plan, and its administration."""
+"""/plans, /user/plan and /admin/plans: the plans on offer, a user's own plan, and their administration."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from routes.budgets import forbid_test_key
 from routes.dependencies import AdminOnly, Caller, Declared, Running, get_api_key, running
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import NO_NUL, PathId
-from routes.http.responses import JsonResponse
+from routes.http.responses import JsonResponse, success
 from routes.schemas.accounts import Plan, PlanChange, PlanOrderNew
 
-ERRORS: Any = errors_of(400, 401, 403, 404, 409, 503)
-router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=ERRORS)
+router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=errors_of(400, 401, 403, 404, 409, 503))
 
-LIMITS = ("daily_requests", "daily_tokens", "monthly_requests", "monthly_tokens")
 COLUMNS = {
     "daily_requests": "daily_request_limit",
     "daily_tokens": "daily_token_limit",
     "monthly_requests": "monthly_request_limit",
     "monthly_tokens": "monthly_token_limit",
 }
+# Columns in which null means unlimited.
+NULLABLE = {*COLUMNS.values(), "concurrency", "allowed_models"}
+BLANK = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
+NO_PLAN = "You have no plan. GET /user/plan/usage shows the limits that apply without one."
 PlanReader = Annotated[Caller, get_api_key("read", "plan")]
 
 
@@ -48,16 +50,12 @@ async def read_plan(request: Request, plan_id: PathId) -> Response:
 
 @router.get("/user/plan", summary="Your plan; 404 without one", dependencies=Declared)
 async def read_own_plan(runtime: Running, caller: PlanReader) -> Response:
-    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    assigned = rates["assigned"]
+    in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    assigned = in_use["assigned"]
     if assigned is None:
-        raise NotFound(
-            "You have no plan. GET /user/plan/usage shows the limits that apply without one.", code="no_plan"
-        )
+        raise NotFound(NO_PLAN, code="no_plan")
     period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
-    return JsonResponse(
-        {"status": "success", "plan": shown_plan(rates["plan"]), "limits": _limits(rates["plan"]), **period}
-    )
+    return success(plan=shown_plan(in_use["plan"]), limits=_limits(in_use["plan"]), **period)
 
 
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
@@ -66,26 +64,21 @@ async def cancel_plan(runtime: Running, caller: Annotated[Caller, get_api_key("w
     result = await db.cancel_plan(runtime.client, caller.stamp())
     if result["outcome"] == "no_plan":
         raise NotFound("You have no plan.", code="no_plan")
-    return JsonResponse(
-        {"status": "success", "message": "The plan is cancelled", "plan_id": result["plan_id"]}
-    )
+    return success(message="The plan is cancelled", plan_id=result["plan_id"])
 
 
 @router.get("/user/plan/usage", summary="What you have used of your plan's limits", dependencies=Declared)
 async def read_plan_usage(runtime: Running, caller: PlanReader) -> Response:
-    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    limits, used = _limits(rates["plan"]), rates["plan_used"]
-    remaining = {name: None if limits[name] is None else max(0, limits[name] - used[name]) for name in LIMITS}
-    return JsonResponse(
-        {
-            "status": "success",
-            "has_plan": rates["assigned"] is not None,
-            "plan_name": rates["plan"]["name"],
-            "usage": used,
-            "limits": limits,
-            "remaining": remaining,
-            "at_limit": {name: remaining[name] == 0 for name in LIMITS},
-        }
+    in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    limits, used = _limits(in_use["plan"]), in_use["plan_used"]
+    remaining = {name: None if most is None else max(0, most - used[name]) for name, most in limits.items()}
+    return success(
+        has_plan=in_use["assigned"] is not None,
+        plan_name=in_use["plan"]["name"],
+        usage=used,
+        limits=limits,
+        remaining=remaining,
+        at_limit={name: left == 0 for name, left in remaining.items()},
     )
 
 
@@ -95,8 +88,8 @@ async def read_entitlements(
     caller: PlanReader,
     feature: Annotated[str | None, Query(max_length=100, pattern=NO_NUL)] = None,
 ) -> Response:
-    rates = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
-    plan, assigned = rates["plan"], rates["assigned"]
+    in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
+    plan, assigned = in_use["plan"], in_use["assigned"]
     return JsonResponse(
         {
             "has_plan": assigned is not None,
@@ -114,10 +107,8 @@ async def read_entitlements(
     "/admin/plans", summary="Make a plan", response_model=Plan, tags=["admin"], dependencies=Declared
 )
 async def create_plan(runtime: Running, body: PlanOrderNew, admin: AdminOnly) -> Response:
-    blank = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
-    result = await db.create_plan(
-        runtime.client, {**admin.stamp(), "plan": {**blank, **_columns(body), "slug": body.slug}}
-    )
+    plan = {**BLANK, **_columns(body), "slug": body.slug}
+    result = await db.create_plan(runtime.client, {**admin.stamp(), "plan": plan})
     if result["outcome"] == "slug_taken":
         raise Conflict("There is a plan with this slug already.", param="slug")
     return JsonResponse(shown_plan(result["plan"]))
@@ -139,13 +130,7 @@ async def update_plan(runtime: Running, plan_id: PathId, body: PlanChange, admin
 )
 async def withdraw_plan(runtime: Running, plan_id: PathId, admin: AdminOnly) -> Response:
     await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "The plan is no longer offered; who has it keeps it",
-            "plan_id": plan_id,
-        }
-    )
+    return success(message="The plan is no longer offered; who has it keeps it", plan_id=plan_id)
 
 
 async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes: dict[str, Any]) -> db.Row:
@@ -153,39 +138,29 @@ async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes
     if result["outcome"] == "not_found":
         raise NotFound("There is no such plan.", param="plan_id")
     if result["outcome"] == "built_in":
-        raise BadRequest(
-            "This plan applies to everybody without a plan and cannot be taken off.", param="plan_id"
-        )
+        message = "This plan applies to everybody without a plan and cannot be taken off."
+        raise BadRequest(message, param="plan_id")
     return db.Row(result["plan"])
 
 
 def _columns(body: PlanChange) -> dict[str, Any]:
+    """The columns that a body sets. Raises BadRequest for null where it means nothing."""
     columns = body.model_dump(exclude_unset=True, exclude={"slug"})
-    nullable = {
-        "daily_request_limit",
-        "monthly_request_limit",
-        "daily_token_limit",
-        "monthly_token_limit",
-        "concurrency",
-        "allowed_models",
-    }
     for name, value in columns.items():
-        if value is None and name not in nullable:
+        if value is None and name not in NULLABLE:
             raise BadRequest(f"`{name}` cannot be null.", param=name)
     if "price_per_month" in columns:
         columns["price_per_month_nanos"] = nanos_from_credits(columns.pop("price_per_month"))
-    if "environment_factors" in columns:
-        columns["environment_factors"] = {
-            name: str(factor) for name, factor in columns["environment_factors"].items()
-        }
+    if (factors := columns.get("environment_factors")) is not None:
+        columns["environment_factors"] = {name: str(factor) for name, factor in factors.items()}
     return columns
 
 
 def _limits(plan: db.Row) -> dict[str, int | None]:
-    return {name: plan[COLUMNS[name]] for name in LIMITS}
+    return {name: plan[column] for name, column in COLUMNS.items()}
 
 
 def shown_plan(row: db.Row) -> Plan:
-    """A plan as it is shown."""
+    """A plan as clients see it."""
     fields = {name: row[name] for name in Plan.model_fields if name in row}
     return Plan(**fields, price_per_month=credits_from_nanos(row["price_per_month_nanos"]))

@@ -1,11 +1,9 @@
-"""/, /health, /models, /auth/register. What this is, whether it is well, which models there are, and for an
-account.
-"""
+"""/, /health, /models and /auth/register: what anybody may see, and how to get an account."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -18,7 +16,7 @@ from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from models import Health, Registered, Registration, errors_of
-from routes.dependencies import MaybeAdmin, Running, running, shown_environment
+from routes.dependencies import Admin, MaybeAdmin, Running, running, shown_environment
 from routes.http.client_address import address_of
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import raise_taken
@@ -30,17 +28,26 @@ router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(
 JSON = "application/json"
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [
-    "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, plain and streamed",
+    "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, "
+    "plain and streamed",
     "the same under /v1 and /api/v1, for OpenAI's, Anthropic's and OpenRouter's clients as they are",
-    "prepaid credits without overdraft: an upper bound is held before, the upstream's exact cost charged after",
+    "prepaid credits without overdraft: an upper bound is held before, the upstream's exact cost "
+    "charged after",
     "receipts for every request, quotes before it, usage reports and exports",
-    "API keys with scopes, expiry, network and domain restrictions, models, budgets, rate limits and rotation",
+    "API keys with scopes, expiry, network and domain restrictions, models, budgets, rate limits and "
+    "rotation",
     "plans, limits of rate and concurrency by key and user",
     "idempotency keys that pay once, and a response cache",
     "own OpenRouter keys, budgets for your customers, webhooks when they are spent",
     "administration: accounts, credits, refunds, audit log, reconciliation with the upstream",
     "a sandbox that answers for free to every gw_test_ key",
 ]
+
+
+NO_MODEL_LIST = (
+    "OpenRouter's list of models cannot be fetched, and without it no request can be priced. "
+    "Check OPENROUTER_BASE_URL."
+)
 
 
 @router.head("/", include_in_schema=False)
@@ -90,31 +97,39 @@ async def read_ready(runtime: Running) -> Response:
 
 
 async def _health(service: Service) -> Health:
-    health: dict[str, Any] = {
-        "database": "unknown",
-        "openrouter": "unknown",
-        "user_count": None,
-        "problem": None,
-    }
+    health = Health(
+        status="healthy",
+        database="unknown",
+        openrouter="unknown",
+        mode=service.settings.mode,
+        user_count=None,
+        problem=None,
+        version=VERSION,
+        timestamp=utc_now(),
+    )
     try:
-        runtime = await service.ready()
-        health["database"] = "unavailable"
-        await runtime.check()
-        health["user_count"] = await runtime.count_users()
-        health["database"] = "connected"
-        health["openrouter"] = _catalog_health(runtime)
-        if health["openrouter"] == "unavailable":
-            health["problem"] = (
-                "OpenRouter's list of models cannot be fetched, and without it no request can be priced. Check OPENROUTER_BASE_URL."
-            )
+        await _examine(service, health)
     except GatewayError as problem:
-        health["problem"] = problem.message
-    health["status"] = "unhealthy" if health["problem"] else "healthy"
-    return Health(mode=service.settings.mode, version=VERSION, timestamp=utc_now(), **health)
+        health.problem = problem.message
+    if health.problem is not None:
+        health.status = "unhealthy"
+    return health
 
 
-def _catalog_health(runtime: Runtime) -> str:
-    """What the last look at the model list says; a health check is no reason to ask the upstream."""
+async def _examine(service: Service, health: Health) -> None:
+    """Fills in what it finds out. Raises GatewayError at the first part that does not work."""
+    runtime = await service.ready()
+    health.database = "unavailable"
+    await runtime.check()
+    health.user_count = await runtime.count_users()
+    health.database = "connected"
+    health.openrouter = _catalog_health(runtime)
+    if health.openrouter == "unavailable":
+        health.problem = NO_MODEL_LIST
+
+
+def _catalog_health(runtime: Runtime) -> Literal["connected", "error", "unavailable", "unknown"]:
+    """What the last fetch of the model list came to; a health check is no reason to ask the upstream."""
     catalog = runtime.catalog(None)
     has_data = catalog.status().has_data
     if catalog.last_error is not None:
@@ -141,23 +156,25 @@ def _model_fields(fields: dict[str, Any]) -> bytes:
 
 def provider_statistics(models: list[dict[str, Any]]) -> dict[str, Any]:
     """Models by the author that their ids begin with; the newest three of each are suggested."""
-    providers: dict[str, list[dict[str, Any]]] = {}
+    by_author: dict[str, list[dict[str, Any]]] = {}
     for model in models:
-        providers.setdefault(str(model.get("id", "")).split("/")[0], []).append(model)
-    entries_by_author: dict[str, dict[str, Any]] = {
-        author: {
-            "name": str(entries[0].get("name", author)).split(":")[0],
-            "model_count": len(entries),
-            "suggested_models": [e["id"] for e in sorted(entries, key=lambda e: -_created(e))[:3]],
-        }
-        for author, entries in sorted(providers.items())
-    }
+        by_author.setdefault(str(model.get("id", "")).split("/")[0], []).append(model)
+    providers = {author: _provider(author, entries) for author, entries in sorted(by_author.items())}
     return {
-        "total_providers": len(entries_by_author),
+        "total_providers": len(providers),
         "total_models": len(models),
-        "suggested_models": sum(len(entry["suggested_models"]) for entry in entries_by_author.values()),
+        "suggested_models": sum(len(provider["suggested_models"]) for provider in providers.values()),
         "pricing_available": sum(1 for model in models if model.get("pricing")),
-        "providers": entries_by_author,
+        "providers": providers,
+    }
+
+
+def _provider(author: str, models: list[dict[str, Any]]) -> dict[str, Any]:
+    newest = sorted(models, key=_created, reverse=True)[:3]
+    return {
+        "name": str(models[0].get("name", author)).split(":")[0],
+        "model_count": len(models),
+        "suggested_models": [model["id"] for model in newest],
     }
 
 
@@ -177,45 +194,52 @@ async def register(request: Request, body: Registration, admin: MaybeAdmin) -> R
     runtime = await running(request)
     if admin is None and not runtime.settings.registration_open:
         raise RegistrationClosed()
-    environment = body.environment_tag.value
-    key = new_key(environment)
-    address = address_of(request, runtime)
-    result = await db.register_user(
-        runtime.client,
-        {
-            "username": body.username,
-            "email": body.email,
-            "email_hashes": runtime.keyring.email_hashes(body.email),
-            "auth_method": body.auth_method,
-            "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
-            "mode": runtime.mode,
-            "trial_days": runtime.settings.trial_days,
-            "address": address,
-            "address_subject": address_subject(address) if admin is None else None,
-            "user_agent": printable_header(request.headers.get("user-agent"), 512),
-            "request_id": request.state.request_id,
-            "actor": admin.actor if admin else None,
-            "key": {
-                **runtime.keyring.stored(key, environment, body.key_name),
-                "scope_permissions": DEFAULT_SCOPES,
-            },
-        },
-    )
+    key = new_key(body.environment_tag.value)
+    account = _new_account(request, runtime, body, admin)
+    result = await db.register_user(runtime.client, {**account, "key": _first_key(runtime, body, key)})
     _raise_refusal(result)
-    return JsonResponse(
-        Registered(
-            user_id=result["user_id"],
-            username=body.username,
-            email=body.email,
-            api_key=key,
-            credits=credits_from_nanos(result["credits_nanos"]),
-            environment_tag=body.environment_tag,
-            scope_permissions=DEFAULT_SCOPES,
-            auth_method=body.auth_method,
-            subscription_status=result["subscription_status"],
-            message="Keep the API key: it is shown this once.",
-            timestamp=utc_now(),
-        )
+    return JsonResponse(_registered(body, key, result))
+
+
+def _new_account(
+    request: Request, runtime: Runtime, body: Registration, admin: Admin | None
+) -> dict[str, Any]:
+    address = address_of(request, runtime)
+    return {
+        "username": body.username,
+        "email": body.email,
+        "email_hashes": runtime.keyring.email_hashes(body.email),
+        "auth_method": body.auth_method,
+        "signup_nanos": str(nanos_from_credits(runtime.settings.credits_at_signup)),
+        "mode": runtime.mode,
+        "trial_days": runtime.settings.trial_days,
+        "address": address,
+        # Without a subject no limit counts: an administrator may register many users from one address.
+        "address_subject": address_subject(address) if admin is None else None,
+        "user_agent": printable_header(request.headers.get("user-agent"), 512),
+        "request_id": request.state.request_id,
+        "actor": None if admin is None else admin.actor,
+    }
+
+
+def _first_key(runtime: Runtime, body: Registration, key: str) -> dict[str, Any]:
+    stored = runtime.keyring.stored(key, body.environment_tag.value, body.key_name)
+    return {**stored, "scope_permissions": DEFAULT_SCOPES}
+
+
+def _registered(body: Registration, key: str, result: db.Row) -> Registered:
+    return Registered(
+        user_id=result["user_id"],
+        username=body.username,
+        email=body.email,
+        api_key=key,
+        credits=credits_from_nanos(result["credits_nanos"]),
+        environment_tag=body.environment_tag,
+        scope_permissions=DEFAULT_SCOPES,
+        auth_method=body.auth_method,
+        subscription_status=result["subscription_status"],
+        message="Keep the API key: it is shown this once.",
+        timestamp=utc_now(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Receipts and quotes. Receipts out of the journal, and quotes before anything is sent."""
+"""Receipts of requests that were sent, and quotes of requests before they are sent."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from fastapi.responses import Response
 import db
 from common.errors import NotFound
 from common.money import credits_from_nanos
+from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import BoundPolicy
 from gateway.proxy import quotes
 from gateway.proxy.endpoints import endpoint_of
 from gateway.proxy.request import end_user_of
+from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
@@ -40,7 +42,7 @@ router = APIRouter(
 )
 
 MESSAGES = {
-    "pending": "This request is not settled: its hold stands until its cost is known.",
+    "pending": "This request is not settled: its hold stays until its cost is known.",
     "none": "Nobody could say what this request cost: nothing was charged.",
     "byok": "Sent with your own upstream key: the provider bills you, the gateway charged nothing.",
     "cache": "Answered from the response cache: nothing was charged.",
@@ -77,51 +79,54 @@ async def quote(
     ] = None,
 ) -> Response:
     """Nothing is sent, held or counted. A body that the proxy would refuse is refused in the same words."""
-    settings = runtime.settings
-    models = await runtime.catalog(caller.environment).models()
-    policy = BoundPolicy(
-        settings.default_max_output_tokens,
-        settings.free_models,
-        runtime.upstream(caller.environment).suffixes,
-    )
     endpoint = endpoint_of(body.endpoint)
-    bound = quotes.bound_of(endpoint, body.body, models, policy)
+    bound = quotes.bound_of(endpoint, body.body, *await _prices(runtime, caller))
+    markup = runtime.settings.price_markup
     question = {
-        **quotes.quote_item(bound, markup=settings.price_markup),
+        **quotes.quote_item(bound, markup=markup),
         "user_id": caller.user_id,
         "key_id": caller.key_id,
         "end_user": end_user_of(endpoint, body.body, x_end_user),
     }
     standing = {"free": caller.environment == "test", **await db.quote_request(runtime.client, question)}
-    return JsonResponse(
-        Quote(
-            **quotes.quote_fields(
-                bound, standing, markup=settings.price_markup, output_tokens=body.output_tokens
-            )
-        )
-    )
+    fields = quotes.quote_fields(bound, standing, markup=markup, output_tokens=body.output_tokens)
+    return JsonResponse(Quote(**fields))
+
+
+async def _prices(runtime: Runtime, caller: Caller) -> tuple[ModelIndex, BoundPolicy]:
+    """The models with their prices, and how bounds are made: as for a request with this key."""
+    settings = runtime.settings
+    suffixes = runtime.upstream(caller.environment).suffixes
+    policy = BoundPolicy(settings.default_max_output_tokens, settings.free_models, suffixes)
+    return await runtime.catalog(caller.environment).models(), policy
 
 
 def _receipt(row: dict[str, Any]) -> Receipt:
-    settled = row["status"] != "pending"
     fields = {name: row[name] for name in Receipt.model_fields if name in row}
     refunds = [_refund(refund) for refund in row["refunds"]]
+    settled = row["status"] != "pending"
     return Receipt(
         **{**fields, "refunds": refunds},
         message=MESSAGES[_kind(row)],
-        hold=ReceiptHold(
-            amount=credits_from_nanos(row["hold_nanos"]),
-            granted_output_tokens=row["output_granted"],
-            price_basis=row["price_basis"],
-            expires_at=row["expires_at"],
-        ),
-        tokens=ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields})
-        if settled
-        else None,
+        hold=_hold(row),
+        tokens=_tokens(row) if settled else None,
         charge=_charge(row, refunds) if settled else None,
         timings=ReceiptTimings(**{name: row[name] for name in ReceiptTimings.model_fields}),
         ending=ReceiptEnding(**{name: row[name] for name in ReceiptEnding.model_fields}) if settled else None,
     )
+
+
+def _hold(row: dict[str, Any]) -> ReceiptHold:
+    return ReceiptHold(
+        amount=credits_from_nanos(row["hold_nanos"]),
+        granted_output_tokens=row["output_granted"],
+        price_basis=row["price_basis"],
+        expires_at=row["expires_at"],
+    )
+
+
+def _tokens(row: dict[str, Any]) -> ReceiptTokens:
+    return ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields})
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -137,6 +142,7 @@ def _charge(row: dict[str, Any], refunds: list[ReceiptRefund]) -> ReceiptCharge:
     known = None if upstream is None else credits_from_nanos(upstream)
     charged = credits_from_nanos(row["cost_nanos"])
     overrun = credits_from_nanos(row["overrun_nanos"])
+    # With the user's own key the provider bills them: there is no markup on what we did not charge.
     pays = not row["byok"] and known is not None
     return ReceiptCharge(
         upstream_cost=known,

@@ -1,4 +1,4 @@
-"""/user/webhooks and budget events. Webhooks, their deliveries, and the events themselves."""
+"""/user/webhooks and /user/budget-events: who is told when a budget is spent, and what they were sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_found
 from routes.http.pagination import BY_ID, Cursor, PageSize, PathId, id_of
-from routes.http.responses import JsonResponse
+from routes.http.responses import JsonResponse, success
 from routes.schemas.webhooks import (
     BudgetEvent,
     BudgetEvents,
@@ -42,6 +42,11 @@ router = APIRouter(
 WebhookReader = Annotated[Caller, get_api_key("read", "webhooks")]
 WebhookWriter = Annotated[Caller, get_api_key("write", "webhooks")]
 MISSING = "There is no such webhook."
+TOO_MANY = "You have five webhooks, the most that are allowed. Delete one first."
+ARRIVED = "The test has arrived"
+NOT_YET = "The test has not arrived yet; `last_error` says why"
+SHOWN_ONCE = "Keep the secret: it is shown this once."
+NEW_SHOWN_ONCE = "Keep the new secret: it is shown this once."
 
 
 @router.get("/webhooks", summary="Your webhooks", response_model=Webhooks)
@@ -65,13 +70,15 @@ async def create_webhook(runtime: Running, body: WebhookOrder, caller: WebhookWr
     webhook = {"url": body.url, "encrypted_secret": runtime.vault.encrypt(secret)}
     result = await db.create_webhook(runtime.client, {**caller.stamp(), **webhook})
     if result["outcome"] == "too_many":
-        raise Conflict("You have five webhooks, the most that are allowed. Delete one first.")
+        raise Conflict(TOO_MANY)
     require_found(result)
-    message = "Keep the secret: it is shown this once."
-    return JsonResponse(
-        WebhookKept(status="success", message=message, webhook=_webhook(result), secret=secret),
-        status_code=201,
-    )
+    return _kept(result, SHOWN_ONCE, secret, status_code=201)
+
+
+def _kept(row: db.Row, message: str, secret: str | None, *, status_code: int = 200) -> Response:
+    webhook = WebhookView(**{name: row[name] for name in WebhookView.model_fields})
+    body = WebhookKept(status="success", message=message, webhook=webhook, secret=secret)
+    return JsonResponse(body, status_code=status_code)
 
 
 @router.get(
@@ -99,10 +106,7 @@ async def update_webhook(
     change = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": body.grace_period}
     result = await db.update_webhook(runtime.client, {**caller.stamp(), **change})
     require_found(result, MISSING, param="webhook_id")
-    message = "The webhook is changed" if secret is None else "Keep the new secret: it is shown this once."
-    return JsonResponse(
-        WebhookKept(status="success", message=message, webhook=_webhook(result), secret=secret)
-    )
+    return _kept(result, "The webhook is changed" if secret is None else NEW_SHOWN_ONCE, secret)
 
 
 @router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
@@ -110,7 +114,7 @@ async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWr
     forbid_test_key(caller)
     result = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
     require_found(result, MISSING, param="webhook_id")
-    return JsonResponse({"status": "success", "message": "The webhook is deleted", "deleted_id": webhook_id})
+    return success(message="The webhook is deleted", deleted_id=webhook_id)
 
 
 @router.post(
@@ -122,22 +126,22 @@ async def test_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWrit
     """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
     forbid_test_key(caller)
     result = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(result, MISSING, param="webhook_id")
-    if result["outcome"] == "inactive":
-        raise Conflict("This webhook is switched off.", param="webhook_id")
-    if result["outcome"] == "too_soon":
-        raise RateLimited("One test a minute for each webhook.", retry_after=result["retry_after"])
+    _raise_test_refusal(result)
     await runtime.deliveries.deliver_due(delivery_id=result["delivery_id"])
     row = await db.get_delivery(runtime.client, caller.user_id, result["delivery_id"])
     if row is None:
         raise NotFound(MISSING, param="webhook_id")
     delivery = _delivery(row)
-    message = (
-        "The test has arrived"
-        if delivery.status == "delivered"
-        else "The test has not arrived yet; `last_error` says why"
-    )
+    message = ARRIVED if delivery.status == "delivered" else NOT_YET
     return JsonResponse(DeliveryTested(status="success", message=message, delivery=delivery))
+
+
+def _raise_test_refusal(result: db.Row) -> None:
+    require_found(result, MISSING, param="webhook_id")
+    if result["outcome"] == "inactive":
+        raise Conflict("This webhook is switched off.", param="webhook_id")
+    if result["outcome"] == "too_soon":
+        raise RateLimited("One test a minute for each webhook.", retry_after=result["retry_after"])
 
 
 @router.get(
@@ -154,10 +158,6 @@ async def list_budget_events(
     return JsonResponse(
         BudgetEvents(status="success", events=[_event(row) for row in rows], next_cursor=following)
     )
-
-
-def _webhook(row: db.Row) -> WebhookView:
-    return WebhookView(**{name: row[name] for name in WebhookView.model_fields})
 
 
 def _delivery(row: db.Row) -> DeliveryView:

@@ -1,7 +1,8 @@
-"""Credits, users, plans, limits. Credits, limits, plans, and whether it works."""
+"""Administrators' endpoints for accounts: credits, rate limits, plans, and the users themselves."""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -28,7 +29,7 @@ from routes.dependencies import AdminOnly, Declared, Running
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_target
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, id_of
-from routes.http.responses import JsonResponse
+from routes.http.responses import JsonResponse, success
 from routes.keys import view
 from routes.schemas.accounts import Adjustment, Refund, UserChange
 
@@ -43,62 +44,33 @@ router = APIRouter(
 
 KEY_USED = "This idempotency_key was used for a different request. Use a new one."
 TOO_LARGE = "`credits`: the balance would exceed 9,000,000,000 credits, the most that an account can have."
-
-
-def _whom(target: Target, runtime: Runtime) -> dict[str, Any]:
-    hashes = [] if target.api_key is None else runtime.keyring.hashes(target.api_key)
-    return {"user_id": target.user_id, "hashes": hashes}
-
-
-def _named(target: Target) -> str:
-    return "user_id" if target.api_key is None else "api_key"
+STILL_RUNS = "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
+PLAY_CREDITS = "This request was paid with play credits of the sandbox, which are not refunded."
 
 
 @router.post("/add_credits", summary="Grant credits", response_model=CreditsGranted)
 async def add_credits(runtime: Running, body: CreditGrant, admin: AdminOnly) -> Response:
     result = await db.grant_credits(
-        runtime.client,
-        {
-            **admin.stamp(),
-            **_whom(body, runtime),
-            "amount_nanos": str(nanos_from_credits(body.credits)),
-            "reason": body.reason,
-            "idempotency_key": body.idempotency_key,
-        },
+        runtime.client, {**admin.stamp(), **_target(body, runtime), **_correction(body)}
     )
-    if result["outcome"] == "too_large":
-        raise BadRequest(TOO_LARGE, param="credits")
-    if result["outcome"] == "conflict":
-        raise Conflict(KEY_USED, param="idempotency_key")
-    require_target(result, _named(body))
-    return JsonResponse(
-        CreditsGranted(
-            status="success",
-            message=f"Added {plain(body.credits)} credits"
-            if result["outcome"] == "granted"
-            else "Was granted before; nothing added",
-            new_balance=credits_from_nanos(result["balance_nanos"]),
-            user_id=result["user_id"],
-            transaction_id=result["transaction_id"],
-        )
-    )
+    _raise_correction_refusal(result)
+    require_target(result, _target_field(body))
+    added = result["outcome"] == "granted"
+    message = f"Added {plain(body.credits)} credits" if added else "Was granted before; nothing added"
+    return JsonResponse(CreditsGranted(status="success", message=message, **_new_balance(result)))
 
 
 @router.post("/limit", summary="Set the rate limits of a user or a key", response_model=LimitsSet)
 async def set_limits(runtime: Running, body: LimitOrder, admin: AdminOnly) -> Response:
-    limits = body.rate_limits.model_dump(exclude_unset=True)
+    changes = body.rate_limits.model_dump(exclude_unset=True)
     subject = "user" if body.api_key is None else "key"
     result = await db.set_rate_limits(
-        runtime.client, {**admin.stamp(), **_whom(body, runtime), "subject": subject, "limits": limits}
+        runtime.client, {**admin.stamp(), **_target(body, runtime), "subject": subject, "limits": changes}
     )
-    require_target(result, _named(body))
-    current = {name: result["limits"][name] for name in RateLimits.model_fields}
-    message = f"Limits of this {subject} are set"
-    return JsonResponse(
-        LimitsSet(
-            status="success", message=message, user_id=result["user_id"], rate_limits=RateLimits(**current)
-        )
-    )
+    require_target(result, _target_field(body))
+    limits = RateLimits(**{name: result["limits"][name] for name in RateLimits.model_fields})
+    message, user_id = f"Limits of this {subject} are set", result["user_id"]
+    return JsonResponse(LimitsSet(status="success", message=message, user_id=user_id, rate_limits=limits))
 
 
 @router.post("/assign-plan", summary="Give a user a plan, from now on", response_model=PlanAssigned)
@@ -107,86 +79,69 @@ async def assign_plan(runtime: Running, body: PlanOrder, admin: AdminOnly) -> Re
     if result["outcome"] == "plan_not_found":
         raise NotFound("There is no such plan.", param="plan_id")
     require_target(result, "user_id")
+    message = f"Assigned the plan {result['plan_name']}"
     return JsonResponse(
-        PlanAssigned(
-            status="success",
-            message=f"Assigned the plan {result['plan_name']}",
-            end_date=result["end_date"],
-            **body.model_dump(),
-        )
+        PlanAssigned(status="success", message=message, end_date=result["end_date"], **body.model_dump())
     )
 
 
 @router.post("/adjust_credits", summary="Correct a balance, up or down")
 async def adjust_credits(runtime: Running, body: Adjustment, admin: AdminOnly) -> Response:
-    nanos = nanos_from_credits(body.credits)
     result = await db.adjust_credits(
-        runtime.client,
-        {
-            **admin.stamp(),
-            **_whom(body, runtime),
-            "amount_nanos": str(nanos),
-            "reason": body.reason,
-            "idempotency_key": body.idempotency_key,
-        },
+        runtime.client, {**admin.stamp(), **_target(body, runtime), **_correction(body)}
     )
-    require_target(result, _named(body))
+    require_target(result, _target_field(body))
     _raise_correction_refusal(result)
-    return JsonResponse(_corrected(result, "Adjusted"))
+    return success(message=_done(result, "Adjusted"), **_new_balance(result))
 
 
 @router.post("/refund", summary="Give back what a request cost, or part of it")
 async def refund(runtime: Running, body: Refund, admin: AdminOnly) -> Response:
-    nanos = None if body.credits is None else str(nanos_from_credits(body.credits))
     result = await db.refund_request(
         runtime.client,
-        {
-            **admin.stamp(),
-            "refunded_request_id": str(body.request_id),
-            "amount_nanos": nanos,
-            "reason": body.reason,
-            "idempotency_key": body.idempotency_key,
-        },
+        {**admin.stamp(), "refunded_request_id": str(body.request_id), **_correction(body)},
     )
-    if result["outcome"] == "not_found":
-        raise NotFound(
-            "There is no request with this id. It is the `x-request-id` of the request's answer.",
-            param="request_id",
-        )
-    if result["outcome"] == "not_settled":
-        message = (
-            "This request still runs, or its cost is not known yet. It can be refunded once it is settled."
-        )
-        raise Conflict(message, param="request_id")
     if result["outcome"] == "too_much":
         raise await _too_much_to_refund(runtime, body, result["refundable_nanos"])
+    _raise_refund_refusal(result)
     _raise_correction_refusal(result)
-    return JsonResponse(
-        {**_corrected(result, "Refunded"), "refunded": credits_from_nanos(result["amount_nanos"])}
+    return success(
+        message=_done(result, "Refunded"),
+        **_new_balance(result),
+        refunded=credits_from_nanos(result["amount_nanos"]),
     )
 
 
-async def _too_much_to_refund(runtime: Runtime, body: Refund, left_nanos: int) -> BadRequest:
-    row = await db.get_record(runtime.client, str(body.request_id))
-    cost = credits_from_nanos(row["cost_nanos"] if row else 0)
-    if left_nanos:
-        left = plain(credits_from_nanos(left_nanos))
-        return BadRequest(
-            f"`credits`: at most {left} of the {plain(cost)} that this request cost can still be refunded.",
-            param="credits",
-        )
-    if not cost:
-        return BadRequest(
-            "Nothing was charged for this request, so there is nothing to refund.", param="request_id"
-        )
-    if row and row["mode"] != runtime.mode:
-        return BadRequest(
-            "This request was paid with play credits of the sandbox, which are not refunded.",
-            param="request_id",
-        )
-    return BadRequest(
-        f"All {plain(cost)} credits that this request cost have been refunded already.", param="request_id"
-    )
+# Whom and what a correction names, and what became of it.
+
+
+def _target(body: Target, runtime: Runtime) -> dict[str, Any]:
+    hashes = [] if body.api_key is None else runtime.keyring.hashes(body.api_key)
+    return {"user_id": body.user_id, "hashes": hashes}
+
+
+def _target_field(body: Target) -> str:
+    return "user_id" if body.api_key is None else "api_key"
+
+
+def _correction(body: CreditGrant | Adjustment | Refund) -> dict[str, Any]:
+    return {
+        "amount_nanos": None if body.credits is None else str(nanos_from_credits(body.credits)),
+        "reason": body.reason,
+        "idempotency_key": body.idempotency_key,
+    }
+
+
+def _done(result: db.Row, message: str) -> str:
+    return "Was done before; nothing changed" if result["outcome"] == "repeated" else message
+
+
+def _new_balance(result: db.Row) -> dict[str, Any]:
+    return {
+        "new_balance": credits_from_nanos(result["balance_nanos"]),
+        "user_id": result["user_id"],
+        "transaction_id": result["transaction_id"],
+    }
 
 
 def _raise_correction_refusal(result: db.Row) -> None:
@@ -203,14 +158,35 @@ def _raise_correction_refusal(result: db.Row) -> None:
         raise BadRequest(message, param="credits")
 
 
-def _corrected(result: db.Row, done: str) -> dict[str, Any]:
-    return {
-        "status": "success",
-        "message": "Was done before; nothing changed" if result["outcome"] == "repeated" else done,
-        "new_balance": credits_from_nanos(result["balance_nanos"]),
-        "user_id": result["user_id"],
-        "transaction_id": result["transaction_id"],
-    }
+def _raise_refund_refusal(result: db.Row) -> None:
+    if result["outcome"] == "not_found":
+        raise NotFound(
+            "There is no request with this id. It is the `x-request-id` of the request's answer.",
+            param="request_id",
+        )
+    if result["outcome"] == "not_settled":
+        raise Conflict(STILL_RUNS, param="request_id")
+
+
+async def _too_much_to_refund(runtime: Runtime, body: Refund, refundable_nanos: int) -> BadRequest:
+    row = await db.get_record(runtime.client, str(body.request_id))
+    cost = credits_from_nanos(row["cost_nanos"] if row else 0)
+    if refundable_nanos:
+        most = plain(credits_from_nanos(refundable_nanos))
+        return BadRequest(
+            f"`credits`: at most {most} of the {plain(cost)} that this request cost can still be refunded.",
+            param="credits",
+        )
+    if not cost:
+        message = "Nothing was charged for this request, so there is nothing to refund."
+    elif row and row["mode"] != runtime.mode:
+        message = PLAY_CREDITS
+    else:
+        message = f"All {plain(cost)} credits that this request cost have been refunded already."
+    return BadRequest(message, param="request_id")
+
+
+# Users.
 
 
 @router.get("/users", summary="Accounts; search by name or email")
@@ -222,10 +198,7 @@ async def list_users(
     cursor: Cursor = None,
 ) -> Response:
     rows = await db.list_users(runtime.client, text=search, before=id_of(cursor), limit=limit)
-    following = BY_ID.following(rows, limit)
-    return JsonResponse(
-        {"status": "success", "users": [_user(row) for row in rows], "next_cursor": following}
-    )
+    return success(users=[_user(row) for row in rows], next_cursor=BY_ID.following(rows, limit))
 
 
 @router.get("/users/{user_id}", summary="One account, with its keys and limits")
@@ -235,7 +208,7 @@ async def read_user(runtime: Running, user_id: PathId, admin: AdminOnly) -> Resp
         raise NotFound("There is no such user.", param="user_id")
     keys = [view(key) for key in await db_security.list_keys(runtime.client, user_id)]
     metrics = shown_metrics(await db.usage_metrics(runtime.client, user_id))
-    return JsonResponse({"status": "success", "user": _user(row), "keys": keys, "usage_metrics": metrics})
+    return success(user=_user(row), keys=keys, usage_metrics=metrics)
 
 
 @router.put("/users/{user_id}", summary="Suspend or restore an account, or change its role")
@@ -244,7 +217,7 @@ async def set_user(runtime: Running, user_id: PathId, body: UserChange, admin: A
     result = await db.set_user(runtime.client, {**admin.stamp(), "user_id": user_id, "changes": changes})
     require_target(result, "user_id")
     row = await db.get_user(runtime.client, user_id)
-    return JsonResponse({"status": "success", "user": None if row is None else _user(row)})
+    return success(user=None if row is None else _user(row))
 
 
 @router.get("/balance", summary="Every account's balance")
@@ -253,21 +226,20 @@ async def read_balances(
 ) -> Response:
     rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
     keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])
-    users = [
-        {
-            "user_id": row["id"],
-            "username": row["username"],
-            "api_key": keys.get(row["id"]),
-            "credits": credits_from_nanos(row["credits_nanos"]),
-            "held": credits_from_nanos(row["held_nanos"]),
-        }
-        for row in rows
-    ]
-    following = BY_ID.following(rows, limit)
-    total = await db.count_users(runtime.client)
-    return JsonResponse({"status": "success", "total_users": total, "users": users, "next_cursor": following})
+    return success(
+        total_users=await db.count_users(runtime.client),
+        users=[_balance(row, keys.get(row["id"])) for row in rows],
+        next_cursor=BY_ID.following(rows, limit),
+    )
 
 
 def _user(row: db.Row) -> dict[str, Any]:
-    amounts = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in ("credits", "held")}
-    return {**{name: value for name, value in row.items() if not name.endswith("_nanos")}, **amounts}
+    return {**{name: value for name, value in row.items() if not name.endswith("_nanos")}, **_amounts(row)}
+
+
+def _balance(row: db.Row, masked_key: str | None) -> dict[str, Any]:
+    return {"user_id": row["id"], "username": row["username"], "api_key": masked_key, **_amounts(row)}
+
+
+def _amounts(row: db.Row) -> dict[str, Decimal]:
+    return {name: credits_from_nanos(row[f"{name}_nanos"]) for name in ("credits", "held")}

@@ -1,6 +1,4 @@
-"""Everybody's usage, keys and audit log; the model cache. Monitoring, usage, keys, the audit log, and the
-model cache.
-"""
+"""Administrators' endpoints for everybody's usage, keys and audit log, and for the cached model list."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import require_target
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import success, utc_now
 from routes.keys import made, new_key_of, raise_key_refusal, view
 from routes.listings import AnyPart, Events, Within, all_records, all_transactions, audit, list_response
 from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
@@ -39,24 +37,22 @@ router = APIRouter(
 )
 
 
+TODAY = ("requests_today", "tokens_today", "cost_today")
+
+
 @router.get("/monitor", summary="The whole installation at a glance")
 async def read_monitor(runtime: Running, admin: AdminOnly) -> Response:
     totals = await db.system_metrics(runtime.client)
     latest = totals["recent"][0]["created_at"] if totals["recent"] else None
     metrics = {**shown_metrics(totals["metrics"]), "last_request_time": latest}
-    return JsonResponse(
-        {
-            "status": "success",
-            "timestamp": utc_now(),
-            "total_users": totals["total_users"],
-            "active_users_today": totals["active_users_today"],
-            "requests_today": metrics["requests_today"],
-            "tokens_today": metrics["tokens_today"],
-            "cost_today": metrics["cost_today"],
-            "system_usage_metrics": metrics,
-            "top_users_by_usage": [_with_cost(row) for row in totals["top_users"]],
-            "recent_activity": [_with_cost(row) for row in totals["recent"]],
-        }
+    return success(
+        timestamp=utc_now(),
+        total_users=totals["total_users"],
+        active_users_today=totals["active_users_today"],
+        **{name: metrics[name] for name in TODAY},
+        system_usage_metrics=metrics,
+        top_users_by_usage=[_with_cost(row) for row in totals["top_users"]],
+        recent_activity=[_with_cost(row) for row in totals["recent"]],
     )
 
 
@@ -137,9 +133,8 @@ async def list_audit_logs(
     part: AnyPart,
     user_id: QueryId = None,
 ) -> Response:
-    return await list_response(
-        request, audit(runtime, replace(events, user_id=user_id)), part, "logs", counted="total_logs"
-    )
+    listing = audit(runtime, replace(events, user_id=user_id))
+    return await list_response(request, listing, part, "logs", counted="total_logs")
 
 
 @router.get("/keys", summary="Find keys by what is shown of them, or by name")
@@ -162,11 +157,11 @@ async def find_keys(
     rows = await db_security.find_keys(
         runtime.client, text=search, user_id=user_id, before=id_of(cursor), limit=limit
     )
-    following = BY_ID.following(rows, limit)
-    keys = [
-        {**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]} for row in rows
-    ]
-    return JsonResponse({"status": "success", "keys": keys, "next_cursor": following})
+    return success(keys=[_key(row) for row in rows], next_cursor=BY_ID.following(rows, limit))
+
+
+def _key(row: db.Row) -> dict[str, Any]:
+    return {**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]}
 
 
 @router.post(
@@ -187,49 +182,30 @@ async def issue_key(runtime: Running, body: KeyIssue, admin: AdminOnly) -> Respo
 async def revoke_key(runtime: Running, key_id: PathId, admin: AdminOnly) -> Response:
     result = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
     raise_key_refusal(result)
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "The key no longer works",
-            "user_id": result["user_id"],
-            "deleted_key_id": key_id,
-        }
-    )
+    return success(message="The key no longer works", user_id=result["user_id"], deleted_key_id=key_id)
 
 
 @router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
 async def import_keys(runtime: Running, body: LegacyImport, admin: AdminOnly) -> Response:
-    result = await db_security.import_keys(
-        runtime.client, {**admin.stamp(), "keys": [_legacy(key) for key in body.keys]}
-    )
+    keys = [_legacy(key) for key in body.keys]
+    result = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": keys})
     if result["outcome"] == "not_found":
-        index = next(n for n, key in enumerate(body.keys) if key.user_id == result["user_id"])
-        raise NotFound(
-            f"There is no user {result['user_id']}; nothing was imported.", param=f"keys.{index}.user_id"
-        )
-    return JsonResponse(
-        {"status": "success", "imported": result["imported"], "known_before": result["known"]}
-    )
+        user_id = result["user_id"]
+        index = next(n for n, key in enumerate(body.keys) if key.user_id == user_id)
+        message = f"There is no user {user_id}; nothing was imported."
+        raise NotFound(message, param=f"keys.{index}.user_id")
+    return success(imported=result["imported"], known_before=result["known"])
 
 
 @router.post("/refresh-models", summary="Fetch the model list now")
 async def refresh_models(runtime: Running, admin: AdminOnly) -> Response:
     index = await runtime.catalog(None).refresh()
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "The model list is fresh",
-            "total_models": len(index.raw),
-            "timestamp": utc_now(),
-        }
-    )
+    return success(message="The model list is fresh", total_models=len(index.raw), timestamp=utc_now())
 
 
 @router.get("/cache-status", summary="How old the model list is")
 async def read_cache_status(runtime: Running, admin: AdminOnly) -> Response:
-    return JsonResponse(
-        {"status": "success", "cache_info": asdict(runtime.catalog(None).status()), "timestamp": utc_now()}
-    )
+    return success(cache_info=asdict(runtime.catalog(None).status()), timestamp=utc_now())
 
 
 def _with_cost(row: db.Row) -> dict[str, Any]:

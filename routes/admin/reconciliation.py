@@ -1,5 +1,5 @@
-"""/admin/reconciliation. For an administrator: costs side by side, what is open, and one more look at what
-nobody knew.
+"""/admin/reconciliation: our costs beside the upstream's, what is still open, and one more look at a cost
+that nobody knew.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from fastapi.responses import Response
 import db_security
 from common.money import credits_from_nanos
 from gateway.billing import reconciliation
+from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import AdminOnly, Declared, Running
+from routes.dependencies import Admin, AdminOnly, Declared, Running
 from routes.http.json_body import ExactRoute
 from routes.http.pagination import Cursor, PageSize, cursor_of, request_id_of
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import success, utc_now
 
 router = APIRouter(
     prefix="/admin/reconciliation",
@@ -71,9 +72,7 @@ async def reconcile(runtime: Running, admin: AdminOnly) -> Response:
         for kind in reconciliation.KINDS
     }
     waiting = reconciliation.waiting_in(runtime.journal_folder)
-    return JsonResponse(
-        {"status": "success", **comparison, "open": items, "journal_waiting": waiting, "timestamp": utc_now()}
-    )
+    return success(**comparison, open=items, journal_waiting=waiting, timestamp=utc_now())
 
 
 @router.get("/items", summary="What is open: expired holds, unknown costs, overruns")
@@ -89,7 +88,7 @@ async def list_items(
 ) -> Response:
     items = await reconciliation.open_items(runtime.client, kind, before=request_id_of(cursor), limit=limit)
     following = cursor_of(items[-1]["request_id"]) if len(items) == limit else None
-    return JsonResponse({"status": "success", "kind": kind, "items": items, "next_cursor": following})
+    return success(kind=kind, items=items, next_cursor=following)
 
 
 @router.post("/{request_id}/resolve", summary="Ask the upstream once more what a request cost")
@@ -100,28 +99,22 @@ async def resolve(
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
     resolution = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
-    charged = credits_from_nanos(resolution["cost_nanos"])
-    details = {
-        "generation_id": resolution["generation_id"],
-        "cost_nanos": resolution["cost_nanos"],
-        "outcome": resolution["outcome"],
-    }
+    await _record(runtime, admin, request_id, resolution)
+    now = resolution["outcome"] == "settled"
+    return success(
+        message="Charged what the upstream says" if now else "Was resolved before",
+        request_id=str(request_id),
+        charged=credits_from_nanos(resolution["cost_nanos"]),
+        overrun=credits_from_nanos(resolution["overrun_nanos"]),
+    )
+
+
+async def _record(runtime: Runtime, admin: Admin, request_id: UUID, resolution: dict[str, Any]) -> None:
     await db_security.write_audit(
         runtime.client,
         admin.stamp(),
         action="resolve_request",
         target=f"request:{request_id}",
         user_id=resolution["user_id"],
-        details=details,
-    )
-    return JsonResponse(
-        {
-            "status": "success",
-            "message": "Charged what the upstream says"
-            if resolution["outcome"] == "settled"
-            else "Was resolved before",
-            "request_id": str(request_id),
-            "charged": charged,
-            "overrun": credits_from_nanos(resolution["overrun_nanos"]),
-        }
+        details={name: resolution[name] for name in ("generation_id", "cost_nanos", "outcome")},
     )

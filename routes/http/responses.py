@@ -1,4 +1,4 @@
-"""Exact JSON. Exact amounts as plain numbers, and every error in the one envelope."""
+"""JSON answers whose amounts are exact: Decimals become plain numbers, never floats or texts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ def _encode(value: object) -> Any:
 
 
 class JsonResponse(Response):
-    """A JSON answer from a model or plain values."""
+    """A JSON answer made of a model or of plain values."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
+
+
+def success(**fields: object) -> JsonResponse:
+    """The management API's usual answer: `status` is success, and then these fields."""
+    return JsonResponse({"status": "success", **fields})
 
 
 def utc_now() -> datetime.datetime:
