@@ -1,1 +1,1 @@
-"""The ground: what every part may use; imports nothing of ours."""
+"""What every part may use. Nothing in here imports another part of the project."""

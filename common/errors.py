@@ -1,11 +1,11 @@
-"""What can go wrong, and what the client is told: one tree of errors, rendered in one place.
+"""The errors a client can receive: one tree, rendered in one place. No message may contain a secret.
 
     GatewayError
     ├── BadRequest 400 ── UnboundedCost, ContextLengthExceeded
     ├── InvalidKey 401
     ├── InsufficientCredits 402 ── BudgetExceeded (EndUserBudgetExceeded), TrialExpired
-    ├── Forbidden 403 ── IpNotAllowed, DomainNotAllowed, MissingScope, ModelNotAllowed, AccountSuspended, KeyExhausted,
-    │                    RegistrationClosed
+    ├── Forbidden 403 ── IpNotAllowed, DomainNotAllowed, MissingScope, ModelNotAllowed, AccountSuspended,
+    │                    KeyExhausted, ProviderKeyRefused, RegistrationClosed
     ├── NotFound 404 ── ModelNotFound, NotOffered
     ├── MethodNotAllowed 405
     ├── Conflict 409 ── IdempotencyConflict, IdempotencyRunning, AnswerNotKept
@@ -14,19 +14,18 @@
     ├── UpstreamError 502 ── UpstreamUnavailable 503, UpstreamTimeout 504, UpstreamRefused 4xx
     └── Unavailable 503 ── DatabaseUnavailable, Misconfigured
 
-A class's docstring is its default message. Messages are read by strangers: they say what is wrong and what to
-do, and never hold a secret. Refusals are raised as these; bugs stay bugs. Anthropic's and OpenRouter's
-clients are told the same in their forms.
+A class's docstring is its default message. Clients read it, so it says what is wrong and what to do.
+Expected refusals are raised as these classes; a bug stays a plain exception. Anthropic's and OpenRouter's
+clients get the same error in the shape they know.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-# https://docs.anthropic.com/en/api/errors; what is not listed is an invalid request below 500, and an
-# api_error from there on.
+# https://docs.anthropic.com/en/api/errors. Any other status is an invalid_request_error below 500, and an
+# api_error above.
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -42,12 +41,12 @@ ANTHROPIC_TYPES = {
 
 
 class GatewayError(Exception):
-    """Something went wrong on our side. The request id below finds it in our log."""
+    """Something went wrong on our side. Quote the request id below when you report it."""
 
     status: int = 500
     type: ClassVar[str] = "api_error"
     code: str = "internal_error"
-    # What the OpenAI SDK is told about repeating the call; None leaves it to the SDK's own rules.
+    # The OpenAI SDK reads this as x-should-retry. None leaves the decision to the SDK's own rules.
     should_retry: ClassVar[bool | None] = None
 
     def __init__(
@@ -60,7 +59,7 @@ class GatewayError(Exception):
         headers: Mapping[str, str] | None = None,
         **details: Any,
     ) -> None:
-        self.message = message or inspect.cleandoc(type(self).__doc__ or "")
+        self.message = message or " ".join((type(self).__doc__ or "").split())
         super().__init__(self.message)
         self.param = param
         self.code = code or type(self).code
@@ -69,23 +68,21 @@ class GatewayError(Exception):
         self.details = details
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """The envelope of every error answer, as JSON-ready values."""
+        """The envelope of every error response, as JSON-ready values."""
         return {
             "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code},
             "gateway": {"request_id": request_id, **self.details},
         }
 
     def openrouter_body(self, request_id: str) -> dict[str, Any]:
-        """The same in OpenRouter's form: `code` is the status, and our own code `metadata.error_type`."""
-        found = self.body(request_id)
-        return {
-            **found,
-            "error": {**found["error"], "code": self.status, "metadata": {"error_type": self.code}},
-        }
+        """The same in OpenRouter's form: `code` is the status, and our own code is `metadata.error_type`."""
+        body = self.body(request_id)
+        error = {**body["error"], "code": self.status, "metadata": {"error_type": self.code}}
+        return {**body, "error": error}
 
     @property
     def anthropic_type(self) -> str:
-        """What Anthropic's API calls an error of this status."""
+        """The name that Anthropic's API gives an error of this status."""
         return ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
 
     def anthropic_body(self, request_id: str) -> dict[str, Any]:
@@ -101,12 +98,12 @@ class GatewayError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Retry-After and the SDK's retry hint, where they apply."""
-        found = dict(self.extra_headers)
+        headers = dict(self.extra_headers)
         if self.retry_after is not None:
-            found["retry-after"] = str(self.retry_after)
+            headers["retry-after"] = str(self.retry_after)
         if self.should_retry is not None:
-            found["x-should-retry"] = str(self.should_retry).lower()
-        return found
+            headers["x-should-retry"] = str(self.should_retry).lower()
+        return headers
 
 
 class BadRequest(GatewayError):
@@ -124,7 +121,7 @@ class UnboundedCost(BadRequest):
 
 
 class ContextLengthExceeded(BadRequest):
-    """The request is longer than the model's context or than your token limit allows at all."""
+    """The request is longer than the model's context window, or than your token limit ever allows."""
 
     code = "context_length_exceeded"
 
@@ -162,13 +159,13 @@ class EndUserBudgetExceeded(BudgetExceeded):
 
 
 class TrialExpired(InsufficientCredits):
-    """The trial has ended. Add credits or subscribe to a plan to go on."""
+    """The trial has ended. Add credits or subscribe to a plan to continue."""
 
     code = "trial_expired"
 
 
 class Forbidden(GatewayError):
-    """This API key may not do that."""
+    """This API key may not do this."""
 
     status = 403
     type = "permission_error"
@@ -200,7 +197,7 @@ class ModelNotAllowed(Forbidden):
 
 
 class AccountSuspended(Forbidden):
-    """This account is suspended. Ask the operator."""
+    """This account is suspended. Contact the operator."""
 
     code = "account_suspended"
 
@@ -212,9 +209,7 @@ class KeyExhausted(Forbidden):
 
 
 class ProviderKeyRefused(Forbidden):
-    """The OpenRouter key that you have stored cannot be used. Store another one, or remove it:
-    /user/provider-key.
-    """
+    """Your stored OpenRouter key cannot be used. Replace or remove it at /user/provider-key."""
 
     code = "provider_key_refused"
 
@@ -240,13 +235,13 @@ class ModelNotFound(NotFound):
 
 
 class NotOffered(NotFound):
-    """This gateway does not offer that."""
+    """This gateway does not offer this."""
 
     code = "not_offered"
 
 
 class MethodNotAllowed(GatewayError):
-    """This path does not take that method."""
+    """This path does not accept this method."""
 
     status = 405
     type = "invalid_request_error"
@@ -254,7 +249,7 @@ class MethodNotAllowed(GatewayError):
 
 
 class Conflict(GatewayError):
-    """That is already taken."""
+    """This is already taken."""
 
     status = 409
     type = "invalid_request_error"
@@ -263,21 +258,21 @@ class Conflict(GatewayError):
 
 
 class IdempotencyConflict(Conflict):
-    """This Idempotency-Key was used before, with another request body. Use a new key for a new request."""
+    """This Idempotency-Key was already used with another request body. Use a new key for a new request."""
 
     code = "idempotency_key_reused"
 
 
 class IdempotencyRunning(Conflict):
-    """The first request with this Idempotency-Key is still running. Ask again for its answer."""
+    """The first request with this Idempotency-Key is still running. Repeat it later to get the response."""
 
     code = "idempotency_request_running"
     should_retry = True
 
 
 class AnswerNotKept(Conflict):
-    """The first request with this Idempotency-Key was charged, but its answer could not be kept. A new key
-    runs, and charges, it anew.
+    """The first request with this Idempotency-Key was charged, but its response could not be stored.
+    With a new key the request runs again and is charged again.
     """
 
     code = "idempotency_answer_not_kept"
@@ -292,7 +287,7 @@ class BodyTooLarge(GatewayError):
 
 
 class RateLimited(GatewayError):
-    """The rate limit is reached."""
+    """The rate limit has been reached."""
 
     status = 429
     type = "rate_limit_error"
@@ -300,35 +295,33 @@ class RateLimited(GatewayError):
 
 
 class PlanLimitExceeded(RateLimited):
-    """The plan's limit is reached."""
+    """The plan's limit has been reached."""
 
     code = "plan_limit_exceeded"
 
 
 class ConcurrencyExceeded(RateLimited):
-    """Too many requests are running at the same time."""
+    """Too many requests are running at the same time. Wait for one to finish."""
 
     code = "concurrency_limit_exceeded"
 
 
 class UpstreamError(GatewayError):
-    """The model provider failed or gave an answer that cannot be used. Nothing was lost on your side; try
-    again.
-    """
+    """The model provider failed or sent an unusable response. Nothing was lost on your side; try again."""
 
     status = 502
     code = "upstream_error"
 
 
 class UpstreamUnavailable(UpstreamError):
-    """The model provider cannot serve this request now."""
+    """The model provider cannot serve this request at the moment."""
 
     status = 503
     code = "upstream_unavailable"
 
 
 class UpstreamTimeout(UpstreamError):
-    """The model provider did not answer in time."""
+    """The model provider did not respond in time."""
 
     status = 504
     code = "upstream_timeout"
@@ -344,22 +337,22 @@ class UpstreamRefused(UpstreamError):
         self.status = status
 
     def body(self, request_id: str) -> dict[str, Any]:
-        kind = "rate_limit_error" if self.status == 429 else "invalid_request_error"
-        found = super().body(request_id)
-        found["error"]["type"] = kind
-        return found
+        # `type` is a class attribute, and this class alone has a status that is known only at run time.
+        body = super().body(request_id)
+        body["error"]["type"] = "rate_limit_error" if self.status == 429 else "invalid_request_error"
+        return body
 
 
 class Unavailable(GatewayError):
-    """The gateway cannot serve requests now."""
+    """The gateway cannot serve requests at the moment."""
 
     status = 503
     code = "unavailable"
-    anthropic_type = "api_error"  # no model is overloaded
+    anthropic_type = "api_error"  # overloaded_error would blame the model
 
 
 class DatabaseUnavailable(Unavailable):
-    """The gateway's database does not answer. Nothing was sent to a model and nothing was charged; try again."""
+    """The gateway's database does not respond. No model was called and nothing was charged; try again."""
 
     code = "database_unavailable"
 

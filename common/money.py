@@ -1,8 +1,7 @@
-"""How much is it, exactly: nano-US-dollars, decimals and their JSON notation. No float ever passes through
-here.
+"""Exact money: nano-US-dollars, decimals and their JSON notation. No float may ever pass through here.
 
-1 credit = 1 US dollar = 1,000,000,000 nano-dollars. Amounts are `int` nano-dollars inside, `Decimal` credits
-at the edges.
+1 credit = 1 US dollar = 1,000,000,000 nano-dollars. Inside, amounts are `int` nano-dollars; at the
+edges they are `Decimal` credits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 NANOS_PER_CREDIT = 1_000_000_000
 MAX_NANOS = 2**63 - 1
 
-# 50 digits: prices of 1e-12 dollars times millions of tokens stay exact, and a product never rounds silently.
+# With 50 digits, a price of 1e-12 dollars times millions of tokens stays exact: no product rounds silently.
 EXACT = Context(prec=50)
 
 
@@ -33,18 +32,18 @@ def plain(amount: Decimal) -> str:
 
 
 def plain_credits(nanos: int) -> str:
-    """Nano-dollars, not negative, as credits in plain notation: `plain(credits_from_nanos(nanos))`, without
-    the decimals.
-    """
+    """Nano-dollars as credits in plain notation; `nanos` must not be negative."""
+    # plain(credits_from_nanos(nanos)) without the decimals: every charge is written this way.
     whole, rest = divmod(nanos, NANOS_PER_CREDIT)
     return f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
 
 
 def parse_amount(value: object) -> Decimal | None:
-    """A finite, non-negative amount out of parsed JSON (number or numeric string), or None when it is none.
+    """A finite, non-negative amount from parsed JSON (number or numeric string); None for anything else.
 
-    `bool` is refused (it is an `int` in Python); NaN, infinities and negative numbers are no amounts.
+    NaN, infinities and negative numbers are not amounts.
     """
+    # bool is a subclass of int in Python, and `true` is not an amount.
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
         return None
     try:

@@ -374,7 +374,7 @@ def test_the_operator_s_trouble_is_told_to_no_client(kind: str) -> None:
     )
     assert datas(tail)[0]["error"] == {
         "type": "api_error",
-        "message": "The gateway cannot serve requests now.",
+        "message": "The gateway cannot serve requests at the moment.",
         "code": "upstream_unavailable",
     }
     failed = {

@@ -217,7 +217,7 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
     ("order", "message"),
     [
         (b"{}", "`body` is missing."),
-        (b'{"body": {}, "query": 1}', "`query` is not known here; check its spelling."),
+        (b'{"body": {}, "query": 1}', "`query` is not a known field; check its spelling."),
         (b"", 'The request body is missing: send a JSON object, such as {"name": "value"}.'),
     ],
 )
@@ -352,7 +352,7 @@ async def test_limits_of_zero_are_limits_and_not_mistakes(world: World) -> None:
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ({"key_name": 5}, "`key_name` must be a text."),
+        ({"key_name": 5}, "`key_name` must be a string."),
         ({}, "`key_name` is missing."),
         ({"key_name": "a", "max_requests": "many"}, "`max_requests` must be a whole number."),
         ({"key_name": "a", "max_requests": 0}, "`max_requests` must be greater than 0."),
@@ -366,12 +366,12 @@ async def test_limits_of_zero_are_limits_and_not_mistakes(world: World) -> None:
             {"key_name": "a", "ip_allowlist": ["x"]},
             "`ip_allowlist.0` must be an address or a network such as 203.0.113.0/24.",
         ),
-        ({"key_name": "a", "misspelt": 1}, "`misspelt` is not known here; check its spelling."),
+        ({"key_name": "a", "misspelt": 1}, "`misspelt` is not a known field; check its spelling."),
         (
             {"key_name": "a", "budget": 1},
             "`budget_window` is missing: budget and budget_window belong together.",
         ),
-        ({"key_name": "a" * 101}, "`key_name` may have at most 100 characters."),
+        ({"key_name": "a" * 101}, "`key_name` must have at most 100 characters."),
         ({"key_name": "a\n"}, "`key_name` is fine without its line end"),
     ],
     ids=str,

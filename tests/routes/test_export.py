@@ -294,7 +294,7 @@ async def test_csv_that_breaks_off_says_so_in_its_last_line(start_gateway: Start
     await asyncio.wait_for(running, 10)
     assert reader.messages[-1]["more_body"] is False
     *_, last = reader.body.decode().splitlines()
-    assert "INCOMPLETE: this export broke off here." in last and "database does not answer" in last
+    assert "INCOMPLETE: this export broke off here." in last and "database does not respond" in last
     link.mend()
 
 
