@@ -1,7 +1,6 @@
-"""The embedded Supabase: a PostgreSQL server, PostgREST's wire protocol and the migrations, with no second
-service.
+"""The embedded Supabase: a PostgreSQL server, PostgREST's wire protocol and the migrations, in one process.
 
-Nothing in here imports another module of the project, and nothing reads the environment.
+Nothing in here may import another part of the project or read the environment.
 """
 
 from .errors import EmbeddedDatabaseError

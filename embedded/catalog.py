@@ -1,25 +1,24 @@
-"""Tables, columns and functions exposed.
+"""The tables, columns and functions of the exposed schema.
 
-Read from PostgreSQL once, and again when a name is missing.
+They are read from PostgreSQL once, and again when a request names something that is not among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
-if TYPE_CHECKING:
-    import asyncpg
-
-    Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+from .asyncpg_types import PooledConnection
 
 SCHEMA = "public"
 
-# The type modifier -1 keeps format_type from writing "character" for bpchar: a cast would read char(1) and
-# truncate.
+# Every relation with its columns, as one JSON object. Two choices are not obvious:
+# - Without the type modifier -1, format_type writes "character" for bpchar. A cast would then read char(1),
+#   and truncate the value.
+# - A domain counts as its base type, because PostgREST compares and casts values of the base type.
 RELATIONS = """
 select coalesce(json_object_agg(c.relname, json_build_object(
     'kind', c.relkind,
@@ -52,6 +51,8 @@ where c.relnamespace = (select oid from pg_catalog.pg_namespace where nspname = 
     and c.relkind in ('r', 'p', 'v', 'm', 'f', 'c')
 """
 
+# Every function that a request can call, as one JSON array. Trigger functions cannot be called, and
+# procedures and aggregates (another prokind) are not exposed.
 FUNCTIONS = """
 select coalesce(json_agg(json_build_object(
     'name', p.proname,
@@ -86,7 +87,7 @@ def quote_identifier(name: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column or argument; `type` is SQL, and `default` the SQL of its default value."""
+    """A column or an argument. `type` is SQL, and `default` is the SQL of its default value."""
 
     name: str
     type: str
@@ -96,7 +97,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Relation:
-    """A table, view or composite type, or what a function returns rows of."""
+    """A table, a view, a composite type, or the shape of the rows that a function returns."""
 
     name: str
     columns: Mapping[str, Column]
@@ -110,7 +111,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Function:
-    """One signature of a function. `rows` is None for scalars; the last `defaults` arguments may be left out."""
+    """One overload of a function. `rows` is None for a scalar; the last `defaults` arguments are optional."""
 
     name: str
     arguments: tuple[Column, ...]
@@ -132,62 +133,57 @@ class Function:
 
     @property
     def takes_whole_body(self) -> bool:
-        """Whether it has a single argument without a name, which PostgREST fills with the whole JSON body."""
-        return (
-            len(self.arguments) == 1
-            and self.arguments[0].name == ""
-            and self.arguments[0].type in ("json", "jsonb")
-        )
+        """Whether its one argument has no name, so that PostgREST fills it with the whole JSON body."""
+        # https://docs.postgrest.org/en/v14/references/api/functions.html: single unnamed parameter
+        if len(self.arguments) != 1:
+            return False
+        return self.arguments[0].name == "" and self.arguments[0].type in ("json", "jsonb")
 
     def accepts(self, names: Iterable[str]) -> bool:
         """Whether a call with exactly these named arguments fits."""
-        given = frozenset(names)
-        return self.required <= given and given <= self.by_name.keys()
+        named = frozenset(names)
+        return self.required <= named and named <= self.by_name.keys()
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What can be called and read, as of one moment."""
+    """The relations and functions of the exposed schema, as of one moment."""
 
     relations: Mapping[str, Relation]
     functions: Mapping[str, tuple[Function, ...]]
 
 
-async def load_catalog(connection: Connection) -> Catalog:
+async def load_catalog(connection: PooledConnection) -> Catalog:
     """Reads the exposed schema in two round trips."""
-    relations = _relations(orjson.loads(await connection.fetchval(RELATIONS, SCHEMA)))
-    functions: dict[str, tuple[Function, ...]] = {}
-    for item in orjson.loads(await connection.fetchval(FUNCTIONS, SCHEMA)):
-        functions[item["name"]] = (*functions.get(item["name"], ()), _function(item, relations))
-    return Catalog(relations, functions)
+    relations = _read_relations(orjson.loads(await connection.fetchval(RELATIONS, SCHEMA)))
+    functions = orjson.loads(await connection.fetchval(FUNCTIONS, SCHEMA))
+    return Catalog(relations, _read_functions(functions, relations))
 
 
-def _relations(items: Mapping[str, Any]) -> dict[str, Relation]:
-    return {
-        name: Relation(
-            name,
-            {
-                c["name"]: Column(c["name"], c["type"], c["is_array"], c["default"])
-                for c in item["columns"] or ()
-            },
-            tuple(item["primary_key"] or ()),
-            is_type=item["kind"] == "c",
-        )
-        for name, item in items.items()
-    }
+def _read_relations(items: Mapping[str, Any]) -> dict[str, Relation]:
+    return {name: _read_relation(name, item) for name, item in items.items()}
 
 
-def _function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Function:
+def _read_relation(name: str, item: Mapping[str, Any]) -> Relation:
+    columns = [Column(c["name"], c["type"], c["is_array"], c["default"]) for c in item["columns"] or ()]
+    by_name = {column.name: column for column in columns}
+    return Relation(name, by_name, tuple(item["primary_key"] or ()), is_type=item["kind"] == "c")
+
+
+def _read_functions(
+    items: Iterable[Mapping[str, Any]], relations: Mapping[str, Relation]
+) -> dict[str, tuple[Function, ...]]:
+    overloads: dict[str, tuple[Function, ...]] = {}
+    for item in items:
+        overloads[item["name"]] = (*overloads.get(item["name"], ()), _read_function(item, relations))
+    return overloads
+
+
+def _read_function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Function:
     declared = [(a["mode"], Column(a["name"], a["type"], a["is_array"])) for a in item["arguments"] or ()]
+    # pg_proc.proargmodes: i is IN, b INOUT, v VARIADIC, o OUT, and t a column of RETURNS TABLE.
     arguments = tuple(column for mode, column in declared if mode in "ibv")
-    rows = None
-    if item["is_composite"]:
-        returned = {column.name: column for mode, column in declared if mode in "tbo"}
-        rows = (
-            Relation(item["name"], returned)
-            if returned
-            else relations.get(item["relation"], Relation(item["name"], {}))
-        )
+    returned = {column.name: column for mode, column in declared if mode in "tbo"}
     return Function(
         name=item["name"],
         arguments=arguments,
@@ -195,6 +191,15 @@ def _function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Fun
         is_set=item["is_set"],
         is_variadic=item["variadic"],
         return_type=item["return_type"],
-        rows=rows,
+        rows=_returned_rows(item, returned, relations) if item["is_composite"] else None,
         by_name={argument.name: argument for argument in arguments if argument.name},
     )
+
+
+def _returned_rows(
+    item: Mapping[str, Any], returned: Mapping[str, Column], relations: Mapping[str, Relation]
+) -> Relation:
+    """The columns that a function returns: its own OUT arguments, or those of the relation it names."""
+    if returned:
+        return Relation(item["name"], returned)
+    return relations.get(item["relation"], Relation(item["name"], {}))

@@ -1,6 +1,6 @@
-"""The pool.
+"""A connection pool whose connections act as one role.
 
-A pool whose connections act as one role; where there is no connection, the errors that a network would cause.
+Where no connection can be made, the caller gets the httpx errors that a network would cause.
 """
 
 from __future__ import annotations
@@ -9,58 +9,40 @@ import asyncio
 import select
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import asyncpg
 import httpx
 
-from .answers import Refusal
+from .asyncpg_types import Connection, Pool, PooledConnection
 from .catalog import Catalog, load_catalog
 from .errors import EmbeddedDatabaseError
-
-if TYPE_CHECKING:
-    Proxy = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
-    Pool = asyncpg.Pool[asyncpg.Record]
-    BaseConnection = asyncpg.Connection[asyncpg.Record]
-else:
-    BaseConnection = asyncpg.Connection
+from .postgrest_errors import PostgrestError
 
 Target = str | Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 CONNECT_SECONDS = 10.0
-# A server that recovers from a crash says for a moment that it is starting up.
+# A server that recovers from a crash refuses connections for a moment: "the database system is starting up".
 RECOVERY_SECONDS = 5.0
 RECOVERY_POLL_SECONDS = 0.02
+# The server is down or going down. A restart can help. (TimeoutError is an OSError.)
 UNREACHABLE = (
     OSError,
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
 )
-
-
-class StatelessConnection(BaseConnection):
-    """A connection of which nothing needs to be reset: no request leaves any state behind."""
-
-    def get_reset_query(self) -> str:
-        """Nothing, which saves the round trip that asyncpg would make after every request."""
-        return ""
-
-    def has_ended(self) -> bool:
-        """Whether an idle connection was closed by the server, even if the event loop has not seen it yet.
-
-        The server has no reason to write to an idle connection, except that it says goodbye.
-        """
-        if self.is_closed():
-            return True
-        watch = select.poll()
-        transport: asyncio.Transport = self._transport  # type: ignore[attr-defined]  # missing from the stubs
-        watch.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return bool(watch.poll(0))
+# What the caller sees as a failed connection: nothing was sent, so that repeating the request is safe.
+CANNOT_CONNECT = (
+    *UNREACHABLE,
+    asyncpg.InterfaceError,
+    asyncpg.TooManyConnectionsError,
+    EmbeddedDatabaseError,
+)
 
 
 class Connections:
-    """The pool, made at the first request, and the catalog read through it."""
+    """The pool, made at the first request, and the catalog that was read through it."""
 
     def __init__(
         self,
@@ -75,6 +57,7 @@ class Connections:
         self._target = target
         self._ensure_running = ensure_running
         self._role = role
+        # As startup options these cost no round trip, and `reset all` cannot take them back.
         self._settings = {
             "role": role,
             "statement_timeout": str(statement_timeout_ms),
@@ -84,16 +67,18 @@ class Connections:
         self._pool: Pool | None = None
         self._opening = asyncio.Lock()
 
-    async def read_catalog(self, connection: Proxy) -> Catalog:
-        """The catalog, read if need be."""
+    async def read_catalog(self, connection: PooledConnection) -> Catalog:
+        """The catalog, read from the database unless it is known already."""
         if self.catalog is None:
             self.catalog = await load_catalog(connection)
         return self.catalog
 
     @asynccontextmanager
-    async def acquire(self, request: httpx.Request) -> AsyncIterator[Proxy]:
-        """A live connection. Raises httpx.ConnectError where there is none, and Refusal where the login
-        cannot work.
+    async def acquire(self, request: httpx.Request) -> AsyncIterator[PooledConnection]:
+        """A live connection.
+
+        Raises httpx.ConnectError or ConnectTimeout where there is none, and PostgrestError where the login is
+        not set up as it must be.
         """
         pool = self._pool or await self._open()
         connection = await self._connected(pool, request)
@@ -108,67 +93,74 @@ class Connections:
             await self._pool.close()
 
     async def _open(self) -> Pool:
+        # Without the lock, requests that arrive together at the start would make a pool each.
         async with self._opening:
             if self._pool is None:
                 connect: Any = self._connect  # the stubs know the hook only without arguments
                 self._pool = await asyncpg.create_pool(
-                    min_size=0, max_size=self._size, connect=connect, connection_class=StatelessConnection
+                    min_size=0, max_size=self._size, connect=connect, reset=_keep_session
                 )
             return self._pool
 
-    async def _connected(self, pool: Pool, request: httpx.Request) -> Proxy:
-        seconds = request.extensions.get("timeout", {}).get("pool")
+    async def _connected(self, pool: Pool, request: httpx.Request) -> PooledConnection:
+        """A live connection, or the error that a network would cause."""
         try:
-            async with asyncio.timeout(seconds):
-                try:
-                    return await _acquire_live(pool)
-                except UNREACHABLE:
-                    if self._ensure_running is None:
-                        raise
-                    await self._ensure_running()
-                    return await _acquire_live(pool)
+            async with asyncio.timeout(request.extensions.get("timeout", {}).get("pool")):
+                return await self._acquire_or_restart(pool)
         except TimeoutError as exc:
             raise httpx.ConnectTimeout("No connection to the database in time", request=request) from exc
-        except (
-            *UNREACHABLE,
-            asyncpg.InterfaceError,
-            asyncpg.TooManyConnectionsError,
-            EmbeddedDatabaseError,
-        ) as exc:
+        except CANNOT_CONNECT as exc:
             raise httpx.ConnectError(f"The database cannot be reached: {exc}", request=request) from exc
         except asyncpg.PostgresError as exc:
             raise self._misconfigured(exc) from exc
 
-    async def _connect(self, *_: None, **options: Any) -> BaseConnection:
-        """A new connection; waits while the server recovers from a crash. Nothing was sent when it fails."""
-        target = self._target() if callable(self._target) else self._target
-        arguments = {"dsn": target} if isinstance(target, str) else dict(target)
-        give_up = asyncio.get_running_loop().time() + RECOVERY_SECONDS
+    async def _acquire_or_restart(self, pool: Pool) -> PooledConnection:
+        try:
+            return await _acquire_live(pool)
+        except UNREACHABLE:
+            if self._ensure_running is None:
+                raise
+            await self._ensure_running()
+        # One further attempt only: a server that dies at once again needs a person.
+        return await _acquire_live(pool)
+
+    async def _connect(self, *_: None, **options: Any) -> Connection:
+        """The pool's hook: a new connection. Waits while the server recovers from a crash."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + RECOVERY_SECONDS
         while True:
             try:
-                connection: BaseConnection = await asyncpg.connect(
-                    **{"timeout": CONNECT_SECONDS, **arguments, **options, "server_settings": self._settings}
-                )
+                connection = await self._connect_once(options)
             except asyncpg.CannotConnectNowError:
-                if asyncio.get_running_loop().time() > give_up:
+                if clock() > give_up:
                     raise
                 await asyncio.sleep(RECOVERY_POLL_SECONDS)
-                continue
-            await self._check_role(connection)
-            return connection
+            else:
+                await self._require_role(connection)
+                return connection
 
-    async def _check_role(self, connection: BaseConnection) -> None:
-        acting = await connection.fetchval("select current_user")
-        if acting != self._role:
-            await connection.close()
-            raise Refusal(
-                503,
-                "PGRST000",
-                f"The database gave us the role {acting} instead of {self._role}: a connection pooler ignores startup "
-                "options, so use the direct connection string.",
-            )
+    async def _connect_once(self, options: Mapping[str, Any]) -> Connection:
+        target = self._target() if callable(self._target) else self._target
+        arguments = {"dsn": target} if isinstance(target, str) else dict(target)
+        connection: Connection = await asyncpg.connect(
+            **{"timeout": CONNECT_SECONDS, **arguments, **options, "server_settings": self._settings}
+        )
+        return connection
 
-    def _misconfigured(self, error: asyncpg.PostgresError) -> Refusal:
+    async def _require_role(self, connection: Connection) -> None:
+        """Raises PostgrestError for a connection that acts as another role: it would have other rights."""
+        current = await connection.fetchval("select current_user")
+        if current == self._role:
+            return
+        await connection.close()
+        raise PostgrestError(
+            503,
+            "PGRST000",
+            f"The database gave us the role {current} instead of {self._role}: a connection pooler ignores "
+            "startup options, so use the direct connection string.",
+        )
+
+    def _misconfigured(self, error: asyncpg.PostgresError) -> PostgrestError:
         message = error.message or str(error)
         if "startup parameter" in message:
             advice = "a connection pooler refuses startup options, so use the direct connection string."
@@ -176,13 +168,35 @@ class Connections:
             advice = "let the login act as that role with `make migrate`."
         else:
             advice = "check the user, password and database of the connection string."
-        return Refusal(503, "PGRST000", f"The database refuses the connection ({message}): {advice}")
+        return PostgrestError(503, "PGRST000", f"The database refuses the connection ({message}): {advice}")
 
 
-async def _acquire_live(pool: Pool) -> Proxy:
-    """A connection on which a statement can be sent: those that the server has closed are thrown away first."""
+async def _keep_session(_connection: Connection) -> None:
+    """Resets nothing between requests: none of them leaves state behind in the session.
+
+    This saves the round trip that asyncpg's own reset would add to every request.
+    """
+
+
+async def _acquire_live(pool: Pool) -> PooledConnection:
+    """A connection that can take a statement. Those that the server has closed are thrown away first."""
     while True:
         connection = await pool.acquire()
-        if not cast(StatelessConnection, connection).has_ended():
+        if not _has_ended(connection):
             return connection
+        # A terminated connection frees its place in the pool, so that the next one can be a new one.
         connection.terminate()
+
+
+def _has_ended(connection: PooledConnection) -> bool:
+    """Whether the server has closed an idle connection, even if the event loop has not noticed yet.
+
+    Otherwise the statement would be sent into the void, and nobody could say whether it took effect.
+    """
+    if connection.is_closed():
+        return True
+    # The server writes to an idle connection only to say goodbye, so anything to read means that it is over.
+    watch = select.poll()
+    transport: asyncio.Transport = connection._transport  # type: ignore[attr-defined]  # missing from the stubs
+    watch.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(watch.poll(0))

@@ -1,9 +1,7 @@
-"""What is raised when the embedded Supabase cannot do its work."""
+"""The error that callers see when the embedded Supabase cannot work."""
 
 from __future__ import annotations
 
 
 class EmbeddedDatabaseError(Exception):
-    """The database cannot be used. The message is one sentence that says what is wrong and what to do about
-    it.
-    """
+    """The database cannot be used. The message is one sentence: what is wrong, and what to do about it."""

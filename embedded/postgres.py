@@ -1,8 +1,9 @@
-"""The embedded server: running, and how to connect.
+"""The embedded server: starts it, shares it between processes, and says how to connect.
 
-The server listens on no port and knows no password: a UNIX socket in a 0700 folder, and `peer` for exactly
-our user. Every process that uses it holds a shared lock on `users.lock`; whoever can make that lock exclusive
-is the last and stops the server. The kernel drops the locks of a killed process, so nothing stale remains.
+The server must never listen on a port, and has no password: it has a UNIX socket in a 0700 folder, and `peer`
+authentication for exactly our user. Every process that uses it holds a shared lock on `users.lock`. A process
+that can make that lock exclusive is the last one, and stops the server. The kernel drops the locks of a
+killed process, so nothing stale remains.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .binaries import borrowed_identity, find_binaries
 from .cluster import Cluster
 from .errors import EmbeddedDatabaseError
 
-# 108 bytes with the closing zero on Linux, 104 on macOS, see unix(7).
+# A socket's path may have 108 bytes with the closing zero on Linux and 104 on macOS, see unix(7).
 SOCKET_PATH_LIMIT = 103
 SOCKET_NAME = "/.s.PGSQL.5432"
 
 
 class EmbeddedPostgres:
-    """One process's share in the server of a data folder; made by `start`."""
+    """One process's share in the server of a data folder. Made by `start`."""
 
     def __init__(self, data_dir: Path, binaries: Path | None, settings: Mapping[str, str]) -> None:
         self._folder = data_dir.absolute()
@@ -43,33 +44,33 @@ class EmbeddedPostgres:
     ) -> EmbeddedPostgres:
         """Joins the server of `data_dir`, starting it (and creating its database) where needed.
 
-        `binaries` is a folder with `postgres` and `initdb`; `settings` are PostgreSQL's own, put above our
-        defaults. Raises EmbeddedDatabaseError with one sentence when the folder or the programs cannot be
-        used.
+        `binaries` is a folder with `postgres` and `initdb`. `settings` are PostgreSQL's own and override our
+        defaults. Raises EmbeddedDatabaseError when the folder or the programs cannot be used.
         """
         server = cls(data_dir, binaries, settings or {})
-        starting = asyncio.ensure_future(asyncio.to_thread(server._join))
+        joining = asyncio.ensure_future(asyncio.to_thread(server._join))
         try:
-            await asyncio.shield(starting)
+            await asyncio.shield(joining)
         except asyncio.CancelledError:
-            await starting
+            # A thread cannot be cancelled: wait until it has joined, or its server would outlive this
+            # process.
+            await joining
             await server.stop()
             raise
         return server
 
     def connect_kwargs(self, role: str) -> dict[str, Any]:
-        """What `asyncpg.connect` needs in this process for the role `postgres` (the owner) or
-        `authenticator`.
+        """The arguments of `asyncpg.connect` in this process.
+
+        `role` is `postgres`, the owner, or `authenticator`, the login of the API.
         """
-        host = (
-            f"/proc/self/fd/{self._socket_folder}"
-            if self._socket_path_is_long()
-            else str(self._cluster.folder)
-        )
+        # An open folder's entry in /proc is a short path to it.
+        short = f"/proc/self/fd/{self._socket_folder}"
+        host = short if self._socket_path_is_long() else str(self._cluster.folder)
         return {"host": host, "port": 5432, "user": role, "database": "postgres", "ssl": False}
 
     async def ensure_running(self) -> None:
-        """Restarts a server that died; costs one look at a file when it runs.
+        """Restarts a server that has died. While it runs, this only reads a file.
 
         Raises EmbeddedDatabaseError when it cannot be started.
         """
@@ -79,57 +80,72 @@ class EmbeddedPostgres:
             )
         if self._cluster.is_ready():
             return
+        # Callers that notice the crash together wait here; the file lock would block a thread for each of
+        # them.
         async with self._restarting:
             await asyncio.shield(asyncio.to_thread(self._restart))
 
     async def stop(self) -> None:
         """Leaves the server, and shuts it down when no other process uses it. May be called twice."""
+        # Shielded, because a cancelled caller must not leave the server running without a user.
         await asyncio.shield(asyncio.to_thread(self._leave))
 
     def _join(self) -> None:
-        with _one_sentence(self._folder):
+        with _translated_os_errors(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._exclusively():
-                users_lock = os.open(self._folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
-                try:
-                    fcntl.flock(users_lock, fcntl.LOCK_SH)
-                    self._check_socket_path()
-                    self._run()
-                    self._socket_folder = os.open(self._cluster.folder, os.O_RDONLY | os.O_DIRECTORY)
-                except BaseException:
-                    os.close(users_lock)
-                    raise
-                self._users_lock = users_lock
+                self._users_lock = self._join_locked()
+
+    def _join_locked(self) -> int:
+        """Runs the server, and returns the descriptor that holds our shared lock on it."""
+        users_lock = os.open(self._folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(users_lock, fcntl.LOCK_SH)
+            self._require_reachable_socket()
+            self._run()
+            # A path too long for a socket is shortened by way of this descriptor, see connect_kwargs.
+            self._socket_folder = os.open(self._cluster.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except BaseException:
+            os.close(users_lock)
+            raise
+        return users_lock
 
     def _restart(self) -> None:
-        with _one_sentence(self._folder), self._exclusively():
+        with _translated_os_errors(self._folder), self._exclusively():
             self._run()
 
     def _run(self) -> None:
-        cluster = self._cluster
+        """Starts the server unless it runs. The caller holds the start lock."""
         user_name = _user_name()
-        owner = cluster.owner()
+        owner = self._cluster.owner()
+        self._require_own_database(owner)
+        if self._cluster.is_ready():
+            self._require_admission(user_name)
+            return
+        binaries = find_binaries(self._binaries, borrowed_identity(owner))
+        self._cluster.create(binaries)
+        self._cluster.admit(user_name)
+        self._cluster.launch(binaries, self._settings)
+
+    def _require_own_database(self, owner: int | None) -> None:
         if owner is not None and os.geteuid() not in (0, owner):
             raise EmbeddedDatabaseError(
-                f"The database in {cluster.folder} belongs to user id {owner}: start the gateway as that user, "
-                "or choose another data folder."
+                f"The database in {self._cluster.folder} belongs to user id {owner}: "
+                "start the gateway as that user, or choose another data folder."
             )
-        if cluster.is_ready():
-            if cluster.admits(user_name):
-                return
+
+    def _require_admission(self, user_name: str) -> None:
+        # A running server has already read the file: writing our name into it now would not let us in.
+        if not self._cluster.admits(user_name):
             raise EmbeddedDatabaseError(
-                f"The server of {cluster.folder} was started by another user and admits only him: "
-                "start the gateway as that user, or stop his first."
+                f"The server of {self._cluster.folder} was started by another user and admits nobody else: "
+                "start the gateway as that user, or stop the other gateway first."
             )
-        identity = borrowed_identity(owner)
-        binaries = find_binaries(self._binaries, identity)
-        cluster.create(binaries, identity)
-        cluster.admit(user_name)
-        cluster.launch(binaries, identity, self._settings)
 
     def _leave(self) -> None:
         if self._users_lock is None:
             return
+        # Under the start lock nobody can join between the test for the last user and the shutdown.
         with self._exclusively():
             users_lock, self._users_lock = self._users_lock, None
             try:
@@ -137,13 +153,16 @@ class EmbeddedPostgres:
                     self._cluster.shut_down()
             finally:
                 os.close(users_lock)
-                if self._socket_folder is not None:
-                    os.close(self._socket_folder)
-                    self._socket_folder = None
+                self._close_socket_folder()
+
+    def _close_socket_folder(self) -> None:
+        if self._socket_folder is not None:
+            os.close(self._socket_folder)
+            self._socket_folder = None
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """One process at a time starts or stops the server of a folder."""
+        """Lets one process at a time start or stop the server of a folder."""
         lock = os.open(self._folder / "start.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -154,14 +173,16 @@ class EmbeddedPostgres:
     def _socket_path_is_long(self) -> bool:
         return len(os.fsencode(str(self._cluster.folder) + SOCKET_NAME)) > SOCKET_PATH_LIMIT
 
-    def _check_socket_path(self) -> None:
+    def _require_reachable_socket(self) -> None:
         if self._socket_path_is_long() and not Path("/proc/self/fd").is_dir():
             raise EmbeddedDatabaseError(
-                f"The path {self._cluster.folder} is too long for a socket: choose a data folder with a shorter path."
+                f"The path {self._cluster.folder} is too long for a socket: "
+                "choose a data folder with a shorter path."
             )
 
 
 def _user_name() -> str:
+    """Our name on this machine: `peer` authentication compares names, not uids."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError as exc:
@@ -172,6 +193,7 @@ def _user_name() -> str:
 
 
 def _can_be_exclusive(lock: int) -> bool:
+    """Whether nobody else holds the lock, which is then ours alone."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,8 +202,8 @@ def _can_be_exclusive(lock: int) -> bool:
 
 
 @contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
-    """Says of an operating system's refusal what it means for the data folder."""
+def _translated_os_errors(folder: Path) -> Iterator[None]:
+    """Raises EmbeddedDatabaseError for an operating system's error: what it means for the data folder."""
     try:
         yield
     except OSError as exc:

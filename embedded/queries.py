@@ -1,4 +1,7 @@
-"""A PostgREST request, read once. Its parameters and headers, read once; what is unknown here is refused."""
+"""A PostgREST request's parameters and headers, read once. What is unknown here is refused.
+
+https://docs.postgrest.org/en/v14/references/api/tables_views.html and .../api/preferences.html
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from .answers import Refusal, bad_request, not_implemented
 from .catalog import SCHEMA
 from .filters import OPERATORS, split_outside_quotes, unquoted
+from .postgrest_errors import PostgrestError, bad_request, not_implemented, range_not_satisfiable
 
 PLAIN_MEDIA = {"*/*", "application/*", "application/json", "application/vnd.pgrst.array+json"}
 SINGLE_MEDIA = {"application/vnd.pgrst.object+json", "application/vnd.pgrst.object"}
+# An unknown preference would change the result of a hosted project, so it is refused instead of ignored.
 KNOWN_PREFERENCES = {
     "return": {"minimal", "representation"},
     "resolution": {"merge-duplicates", "ignore-duplicates"},
@@ -22,11 +26,13 @@ KNOWN_PREFERENCES = {
     "handling": {"strict", "lenient"},
     "tx": {"commit"},
 }
+CLAUSES = {"select", "order", "limit", "offset", "columns", "on_conflict"}
+LOGIC = {"and", "or", "not.and", "not.or"}
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """The Prefer header."""
+    """What the Prefer header says."""
 
     returns: str = "minimal"
     resolution: str | None = None
@@ -55,26 +61,18 @@ PLAIN_QUERY = Query()
 
 
 def read_query(request: httpx.Request, parameters: Iterable[tuple[str, str]]) -> Query:
-    """The query of a request. Raises Refusal for what is malformed or not implemented."""
-    given: dict[str, str] = {}
-    filters: list[tuple[str, str]] = []
-    for name, value in parameters:
-        if name in ("select", "order", "limit", "offset", "columns", "on_conflict"):
-            given[name] = value
-        elif name.endswith((".order", ".limit", ".offset", ".select")):
-            raise not_implemented(f"The parameter {name} of an embedded resource")
-        else:
-            filters.append((name, value))
+    """The query of a request. Raises PostgrestError for what is malformed or not implemented."""
+    clauses, filters = _split_clauses(parameters)
     is_single, strips_nulls = _read_accept(request.headers.get("accept", "*/*"))
-    offset, limit = _read_range(given, request.headers)
+    offset, limit = _read_range(clauses, request.headers)
     return Query(
-        select=given.get("select", "*"),
-        order=given.get("order", ""),
+        select=clauses.get("select", "*"),
+        order=clauses.get("order", ""),
         filters=tuple(filters),
         offset=offset,
         limit=limit,
-        columns=_names(given["columns"]) if given.get("columns") else None,
-        on_conflict=_names(given.get("on_conflict", "")),
+        columns=_names(clauses["columns"]) if clauses.get("columns") else None,
+        on_conflict=_names(clauses.get("on_conflict", "")),
         is_single=is_single,
         strips_nulls=strips_nulls,
         preferences=_read_preferences(request.headers.get("prefer", "")),
@@ -82,37 +80,27 @@ def read_query(request: httpx.Request, parameters: Iterable[tuple[str, str]]) ->
 
 
 def check_schema(headers: httpx.Headers) -> None:
-    """Raises Refusal unless the profile is the exposed schema."""
+    """Raises PostgrestError unless the profile is the exposed schema."""
     for name in ("accept-profile", "content-profile"):
         if headers.get(name, SCHEMA) != SCHEMA:
-            raise Refusal(
-                406, "PGRST106", f"Invalid schema: {headers[name]}", hint=f"Only {SCHEMA} is exposed"
-            )
+            message = f"Invalid schema: {headers[name]}"
+            raise PostgrestError(406, "PGRST106", message, hint=f"Only {SCHEMA} is exposed")
 
 
 def read_parameters(query: str) -> list[tuple[str, str]]:
-    """The name and value pairs of a query string."""
+    """The pairs of name and value in a query string."""
     return urllib.parse.parse_qsl(query, keep_blank_values=True) if query else []
 
 
 def split_arguments(parameters: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """The arguments of a function called by GET, and the rest: what begins with an operator is a filter."""
+    """The arguments of a function that is called by GET, and the other parameters.
+
+    A value that begins with an operator is a filter of the result, not an argument.
+    """
     arguments: dict[str, str] = {}
     others: list[tuple[str, str]] = []
-    reserved = {
-        "select",
-        "order",
-        "limit",
-        "offset",
-        "columns",
-        "on_conflict",
-        "and",
-        "or",
-        "not.and",
-        "not.or",
-    }
     for name, value in parameters:
-        if name in reserved or "." in name or _is_operation(value):
+        if name in CLAUSES | LOGIC or "." in name or _is_operation(value):
             others.append((name, value))
         elif name in arguments:
             raise not_implemented(f"Repeating the argument {name}")
@@ -121,50 +109,61 @@ def split_arguments(parameters: Iterable[tuple[str, str]]) -> tuple[dict[str, st
     return arguments, others
 
 
+def _split_clauses(parameters: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    clauses: dict[str, str] = {}
+    filters: list[tuple[str, str]] = []
+    for name, value in parameters:
+        if name in CLAUSES:
+            clauses[name] = value
+        elif name.endswith((".order", ".limit", ".offset", ".select")):
+            raise not_implemented(f"The parameter {name} of an embedded resource")
+        else:
+            # The same column may be filtered twice, such as age=gte.18&age=lt.65.
+            filters.append((name, value))
+    return clauses, filters
+
+
 def _is_operation(value: str) -> bool:
     operator, dot, _ = value.removeprefix("not.").partition(".")
     return bool(dot) and operator.partition("(")[0] in OPERATORS
 
 
 def _names(text: str) -> tuple[str, ...]:
+    """The column names of a list, each once: PostgreSQL refuses a column that is named twice."""
     return tuple(dict.fromkeys(unquoted(name.strip()) for name in split_outside_quotes(text)))
 
 
 def _read_accept(accept: str) -> tuple[bool, bool]:
+    """Whether the client wants a single object, and whether nulls are left out."""
     media, *options = [part.strip() for part in accept.split(",")[0].split(";")]
-    strips_nulls = "nulls=stripped" in options
-    if media in SINGLE_MEDIA:
-        return True, strips_nulls
-    if media in PLAIN_MEDIA:
-        return False, strips_nulls
-    raise not_implemented(f"The media type {media}")
+    if media not in SINGLE_MEDIA | PLAIN_MEDIA:
+        raise not_implemented(f"The media type {media}")
+    return media in SINGLE_MEDIA, "nulls=stripped" in options
 
 
-def _read_range(given: Mapping[str, str], headers: httpx.Headers) -> tuple[int, int | None]:
-    offset, limit = _integer(given.get("offset", "0"), "offset"), None
-    if "limit" in given:
-        limit = _integer(given["limit"], "limit")
-        if limit < 0:
-            raise Refusal(
-                416,
-                "PGRST103",
-                "Requested range not satisfiable",
-                details="Limit should be greater than or equal to zero.",
-            )
+def _read_range(clauses: Mapping[str, str], headers: httpx.Headers) -> tuple[int, int | None]:
+    """The offset and the limit: of the query string, narrowed by the Range header."""
+    offset = _integer(clauses.get("offset", "0"), "offset")
+    limit = _integer(clauses["limit"], "limit") if "limit" in clauses else None
+    if limit is not None and limit < 0:
+        raise range_not_satisfiable("Limit should be greater than or equal to zero.")
     if "range" in headers:
-        first, _, last = headers["range"].removeprefix("items=").partition("-")
-        offset = max(offset, _integer(first, "range"))
-        if last:
-            within = _integer(last, "range") - offset + 1
-            limit = within if limit is None else min(limit, within)
-            if limit < 0:
-                raise Refusal(
-                    416,
-                    "PGRST103",
-                    "Requested range not satisfiable",
-                    details="The lower boundary must be lower than or equal to the upper boundary in the Range header.",
-                )
+        offset, limit = _narrow(offset, limit, headers["range"])
     return max(offset, 0), limit
+
+
+def _narrow(offset: int, limit: int | None, header: str) -> tuple[int, int | None]:
+    first, _, last = header.removeprefix("items=").partition("-")
+    offset = max(offset, _integer(first, "range"))
+    if not last:
+        return offset, limit
+    within = _integer(last, "range") - offset + 1
+    limit = within if limit is None else min(limit, within)
+    if limit < 0:
+        raise range_not_satisfiable(
+            "The lower boundary must be lower than or equal to the upper boundary in the Range header."
+        )
+    return offset, limit
 
 
 def _integer(text: str, name: str) -> int:
@@ -175,18 +174,21 @@ def _integer(text: str, name: str) -> int:
 
 
 def _read_preferences(header: str) -> Preferences:
-    given: dict[str, str] = {}
-    for preference in filter(None, (part.strip() for part in header.split(","))):
-        name, _, value = preference.partition("=")
-        known = KNOWN_PREFERENCES.get(name)
-        if name != "max-affected" and (known is None or value not in known):
-            raise not_implemented(f"The preference {preference}")
-        given[name] = value
-    limited = "max-affected" in given and given.get("handling") == "strict"
+    values = dict(map(_read_preference, filter(None, (part.strip() for part in header.split(",")))))
+    # PostgREST ignores max-affected unless the handling is strict.
+    is_limited = "max-affected" in values and values.get("handling") == "strict"
     return Preferences(
-        returns=given.get("return", "minimal"),
-        resolution=given.get("resolution"),
-        missing_is_default=given.get("missing") == "default",
-        count=given.get("count") == "exact",
-        max_affected=_integer(given["max-affected"], "max-affected") if limited else None,
+        returns=values.get("return", "minimal"),
+        resolution=values.get("resolution"),
+        missing_is_default=values.get("missing") == "default",
+        count=values.get("count") == "exact",
+        max_affected=_integer(values["max-affected"], "max-affected") if is_limited else None,
     )
+
+
+def _read_preference(preference: str) -> tuple[str, str]:
+    name, _, value = preference.partition("=")
+    known = KNOWN_PREFERENCES.get(name)
+    if name != "max-affected" and (known is None or value not in known):
+        raise not_implemented(f"The preference {preference}")
+    return name, value
