@@ -18,7 +18,7 @@ from itertools import count
 import orjson
 import uvloop
 
-from sandbox.models.list_answers import list_models
+from sandbox.models.catalog import list_models
 
 MODEL = "openai/gpt-4o-mini"
 PROMPT_TOKENS, COMPLETION_TOKENS = 20, 40

@@ -1,4 +1,4 @@
-"""The package's face. A simulator of its API as an ASGI app.
+"""A simulator of OpenRouter's API as an ASGI app. It must never call another service.
 
 In process: `SandboxTransport(create_app())` for an httpx2 client. As a server: `python -m sandbox`.
 """

@@ -1,7 +1,8 @@
-"""OpenRouter's refusals, by status and shape. One entry per status and shape, each with the operator's
-`user_id`, which must not leak.
+"""OpenRouter's refusals, one for each status and shape. Each carries the operator's `user_id`, which must not
+leak.
 
-Shapes: https://openrouter.ai/docs/api-reference/errors, and captures of what the documentation does not show.
+The shapes are those of https://openrouter.ai/docs/api-reference/errors, and of recorded responses where the
+documentation shows none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ KEY_HASH = "5d41402abc4b2a76b9719d911017c5925d41402abc4b2a76b9719d911017c592"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A status, the body's `error` object, and headers of its own."""
+    """A status, the body's `error` object, and headers of this failure alone."""
 
     description: str
     status: int
@@ -40,6 +41,11 @@ def refusal(status: int, message: str, **metadata: object) -> Refusal:
     return Refusal(_failure(message, status, message, **metadata))
 
 
+def invalid_request(message: str) -> Refusal:
+    """A 400 for a request that does not conform to the API's schema."""
+    return refusal(400, message, error_type="invalid_request")
+
+
 def _failure(description: str, status: int, message: str, **metadata: object) -> Failure:
     error: dict[str, object] = {"message": message, "code": status}
     if metadata:
@@ -48,7 +54,18 @@ def _failure(description: str, status: int, message: str, **metadata: object) ->
 
 
 def unavailable(model: str, code: str, status: int, excluded_by: list[str], detail: str) -> Failure:
-    """An availability error, in the shape that says `error_type` and `http_status` instead of `code`."""
+    """An availability error, in the shape with `error_type` and `http_status` instead of `code`."""
+    availability = {
+        "code": code,
+        "retryable": status == 503,
+        "retry_after": 7 if status == 503 else None,
+        "requested_models": [model],
+        "affected_providers": [],
+        "excluded_by": excluded_by,
+        "fallback_models": [],
+        "constraint": {"field": excluded_by[0], "detail": detail} if excluded_by else None,
+        "docs_url": "https://openrouter.ai/docs/features/provider-routing",
+    }
     return Failure(
         f"{status} {code}, in the shape with error_type and http_status",
         status,
@@ -56,24 +73,14 @@ def unavailable(model: str, code: str, status: int, excluded_by: list[str], deta
             "message": detail,
             "error_type": "not_found" if status == 404 else "provider_overloaded",
             "http_status": status,
-            "availability": {
-                "code": code,
-                "retryable": status == 503,
-                "retry_after": 7 if status == 503 else None,
-                "requested_models": [model],
-                "affected_providers": [],
-                "excluded_by": excluded_by,
-                "fallback_models": [],
-                "constraint": {"field": excluded_by[0], "detail": detail} if excluded_by else None,
-                "docs_url": "https://openrouter.ai/docs/features/provider-routing",
-            },
+            "availability": availability,
             "metadata": {"previous_errors": [{"provider": "DeepInfra", "code": status, "status": status}]},
         },
     )
 
 
 def max_price_excludes(model: str) -> Failure:
-    """No provider serves the model at or below `provider.max_price`."""
+    """The refusal when no provider serves the model at or below `provider.max_price`."""
     return unavailable(
         model,
         "constraint_filtered",
@@ -83,6 +90,7 @@ def max_price_excludes(model: str) -> Failure:
     )
 
 
+# https://docs.anthropic.com/en/api/errors, and OpenRouter's other statuses by the nearest of its types.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -98,14 +106,13 @@ _ANTHROPIC_TYPES = {
 
 
 def anthropic_error(error: Mapping[str, object], status: int) -> dict[str, object]:
-    """The `error` object of `/messages`: Anthropic's type and message, and OpenRouter's other fields beside
-    them.
-    """
+    """The `error` object of `/messages`: Anthropic's type and message, then OpenRouter's other fields."""
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     metadata = error.get("metadata")
-    typed = metadata.get("error_type") if isinstance(metadata, Mapping) else None
+    error_type = metadata.get("error_type") if isinstance(metadata, Mapping) else None
+    typed = {"error_type": error_type} if error_type else {}
     rest = {name: value for name, value in error.items() if name not in ("code", "http_status", "message")}
-    return {"type": kind, "message": error["message"], **({"error_type": typed} if typed else {}), **rest}
+    return {"type": kind, "message": error["message"], **typed, **rest}
 
 
 def anthropic_body(failure: Failure, generation_id: str | None) -> dict[str, object]:
@@ -114,7 +121,11 @@ def anthropic_body(failure: Failure, generation_id: str | None) -> dict[str, obj
     return {"type": "error", "error": error, "request_id": generation_id, "user_id": USER_ID}
 
 
-_TOO_DEAR = "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, but can only afford 59. To increase, visit "
+# Both messages end with a link; the second one contains a hash of the operator's key.
+_TOO_DEAR = (
+    "This request requires more credits, or fewer max_tokens. You requested up to 16384 tokens, "
+    "but can only afford 59. To increase, visit "
+)
 _LOW_CREDIT = f"{_TOO_DEAR}https://openrouter.ai/settings/credits and upgrade to a paid account"
 _KEY_LIMIT = (
     f"{_TOO_DEAR}https://openrouter.ai/workspaces/default/keys/{KEY_HASH} and adjust the key's daily limit"

@@ -1,6 +1,6 @@
-"""Decides an answer, its tokens and cost before the first byte. Decided before the first byte.
+"""Decides a response, its tokens and its cost before the first byte is sent.
 
-A plan is complete: its generation id already says what the whole answer costs.
+A plan is complete: its generation id already contains the cost of the whole response.
 """
 
 from __future__ import annotations
@@ -11,36 +11,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
+from sandbox.models.entry import Model
+from sandbox.models.market import Market
+from sandbox.models.pricing import ZERO, Tokens
+from sandbox.models.text_models import BY_ID, STOPS_BILLING_ON_ABORT
+
 from .content import REASONING_TOKENS, Brief, Choice, compose
-from .failures import FAILURES, Refusal, refusal
+from .failures import FAILURES, Refusal, invalid_request, refusal
 from .generation import FEMTO, Generation, encode
-from .models.entry import Model
-from .models.market import Market
-from .models.pricing import ZERO, Tokens
-from .models.text_models import BY_ID, STOPS_BILLING_ON_ABORT
+from .request_fields import require_positive
 from .routing import Route, after_fallback, candidates, find_route
-from .scenarios import Behaviour, behave, split_model
+from .scenarios import Behaviour, build_behaviour, split_model
 from .tokens import TOKENS_PER_SEARCH, Prompt, count_prompt
 
 Body = Mapping[str, object]
 
 MAX_CHOICES = 128
 EXACT = Decimal(1).scaleb(-FEMTO)
-"""The smallest amount that is billed: what an id can say exactly."""
+"""The smallest amount that is billed, which is the smallest that a generation id can contain."""
+# https://openrouter.ai/docs/features/zero-completion-insurance: a response without output is not charged.
 _UNBILLED_BODIES = ("error", "error-choices", "redirect")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What keeps answers small for users who pay nothing; None is no limit."""
+    """Limits that keep responses small for users who pay nothing. None means no limit."""
 
     answer_bytes: int | None = None
     seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What a request brings besides its body: the scenario's changes, the limits and prices of this instance."""
+class RequestSettings:
+    """What decides a response besides the body: the scenario's changes, and this instance's limits and
+    prices.
+    """
 
     changes: Mapping[str, object]
     limits: Limits
@@ -49,7 +54,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One answer, fully decided."""
+    """One response, fully decided."""
 
     id: str
     route: Route
@@ -67,106 +72,124 @@ class Plan:
         return self.generation.tokens
 
     def running(self, completion: int) -> Tokens:
-        """The tokens after so many of the completion."""
-        tokens = self.tokens
-        parts = {
-            name: min(getattr(tokens, name), completion) for name in ("reasoning", "audio_out", "image_out")
-        }
-        return replace(tokens, completion=completion, **parts)
+        """The tokens after so many tokens of the completion."""
+        names = ("reasoning", "audio_out", "image_out")
+        parts = {name: min(getattr(self.tokens, name), completion) for name in names}
+        return replace(self.tokens, completion=completion, **parts)
 
     def bill(self, tokens: Tokens) -> tuple[Decimal, Decimal]:
-        """US dollars that OpenRouter charges, and that the provider charges to the own key."""
+        """US dollars: what OpenRouter charges, and what the provider charges to the operator's own key."""
         return _bill(self.route, self.behaviour, tokens)
 
     def cancelled(self, completion: int) -> Generation:
-        """The generation when the client left a stream after so many tokens; not every provider stops billing
-        then.
-        """
+        """The generation of a stream that the client left after so many tokens."""
+        # https://openrouter.ai/docs/api-reference/streaming#stream-cancellation: not every provider stops
+        # then.
         if self.route.endpoint.provider not in STOPS_BILLING_ON_ABORT:
             return replace(self.generation, cancelled=True)
         tokens = self.running(completion)
         return self.generation.cancel(tokens, *self.bill(tokens))
 
 
-def plan_completion(body: Body, ask: Ask) -> Plan:
-    """Plan the answer of the first model that can give one; raises the last one's Refusal."""
-    return _first_plan(
-        body, ask, lambda model_id, behaviour: _plan(model_id, body, behaviour, ask), after=after_fallback
-    )
+def plan_completion(body: Body, settings: RequestSettings) -> Plan:
+    """Plans the answer of the first model that can give one; raises the last model's Refusal."""
+
+    def plan(model_id: str, behaviour: Behaviour) -> Plan:
+        return _plan_text(
+            _require_route(model_id, body, behaviour, settings, "text"), body, behaviour, settings
+        )
+
+    return _first_plan(body, settings, plan, after=after_fallback)
 
 
 def plan_media(
     body: Body,
-    ask: Ask,
+    settings: RequestSettings,
     output: str,
     api_type: str,
     count: Callable[[Route], Tokens],
     *,
     streamed: bool = False,
 ) -> Plan:
-    """Plan an answer without choices, by a model that puts out `output`; raises Refusal.
+    """Plans a response without choices, by a model whose output modality is `output`; raises Refusal.
 
-    What only text can do (errors in mid-stream, a provider that dies, another model that answers unasked) is
-    left out.
+    Scenarios that only text can follow are left out: errors in mid-stream, a provider that dies, another
+    model that answers although nobody has named it.
     """
 
     def plan(model_id: str, behaviour: Behaviour) -> Plan:
         behaviour = replace(behaviour, stream_error="", dies=False, fallback=False)
-        route = _require_route(model_id, body, behaviour, ask, output)
+        route = _require_route(model_id, body, behaviour, settings, output)
         tokens = count(route)
         tokens = Tokens() if behaviour.cache == "hit" else tokens
         generation = _generation(
             route, behaviour, tokens, finish="stop", streamed=streamed, api_type=api_type
         )
-        return Plan(encode(generation, secrets.randbits(40)), route, behaviour, (), generation)
+        return Plan(_new_id(generation), route, behaviour, (), generation)
 
-    return _first_plan(body, ask, plan, after=lambda ids: ids[1:] or ids)
+    return _first_plan(body, settings, plan, after=lambda ids: ids[1:] or ids)
 
 
 def _first_plan(
-    body: Body, ask: Ask, plan: Callable[[str, Behaviour], Plan], after: Callable[[list[str]], list[str]]
+    body: Body,
+    settings: RequestSettings,
+    plan: Callable[[str, Behaviour], Plan],
+    after: Callable[[list[str]], list[str]],
 ) -> Plan:
+    """Tries the models in order, as https://openrouter.ai/docs/guides/routing/model-fallbacks describes."""
     ids = candidates(body)
-    if ask.changes.get("fallback"):
+    if settings.changes.get("fallback"):
         ids = after(ids)
-    last = refusal(404, "No models given.")
+    error = refusal(404, "No models given.")
     for model_id in ids:
-        base, more = split_model(model_id)
-        behaviour = _limit_padding(behave({**ask.changes, **more}), ask.limits)
-        if behaviour.fallback and "fallback" in more:
-            base, behaviour = after([base])[0], replace(behaviour, fallback=False)
+        base, behaviour = _behaviour_of(model_id, settings, after)
         try:
             return plan(base, behaviour)
         except Refusal as exc:
-            last = exc
-    raise last
+            error = exc
+    raise error
 
 
-def _require_route(model_id: str, body: Body, behaviour: Behaviour, ask: Ask, output: str) -> Route:
+def _behaviour_of(
+    model_id: str, settings: RequestSettings, after: Callable[[list[str]], list[str]]
+) -> tuple[str, Behaviour]:
+    """The model without its scenario suffixes, and how a request to it is answered."""
+    base, changes = split_model(model_id)
+    behaviour = _limit_padding(build_behaviour({**settings.changes, **changes}), settings.limits)
+    # As a suffix, `fallback` makes this one model fail; in the header it has already dropped the first model.
+    if behaviour.fallback and "fallback" in changes:
+        return after([base])[0], replace(behaviour, fallback=False)
+    return base, behaviour
+
+
+def _require_route(
+    model_id: str, body: Body, behaviour: Behaviour, settings: RequestSettings, output: str
+) -> Route:
     if behaviour.failure:
         raise Refusal(FAILURES[behaviour.failure])
-    route = find_route(model_id, body, behaviour, ask.market)
+    route = find_route(model_id, body, behaviour, settings.market)
     if output not in route.model.outputs:
-        raise refusal(400, f"{route.model.id} does not support this endpoint.", error_type="invalid_request")
+        raise invalid_request(f"{route.model.id} does not support this endpoint.")
     return route
 
 
-def _plan(model_id: str, body: Body, behaviour: Behaviour, ask: Ask) -> Plan:
-    route = _require_route(model_id, body, behaviour, ask, "text")
+def _plan_text(route: Route, body: Body, behaviour: Behaviour, settings: RequestSettings) -> Plan:
     prompt = count_prompt(body)
     if prompt.images and "image" not in route.model.inputs:
         raise refusal(404, "No endpoints found that support image input", error_type="not_found")
     searches = _searches(body, route)
+    # Search results go into the prompt, and are billed there besides the fee per search.
     prompt += Prompt(searches * TOKENS_PER_SEARCH)
-    most = _most_tokens(body, route.model, prompt.tokens)
-    choices = _choices(body, route.model, behaviour, ask.limits, most)
+    limit = _completion_limit(body, route.model, prompt.tokens)
+    choices = _choices(body, route.model, behaviour, settings.limits, limit)
     tokens = _tokens(prompt, choices, behaviour, route, searches)
-    generation = _generation(
-        route, behaviour, tokens, finish=choices[0].finish, streamed=body.get("stream") is True
-    )
-    return Plan(
-        encode(generation, secrets.randbits(40)), route, behaviour, choices, generation, shows_thoughts(body)
-    )
+    streamed = body.get("stream") is True
+    generation = _generation(route, behaviour, tokens, finish=choices[0].finish, streamed=streamed)
+    return Plan(_new_id(generation), route, behaviour, choices, generation, shows_thoughts(body))
+
+
+def _new_id(generation: Generation) -> str:
+    return encode(generation, secrets.randbits(40))
 
 
 def _generation(
@@ -196,21 +219,22 @@ def _generation(
 
 
 def failed_id(body: Body) -> str | None:
-    """The id of a refused generation, which costs nothing; None when no known model was asked for."""
+    """The id of a refused generation, which costs nothing; None when the body names no known model."""
     model = BY_ID.get(split_model(candidates(body)[0])[0])
     if model is None:
         return None
-    generation = Generation(
-        int(time.time()), model.id, model.endpoints[0].provider, Tokens(), ZERO, finish="error"
-    )
-    return encode(generation, secrets.randbits(40))
+    provider = model.endpoints[0].provider
+    return _new_id(Generation(int(time.time()), model.id, provider, Tokens(), ZERO, finish="error"))
 
 
 def shows_thoughts(body: Body) -> bool:
-    """Whether reasoning is part of the answer (it is billed in any case)."""
-    wishes = body.get("reasoning")
-    excluded = isinstance(wishes, Mapping) and wishes.get("exclude") is True
-    return not excluded and body.get("include_reasoning") is not False
+    """Whether the response contains the reasoning. It is billed in any case.
+
+    https://openrouter.ai/docs/use-cases/reasoning-tokens; `include_reasoning` is its older form.
+    """
+    reasoning = body.get("reasoning")
+    is_excluded = isinstance(reasoning, Mapping) and reasoning.get("exclude") is True
+    return not is_excluded and body.get("include_reasoning") is not False
 
 
 def _limit_padding(behaviour: Behaviour, limits: Limits) -> Behaviour:
@@ -221,41 +245,41 @@ def _limit_padding(behaviour: Behaviour, limits: Limits) -> Behaviour:
 
 def _bill(route: Route, behaviour: Behaviour, tokens: Tokens) -> tuple[Decimal, Decimal]:
     failed = behaviour.body in _UNBILLED_BODIES or (behaviour.stream_error and not tokens.completion)
+    # A response from OpenRouter's cache costs nothing, and its usage is zero.
     if failed or behaviour.cache == "hit":
         return ZERO, ZERO
     total = route.prices.cost(tokens).total * behaviour.cost_factor
+    # Rounded only where it must be: a quantized decimal would show zeros that OpenRouter does not send.
     total = total if total == (exact := total.quantize(EXACT)) else exact
     return (ZERO, total) if behaviour.byok else (total, ZERO)
 
 
 def _searches(body: Body, route: Route) -> int:
+    """One web search, or none. https://openrouter.ai/docs/guides/features/plugins/web-search"""
     plugins = body.get("plugins")
     listed = plugins if isinstance(plugins, list) else []
-    plugged = any(isinstance(item, Mapping) and item.get("id") == "web" for item in listed)
-    return int(route.online or plugged or isinstance(body.get("web_search_options"), Mapping))
+    has_plugin = any(isinstance(item, Mapping) and item.get("id") == "web" for item in listed)
+    return int(route.online or has_plugin or isinstance(body.get("web_search_options"), Mapping))
 
 
-def _most_tokens(body: Body, model: Model, prompt: int) -> int:
+def _completion_limit(body: Body, model: Model, prompt: int) -> int:
     """The most completion tokens of one choice; raises Refusal for limits that cannot be met."""
-    asked = [
-        _limit(body, name) for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None
+    names = ("max_tokens", "max_completion_tokens")
+    requested = [
+        require_positive(body[name], f"{name} must be at least 1")
+        for name in names
+        if body.get(name) is not None
     ]
-    wanted = min(asked) if asked and model.supports("max_tokens") else 0
+    # An endpoint without max_tokens among its supported_parameters ignores the limit.
+    wanted = min(requested) if requested and model.supports("max_tokens") else 0
     if prompt >= model.context or prompt + wanted > model.context:
         raise too_long(model, prompt, wanted)
     ceiling = min(model.max_completion or model.context, model.context - prompt)
     return min(wanted or ceiling, ceiling)
 
 
-def _limit(body: Body, name: str) -> int:
-    value = body[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise refusal(400, f"{name} must be at least 1", error_type="invalid_request")
-    return value
-
-
 def too_long(model: Model, prompt: int, wanted: int) -> Refusal:
-    """More tokens than the model's context holds."""
+    """The refusal of more tokens than the model's context holds."""
     return refusal(
         400,
         f"This endpoint's maximum context length is {model.context} tokens. However, you requested about "
@@ -265,19 +289,25 @@ def too_long(model: Model, prompt: int, wanted: int) -> Refusal:
     )
 
 
-def _choices(body: Body, model: Model, behaviour: Behaviour, limits: Limits, most: int) -> tuple[Choice, ...]:
+def _choices(
+    body: Body, model: Model, behaviour: Behaviour, limits: Limits, max_tokens: int
+) -> tuple[Choice, ...]:
     number = body.get("n", 1)
     if not isinstance(number, int) or not 1 <= number <= MAX_CHOICES:
-        raise refusal(400, f"n must be between 1 and {MAX_CHOICES}", error_type="invalid_request")
+        raise invalid_request(f"n must be between 1 and {MAX_CHOICES}")
     brief = Brief(
         body=body,
-        most_tokens=most,
-        most_bytes=None if limits.answer_bytes is None else limits.answer_bytes // number,
+        max_tokens=max_tokens,
+        max_bytes=None if limits.answer_bytes is None else limits.answer_bytes // number,
         thought_tokens=_thought_tokens(body, model, behaviour),
         wanted_tokens=behaviour.tokens,
         calls_tool=behaviour.calls_tool,
     )
-    choices = tuple(compose(brief, index) for index in range(number))
+    return _broken_off(tuple(compose(brief, index) for index in range(number)), behaviour)
+
+
+def _broken_off(choices: tuple[Choice, ...], behaviour: Behaviour) -> tuple[Choice, ...]:
+    """The choices as far as they come before the scenario's failure."""
     if behaviour.stream_error or behaviour.body in _UNBILLED_BODIES:
         return tuple(_shorten(choice, behaviour.after if choice.index == 0 else 0) for choice in choices)
     if behaviour.dies:
@@ -285,31 +315,41 @@ def _choices(body: Body, model: Model, behaviour: Behaviour, limits: Limits, mos
     return choices
 
 
-def _shorten(choice: Choice, most: int) -> Choice:
-    thoughts = choice.thoughts[:most]
-    pieces = choice.pieces[: most - len(thoughts)]
+def _shorten(choice: Choice, limit: int) -> Choice:
+    thoughts = choice.thoughts[:limit]
+    pieces = choice.pieces[: limit - len(thoughts)]
     return replace(choice, thoughts=thoughts, pieces=pieces, tool=None, finish="error")
 
 
 def _thought_tokens(body: Body, model: Model, behaviour: Behaviour) -> int:
-    wishes = body.get("reasoning")
-    wishes = wishes if isinstance(wishes, Mapping) else {}
-    effort, short = wishes.get("effort"), body.get("reasoning_effort")
-    if effort and short and effort != short:
-        raise refusal(
-            400, "reasoning.effort and reasoning_effort must not differ", error_type="invalid_request"
-        )
-    asked = bool(wishes or short or body.get("include_reasoning")) and wishes.get("enabled") is not False
-    wanted = str(effort or short or "medium")
-    if wanted not in REASONING_TOKENS:
-        raise refusal(400, f"Unknown reasoning effort: {wanted}", error_type="invalid_request")
+    """The tokens of reasoning. https://openrouter.ai/docs/use-cases/reasoning-tokens"""
+    value = body.get("reasoning")
+    reasoning: Mapping[str, object] = value if isinstance(value, Mapping) else {}
+    effort = _reasoning_effort(body, reasoning)
     if behaviour.thinks or model.reasoning == "mandatory":
-        wanted = "medium" if wanted == "none" else wanted
-    elif not (asked and model.supports("reasoning")):
+        # A model that always reasons cannot be told not to.
+        effort = "medium" if effort == "none" else effort
+    elif not (_wants_reasoning(body, reasoning) and model.supports("reasoning")):
         return 0
-    most = wishes.get("max_tokens")
-    tokens = REASONING_TOKENS[wanted]
-    return min(tokens, most) if isinstance(most, int) else tokens
+    tokens, limit = REASONING_TOKENS[effort], reasoning.get("max_tokens")
+    return min(tokens, limit) if isinstance(limit, int) else tokens
+
+
+def _wants_reasoning(body: Body, reasoning: Mapping[str, object]) -> bool:
+    is_mentioned = bool(reasoning or body.get("reasoning_effort") or body.get("include_reasoning"))
+    return is_mentioned and reasoning.get("enabled") is not False
+
+
+def _reasoning_effort(body: Body, reasoning: Mapping[str, object]) -> str:
+    """The effort in either of its two places; raises Refusal where they differ or name no known effort."""
+    effort, short_form = reasoning.get("effort"), body.get("reasoning_effort")
+    if effort and short_form and effort != short_form:
+        message = "reasoning.effort and reasoning_effort must not differ"
+        raise invalid_request(message)
+    name = str(effort or short_form or "medium")
+    if name not in REASONING_TOKENS:
+        raise invalid_request(f"Unknown reasoning effort: {name}")
+    return name
 
 
 def _tokens(
@@ -318,15 +358,21 @@ def _tokens(
     if behaviour.cache == "hit":
         return Tokens()
     cached = prompt.tokens * 3 // 4 if behaviour.cache == "read" else 0
-    written = prompt.tokens * 3 // 4 if behaviour.cache == "write" else 0
-    if not behaviour.cache and route.prices.input_cache_write is not None:
-        written = prompt.cacheable
     return Tokens(
         prompt=prompt.tokens,
         completion=sum(choice.tokens for choice in choices),
         reasoning=sum(len(choice.thoughts) for choice in choices),
         cached=cached,
-        cache_write=written,
+        cache_write=_cache_write_tokens(prompt, behaviour, route),
         images=prompt.images,
         searches=searches,
     )
+
+
+def _cache_write_tokens(prompt: Prompt, behaviour: Behaviour, route: Route) -> int:
+    if behaviour.cache == "write":
+        return prompt.tokens * 3 // 4
+    # Providers with a price for cache writes write what `cache_control` marks, and nothing else:
+    # https://openrouter.ai/docs/features/prompt-caching
+    is_priced = route.prices.input_cache_write is not None
+    return prompt.cacheable if not behaviour.cache and is_priced else 0

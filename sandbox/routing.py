@@ -1,4 +1,7 @@
-"""Which model and provider answer, at what price. Variants, provider preferences, `max_price`, capabilities."""
+"""Chooses the model and the provider that answer, and their price.
+
+The rules follow https://openrouter.ai/docs/features/provider-routing, as far as they decide who is paid what.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from .failures import Refusal, max_price_excludes, refusal, unavailable
-from .models.entry import THINKING, Endpoint, Model
-from .models.market import Market
-from .models.pricing import Prices
-from .models.text_models import BY_ID, CHEAPEST
+from sandbox.models.entry import THINKING, Endpoint, Model
+from sandbox.models.market import Market
+from sandbox.models.pricing import Prices
+from sandbox.models.text_models import BY_ID, CHEAPEST
+
+from .failures import Refusal, invalid_request, max_price_excludes, refusal, unavailable
 from .scenarios import Behaviour, split_model
 
+# https://openrouter.ai/docs/guides/routing/model-variants/overview; `:free` models have entries of their own.
 VARIANTS = ("nitro", "floor", "online", "exacto")
+# A request without a model goes to the account's default model.
 DEFAULT_MODEL = "openrouter/auto"
 
 
@@ -28,14 +34,14 @@ class Route:
 
 
 def candidates(body: Mapping[str, object]) -> list[str]:
-    """The models to try, in order."""
+    """The models to try, in order: `model`, then the fallbacks in `models`."""
     listed = body.get("models")
     ids = [body.get("model"), *(listed if isinstance(listed, list) else [])]
     return list(dict.fromkeys(str(item) for item in ids if item)) or [DEFAULT_MODEL]
 
 
 def after_fallback(ids: list[str]) -> list[str]:
-    """What is tried when the first model has failed."""
+    """The models to try once the first one has failed."""
     if len(ids) > 1:
         return ids[1:]
     first, _ = split_model(ids[0])
@@ -45,13 +51,11 @@ def after_fallback(ids: list[str]) -> list[str]:
 def find_route(model_id: str, body: Mapping[str, object], behaviour: Behaviour, market: Market) -> Route:
     """The route for this model id; raises Refusal when nothing can serve it."""
     model, variant = _find_model(model_id)
-    _require_capabilities(model, body)
-    preferences = body.get("provider")
-    wishes = preferences if isinstance(preferences, Mapping) else {}
-    endpoints = _allowed(model, wishes)
-    if behaviour.dearer or variant == "floor" or wishes.get("sort") == "price":
-        endpoints.sort(key=lambda endpoint: endpoint.prices.completion, reverse=behaviour.dearer)
-    maximum = _max_price(wishes)
+    preferences = _preferences(body)
+    _require_capabilities(model, body, preferences)
+    endpoints = _sorted(_allowed(model, preferences), preferences, behaviour, variant)
+    maximum = _max_price(preferences)
+    # The rise comes before max_price is checked: a client that has not read the new price is refused.
     if behaviour.rise_factor:
         market.rise(model.id, behaviour.rise_factor)
     factor = behaviour.price_factor * market.factor_of(model.id)
@@ -60,6 +64,20 @@ def find_route(model_id: str, body: Mapping[str, object], behaviour: Behaviour, 
         if not prices.exceeds(maximum):
             return Route(model, endpoint, prices, online=variant == "online")
     raise Refusal(max_price_excludes(model.id))
+
+
+def _preferences(body: Mapping[str, object]) -> Mapping[str, object]:
+    provider = body.get("provider")
+    return provider if isinstance(provider, Mapping) else {}
+
+
+def _sorted(
+    endpoints: list[Endpoint], preferences: Mapping[str, object], behaviour: Behaviour, variant: str
+) -> list[Endpoint]:
+    """The endpoints in the order in which they are tried; `:floor` means the same as sorting by price."""
+    if behaviour.dearer or variant == "floor" or preferences.get("sort") == "price":
+        endpoints.sort(key=lambda endpoint: endpoint.prices.completion, reverse=behaviour.dearer)
+    return endpoints
 
 
 def _find_model(model_id: str) -> tuple[Model, str]:
@@ -72,30 +90,31 @@ def _find_model(model_id: str) -> tuple[Model, str]:
     return BY_ID.get(model.stands_for, model), variant
 
 
-def _require_capabilities(model: Model, body: Mapping[str, object]) -> None:
-    wishes = body.get("provider")
-    if isinstance(wishes, Mapping) and wishes.get("require_parameters"):
+def _require_capabilities(
+    model: Model, body: Mapping[str, object], preferences: Mapping[str, object]
+) -> None:
+    if preferences.get("require_parameters"):
         missing = [name for name in THINKING if name in body and not model.supports(name)]
         if missing:
             detail = f"No endpoints found that support: {', '.join(missing)}."
             raise Refusal(unavailable(model.id, "constraint_filtered", 404, ["require_parameters"], detail))
+    # Tools are the one parameter that is never ignored silently.
     if body.get("tools") and not model.supports("tools") and "text" in model.outputs:
         raise refusal(404, "No endpoints found that support tool use.", error_type="not_found")
 
 
-def _allowed(model: Model, wishes: Mapping[str, object]) -> list[Endpoint]:
-    order, only, ignore = (_names(wishes.get(name)) for name in ("order", "only", "ignore"))
-    if wishes.get("allow_fallbacks") is False and order:
+def _allowed(model: Model, preferences: Mapping[str, object]) -> list[Endpoint]:
+    """The model's endpoints that the preferences leave over, those in `order` first."""
+    order, only, ignore = (_names(preferences.get(name)) for name in ("order", "only", "ignore"))
+    # Without fallbacks, `order` is a list of all that may answer.
+    if preferences.get("allow_fallbacks") is False and order:
         only = [name for name in order if not only or name in only]
     endpoints = [
-        endpoint
-        for endpoint in model.endpoints
-        if (not only or endpoint.tag in only) and endpoint.tag not in ignore
+        item for item in model.endpoints if (not only or item.tag in only) and item.tag not in ignore
     ]
     if not endpoints:
-        raise refusal(
-            404, "No allowed providers are available for the selected model.", error_type="not_found"
-        )
+        message = "No allowed providers are available for the selected model."
+        raise refusal(404, message, error_type="not_found")
     return sorted(endpoints, key=lambda item: order.index(item.tag) if item.tag in order else len(order))
 
 
@@ -103,11 +122,11 @@ def _names(value: object) -> list[str]:
     return [str(item).lower().replace(" ", "-") for item in value] if isinstance(value, list) else []
 
 
-def _max_price(wishes: Mapping[str, object]) -> dict[str, Decimal]:
-    maximum = wishes.get("max_price")
+def _max_price(preferences: Mapping[str, object]) -> dict[str, Decimal]:
+    maximum = preferences.get("max_price")
     if not isinstance(maximum, Mapping):
         return {}
     try:
         return {str(name): Decimal(str(value)) for name, value in maximum.items() if value is not None}
     except InvalidOperation:
-        raise refusal(400, "provider.max_price must hold numbers", error_type="invalid_request") from None
+        raise invalid_request("provider.max_price must hold numbers") from None

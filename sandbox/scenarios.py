@@ -1,8 +1,8 @@
-"""The failures that can be asked for. The one source for code, tests and documentation.
+"""The scenarios: how a request can be answered on demand. They are defined here and nowhere else.
 
 A scenario is named in the header `x-sandbox-scenario` or as a suffix of the model
-(`openai/gpt-4o-mini:error-429`), and may carry parameters: `slow;ms=50`. Several, separated by commas, are
-combined.
+(`openai/gpt-4o-mini:error-429`). It may have parameters (`slow;ms=50`), and several can be combined with
+commas.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from types import MappingProxyType
 
-from .failures import FAILURES, refusal
+from .failures import FAILURES, Refusal, refusal
 from .generation import FOREVER
 
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """How a request is answered; the defaults are an ordinary answer."""
+    """How a request is answered. The defaults make an ordinary answer."""
 
     usage: str = "with-finish"
     """with-finish | empty-choices | null-finish | every-event | twice | missing"""
@@ -28,22 +28,22 @@ class Behaviour:
     """How usage.cost is written: plain | missing | null | zero | negative | nan | string"""
     byok: bool = False
     cost_factor: Decimal = Decimal(1)
-    """Multiplies the bill, whatever `provider.max_price` said."""
+    """Multiplies the bill, whatever `provider.max_price` says."""
     price_factor: Decimal = Decimal(1)
-    """Multiplies the prices before `provider.max_price` is looked at."""
+    """Multiplies the prices before `provider.max_price` is checked."""
     rise_factor: Decimal = Decimal(0)
-    """Makes the model dearer from now on, in the catalog too; 0 leaves it."""
+    """Makes the model dearer from now on, in the catalog too; 0 leaves its price."""
     cache: str = ""
     """read | write | hit"""
     comments: tuple[int, int] = (1, 0)
-    """Comment lines before the first and before every later event."""
+    """Comment lines before the first event, and before every later one."""
     comments_as_data: bool = False
     line_end: bytes = b"\n"
     piece: int = 0
     """Bytes per piece of the body; 0 sends every event whole."""
     failure: str = ""
     stream_error: str = ""
-    """In mid-stream: code (a number) | string | empty (no choices)"""
+    """An error in mid-stream: code (a number) | string | empty (no choices)"""
     dies: bool = False
     body: str = ""
     """What a 200 (or 302) carries instead of an answer: error | error-choices | html | invalid | redirect"""
@@ -51,9 +51,9 @@ class Behaviour:
     delay: float = 0.0
     pace: float = 0.0
     halt: str = ""
-    """Where silence begins: start | middle; or `cut`: where the connection is dropped."""
+    """Where the answer stops: start | middle (silence from there on), or cut (the connection is dropped)."""
     after: int = 4
-    """Events before the fault."""
+    """The number of events before the fault."""
     late_lookups: int = 0
     fallback: bool = False
     dearer: bool = False
@@ -69,13 +69,14 @@ ORDINARY = Behaviour()
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One line for the documentation, and the fields of Behaviour that it sets."""
+    """A line for the documentation, and the fields of Behaviour that the scenario sets."""
 
     description: str
     changes: Mapping[str, object] = field(default_factory=dict)
 
 
 MAX_PARAMETER = 10**9
+# The name of each parameter, and the field of Behaviour that it sets.
 _PARAMETERS = {
     "tokens": "tokens",
     "ms": "pace",
@@ -105,7 +106,7 @@ _TABLE: dict[str, Scenario] = {
     "no-done": Scenario("Stream: usage comes, `[DONE]` does not", {"done": False}),
     "keepalive": Scenario("Stream: comment lines before and between the events", {"comments": (3, 1)}),
     "comment-as-data": Scenario(
-        "Stream: `data: : OPENROUTER PROCESSING`, as some middlemen make of a comment",
+        "Stream: `data: : OPENROUTER PROCESSING`, as some proxies rewrite a comment",
         {"comments": (2, 0), "comments_as_data": True},
     ),
     "crlf": Scenario("Stream: lines end with CRLF", {"line_end": b"\r\n"}),
@@ -151,7 +152,8 @@ _TABLE: dict[str, Scenario] = {
         {"price_factor": Decimal(2)},
     ),
     "price-rise": Scenario(
-        "The model's prices rise to `factor` (2) times, in the catalog too, for 5 minutes: refused for max_price until /models is read",
+        "The model's prices rise to `factor` (2) times, in the catalog too, for 5 minutes: "
+        "refused for max_price until /models is read",
         {"rise_factor": Decimal(2)},
     ),
     "fallback": Scenario(
@@ -188,21 +190,26 @@ SCENARIOS: Mapping[str, str] = MappingProxyType(
 
 
 def parse_scenarios(text: str) -> dict[str, object]:
-    """The changes that a header or suffix asks for; raises Refusal (400) for what it does not know."""
+    """The changes that a header or suffix demands; raises Refusal (400) for an unknown scenario."""
     changes: dict[str, object] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, *parameters = (piece.strip() for piece in part.split(";"))
-        scenario = _TABLE.get(name)
-        if scenario is None:
-            raise refusal(400, _unknown(name))
-        changes |= scenario.changes
-        for parameter in parameters:
-            changes |= _parse_parameter(scenario, parameter)
+        changes |= _parse_scenario(part)
+    return changes
+
+
+def _parse_scenario(text: str) -> dict[str, object]:
+    name, *parameters = (piece.strip() for piece in text.split(";"))
+    scenario = _TABLE.get(name)
+    if scenario is None:
+        raise refusal(400, _unknown(name))
+    changes = dict(scenario.changes)
+    for parameter in parameters:
+        changes |= _parse_parameter(scenario, parameter)
     return changes
 
 
 def _unknown(name: str) -> str:
-    """Short enough to pass through any middleman: what was meant, not all there is."""
+    """A message short enough to pass through any proxy: the likeliest names, not all there are."""
     close = get_close_matches(name, SCENARIOS, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"Unknown sandbox scenario {name[:40]!r}.{hint} docs/sandbox.md lists them all."
@@ -213,13 +220,14 @@ def split_model(model: str) -> tuple[str, dict[str, object]]:
     changes: dict[str, object] = {}
     while ":" in model:
         rest, _, suffix = model.rpartition(":")
+        # OpenRouter's own variants, such as :free, belong to the model id.
         if suffix.split(";")[0] not in _TABLE:
             break
         model, changes = rest, parse_scenarios(suffix) | changes
     return model, changes
 
 
-def behave(changes: Mapping[str, object]) -> Behaviour:
+def build_behaviour(changes: Mapping[str, object]) -> Behaviour:
     """The behaviour with these fields changed."""
     if not changes:
         return ORDINARY
@@ -228,23 +236,34 @@ def behave(changes: Mapping[str, object]) -> Behaviour:
 
 def _parse_parameter(scenario: Scenario, text: str) -> dict[str, object]:
     name, _, value = text.partition("=")
+    number = _read_number(value)
+    field_name = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
+    if not field_name or number is None:
+        raise _unknown_parameter(scenario, text)
+    if field_name.endswith("factor"):
+        return {field_name: number}
+    if field_name in ("pace", "delay"):
+        return {field_name: float(number) / (1000 if name == "ms" else 1)}
+    return {field_name: int(number)}
+
+
+def _read_number(text: str) -> Decimal | None:
     try:
-        number = Decimal(value)
+        number = Decimal(text)
     except InvalidOperation:
-        number = Decimal(-1)
-    target = _factor_of(scenario) if name == "factor" else _PARAMETERS.get(name, "")
-    if not target or not 0 <= number <= MAX_PARAMETER:
-        known = ", ".join([*_PARAMETERS, *(["factor"] if _factor_of(scenario) else [])])
-        raise refusal(
-            400,
-            f"Not a parameter of this sandbox scenario: {text[:40]!r}. Known: {known}, each a number up to {MAX_PARAMETER}.",
-        )
-    if target.endswith("factor"):
-        return {target: number}
-    if target in ("pace", "delay"):
-        return {target: float(number) / (1000 if name == "ms" else 1)}
-    return {target: int(number)}
+        return None
+    return number if number.is_finite() and 0 <= number <= MAX_PARAMETER else None
+
+
+def _unknown_parameter(scenario: Scenario, text: str) -> Refusal:
+    known = ", ".join([*_PARAMETERS, *(["factor"] if _factor_of(scenario) else [])])
+    return refusal(
+        400,
+        f"Not a parameter of this sandbox scenario: {text[:40]!r}. "
+        f"Known: {known}, each a number up to {MAX_PARAMETER}.",
+    )
 
 
 def _factor_of(scenario: Scenario) -> str:
+    """The field that the parameter `factor` sets, if the scenario has one."""
     return next((name for name in scenario.changes if name.endswith("factor")), "")

@@ -1,8 +1,7 @@
-"""One sample that conforms to a JSON schema. One deterministic sample, for tool arguments and structured
-outputs.
+"""One deterministic value that conforms to a JSON schema, for tool arguments and structured outputs.
 
-Covers what models are asked for in practice: types, enums, constants, nested objects and arrays, bounds,
-formats, local references and combinators. A `pattern` is not solved.
+It covers what clients use in practice: types, enums, constants, nested objects and arrays, bounds, formats,
+local references and combinators. A `pattern` is ignored.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TypeAlias
 
 Schema: TypeAlias = Mapping[str, object]
 
+# A schema can refer to itself, so that its depth, its values and its texts need bounds.
 MAX_DEPTH = 8
 MAX_VALUES = 2000
 MAX_LENGTH = 10_000
@@ -29,7 +29,7 @@ _FORMATS = {
 
 
 def sample(schema: object, words: str) -> object:
-    """A value that conforms to the schema; free texts are made of `words`."""
+    """A value that conforms to the schema. Free texts are made of `words`."""
     if not isinstance(schema, Mapping):
         return {}
     return _Sampler(schema, words or "sandbox").value(schema, 0)
@@ -39,13 +39,13 @@ class _Sampler:
     def __init__(self, root: Schema, words: str) -> None:
         self._root = root
         self._words = words
-        self._left = MAX_VALUES
+        self._values_left = MAX_VALUES
 
     def value(self, schema: object, depth: int) -> object:
         if not isinstance(schema, Mapping):
             return self._words
-        self._left -= 1
-        if depth > MAX_DEPTH or self._left < 0:
+        self._values_left -= 1
+        if depth > MAX_DEPTH or self._values_left < 0:
             return None
         if isinstance(schema.get("$ref"), str):
             return self.value(self._resolve(str(schema["$ref"])), depth + 1)
@@ -53,9 +53,13 @@ class _Sampler:
             return schema["const"]
         if isinstance(schema.get("enum"), list) and schema["enum"]:
             return schema["enum"][0]
+        return self._combined(schema, depth)
+
+    def _combined(self, schema: Schema, depth: int) -> object:
         for name in ("anyOf", "oneOf"):
-            if isinstance(schema.get(name), list) and schema[name]:
-                return self.value(_most_telling(schema[name]), depth + 1)
+            options = schema.get(name)
+            if isinstance(options, list) and options:
+                return self.value(_first_not_null(options), depth + 1)
         if isinstance(schema.get("allOf"), list):
             return self.value(self._merge(schema), depth + 1)
         return self._typed(schema, depth)
@@ -74,9 +78,10 @@ class _Sampler:
 
     def _object(self, schema: Schema, depth: int) -> dict[str, object]:
         properties = schema.get("properties")
+        known: Mapping[str, object] = properties if isinstance(properties, Mapping) else {}
         required = schema.get("required")
-        known = properties if isinstance(properties, Mapping) else {}
         needed = required if isinstance(required, list) else []
+        # Deep down only what is required, or a schema that contains itself would use up all values.
         names = [name for name in known if name in needed or depth < MAX_DEPTH // 2]
         value = {name: self.value(known[name], depth + 1) for name in names}
         return value | {name: self._words for name in needed if name not in known}
@@ -84,18 +89,9 @@ class _Sampler:
     def _array(self, schema: Schema, depth: int) -> list[object]:
         leading = schema.get("prefixItems")
         items = [self.value(item, depth + 1) for item in leading] if isinstance(leading, list) else []
-        least = _whole(schema, "minItems", 0 if items or depth >= MAX_DEPTH // 2 else 1)
-        most = _whole(schema, "maxItems", max(least, 1))
-        wanted = min(max(least, len(items)), max(most, len(items)), MAX_VALUES)
-        rest = [
-            self.value(schema.get("items", {"type": "string"}), depth + 1) for _ in range(wanted - len(items))
-        ]
-        if schema.get("uniqueItems") is True:
-            rest = [
-                f"{item} {place}" if place and isinstance(item, str) else item
-                for place, item in enumerate(rest)
-            ]
-        return items + rest
+        missing = _array_length(schema, len(items), depth) - len(items)
+        rest = [self.value(schema.get("items", {"type": "string"}), depth + 1) for _ in range(missing)]
+        return items + (_distinct(rest) if schema.get("uniqueItems") is True else rest)
 
     def _text(self, schema: Schema) -> str:
         if isinstance(schema.get("format"), str) and schema["format"] in _FORMATS:
@@ -115,14 +111,28 @@ class _Sampler:
         return merged
 
     def _resolve(self, reference: str) -> object:
-        found: object = self._root
+        """The schema that a local reference such as #/$defs/city leads to."""
+        schema: object = self._root
         for name in reference.removeprefix("#").strip("/").split("/"):
             if name:
-                found = found.get(name, {}) if isinstance(found, Mapping) else {}
-        return found
+                schema = schema.get(name, {}) if isinstance(schema, Mapping) else {}
+        return schema
+
+
+def _array_length(schema: Schema, leading: int, depth: int) -> int:
+    least = _whole(schema, "minItems", 0 if leading or depth >= MAX_DEPTH // 2 else 1)
+    most = _whole(schema, "maxItems", max(least, 1))
+    return min(max(least, leading), max(most, leading), MAX_VALUES)
+
+
+def _distinct(items: list[object]) -> list[object]:
+    return [
+        f"{item} {number}" if number and isinstance(item, str) else item for number, item in enumerate(items)
+    ]
 
 
 def _join(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+    """Both schemas as one. Their properties and required names are united, and otherwise the second wins."""
     joined = {**first, **second}
     for name in ("properties", "required"):
         one, two = first.get(name), second.get(name)
@@ -133,11 +143,9 @@ def _join(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str
     return joined
 
 
-def _most_telling(options: list[object]) -> object:
-    return next(
-        (item for item in options if not (isinstance(item, Mapping) and item.get("type") == "null")),
-        options[0],
-    )
+def _first_not_null(options: list[object]) -> object:
+    is_null = [isinstance(item, Mapping) and item.get("type") == "null" for item in options]
+    return options[is_null.index(False)] if False in is_null else options[0]
 
 
 def _type_of(schema: Schema) -> str:
@@ -162,17 +170,26 @@ def _bound(schema: Schema, name: str) -> Decimal | None:
 
 
 def _number(schema: Schema, kind: str) -> int | Decimal:
-    step = _bound(schema, "multipleOf") or Decimal(1)
+    value = _bounded(schema, _step(schema, kind))
+    return int(value) if value == value.to_integral_value() else value
+
+
+def _step(schema: Schema, kind: str) -> Decimal:
+    """What the value must be a multiple of. Half numbers show that a `number` need not be whole."""
+    if kind == "number" and "multipleOf" not in schema:
+        return Decimal("0.5")
+    return _bound(schema, "multipleOf") or Decimal(1)
+
+
+def _bounded(schema: Schema, step: Decimal) -> Decimal:
     least, above = _bound(schema, "minimum"), _bound(schema, "exclusiveMinimum")
     most, below = _bound(schema, "maximum"), _bound(schema, "exclusiveMaximum")
-    if kind == "number" and "multipleOf" not in schema:
-        step = Decimal("0.5")
-    value = step
     if least is not None or above is not None:
         floor = max(bound for bound in (least, above) if bound is not None)
         value = (floor / step).to_integral_value(rounding=ROUND_CEILING) * step
-        value += step if above is not None and value <= above else 0
-    elif (most is not None and value > most) or (below is not None and value >= below):
+        return value + step if above is not None and value <= above else value
+    if (most is not None and step > most) or (below is not None and step >= below):
         ceiling = min(bound for bound in (most, below) if bound is not None)
-        value = (ceiling // step - 1) * step
-    return int(value) if value == value.to_integral_value() else value
+        # One step below the ceiling satisfies an exclusive maximum, too.
+        return (ceiling // step - 1) * step
+    return step

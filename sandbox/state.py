@@ -1,5 +1,6 @@
-"""Calls and generations, in bounded memory. Generations, calls and the bill, in bounded memory; no id needs
-it to be priced.
+"""The memory of one instance: calls, generations and the bill, all bounded.
+
+No price may depend on it: `/generation` reads the cost from the id, so that another instance can answer.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import TypeVar
 
 import orjson
 
+from sandbox.models.market import Market
+
 from .bill import Bill, Charge
 from .generation import FOREVER, Generation, decode
-from .models.market import Market
 from .wire import Connection
 
 MAX_GENERATIONS = 10_000
 MAX_CALLS = 200
 MAX_KEPT_BODY = 32 * 1024
+# `/sandbox/calls` needs no key, so that it must not show any.
 SECRET_HEADERS = frozenset({"authorization", "x-api-key", "cookie"})
 
 _Value = TypeVar("_Value")
@@ -47,14 +50,14 @@ class Call:
 
     @property
     def body(self) -> object:
-        """The parsed body; None when there was none, it was no JSON or too large to keep."""
+        """The parsed body; None when there was none, or it was not JSON, or it was too large to keep."""
         try:
             return orjson.loads(self.raw_body)
         except orjson.JSONDecodeError:
             return None
 
     def keep_body(self, raw: bytes) -> None:
-        """Remember the body, unless it is large."""
+        """Remembers the body unless it is large."""
         self.raw_body = raw if len(raw) <= MAX_KEPT_BODY else b""
 
     def render(self) -> dict[str, object]:
@@ -84,7 +87,7 @@ class State:
 
     @property
     def billed(self) -> Decimal:
-        """US dollars billed so far; setting it starts a new bill at that amount."""
+        """US dollars billed so far. Setting it starts a new bill at that amount."""
         return self.bill.total
 
     @billed.setter
@@ -92,19 +95,19 @@ class State:
         self.bill = Bill(amount)
 
     def open_call(self, connection: Connection, path: str) -> Call:
-        """Note a request on arrival."""
+        """Records a request on its arrival."""
         call = Call(connection.method, path, connection.raw_headers)
         self.counts[path] += 1
         self.calls.append(call)
         return call
 
     def begin(self, call: Call, generation_id: str) -> None:
-        """A generation has started: nobody can know its cost yet."""
+        """Records the start of a generation, whose cost nobody can know yet."""
         call.generation_id = generation_id
         self.in_flight.add(generation_id)
 
     def end(self, call: Call, generation: Generation) -> None:
-        """A generation has ended, in whatever way: bill it."""
+        """Bills a generation, however it has ended."""
         if call.generation_id is None:
             raise ValueError("this call has no generation")
         self.in_flight.discard(call.generation_id)
@@ -114,7 +117,8 @@ class State:
         call.cost, call.cancelled = generation.cost, generation.cancelled
 
     def find(self, generation_id: str) -> Generation | None:
-        """What `/generation` may tell now; a late one is missed as often as its id says."""
+        """What `/generation` may say now. A late generation is missed as often as its id says."""
+        # OpenRouter knows a generation only once it has ended: clients get a 404 until then.
         if generation_id in self.in_flight:
             return None
         generation = self.generations.get(generation_id) or decode(generation_id)
@@ -125,7 +129,7 @@ class State:
         return generation if FOREVER > generation.late_lookups < lookups else None
 
     def reset(self) -> None:
-        """Forget calls and counts, and take back risen prices; generations and the bill stay."""
+        """Forgets calls and counts, and takes back risen prices. Generations and the bill stay."""
         self.market.calm()
         self.counts.clear()
         self.calls.clear()

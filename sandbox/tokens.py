@@ -1,14 +1,14 @@
-"""A deterministic tokenizer. A deterministic, plausible tokenizer that never counts more tokens than UTF-8
-bytes.
+"""A deterministic, plausible tokenizer. It must never count more tokens than the text has UTF-8 bytes.
 
-Beside the text, a message adds at most 4 tokens and the reply's priming 3 (OpenAI's counting recipe); an
-image adds 85 to 1105 (OpenAI's vision guide).
+Besides its text, a message adds 3 tokens, a name 1 and the reply 3, as in OpenAI's recipe:
+https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb. An image
+adds 85 to 1105 tokens (https://platform.openai.com/docs/guides/images-vision).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .wire import dumps
@@ -24,12 +24,13 @@ IMAGE_TOKENS = {"low": 85, "high": 1105}
 IMAGE_TOKENS_AUTO = 765
 MEDIA_TOKENS = {"input_audio": 100, "file": 300, "input_video": 1000, "video_url": 1000}
 
+# Every character is part of exactly one piece, so that the pieces joined are the text again.
 _PIECE = re.compile(r" ?[A-Za-z]{1,7}| ?\d{1,3}| ?[^\w\s]|\s+|.", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the prompt counts: all its tokens, those marked with `cache_control`, and its media."""
+    """The counts of a prompt: all tokens, those marked with `cache_control`, and the images."""
 
     tokens: int = 0
     cacheable: int = 0
@@ -42,33 +43,36 @@ class Prompt:
 
 
 def split(text: str) -> list[str]:
-    """The text's tokens; joined they are the text."""
+    """The text's tokens. Joined, they are the text."""
     return _PIECE.findall(text)
 
 
 def count(text: str) -> int:
-    """The number of tokens of a text; of a long one a quarter of its bytes, so that counting stays cheap."""
+    """The number of tokens of a text. A long text counts as a quarter of its bytes, which is cheap."""
     return len(split(text)) if len(text) <= LONG_TEXT else len(text.encode()) // BYTES_PER_TOKEN
 
 
 def count_prompt(body: Mapping[str, object]) -> Prompt:
-    """Count messages (or a legacy `prompt`) and tools of a chat or text completion request."""
+    """Counts the messages (or the legacy `prompt`) and the tools of a chat or text completion request."""
     total = Prompt()
     messages = body.get("messages")
     if isinstance(messages, list):
-        for message in messages:
-            total += _count_message(message)
-        total += Prompt(TOKENS_PER_REPLY)
+        total += _sum(_count_message(message) for message in messages) + Prompt(TOKENS_PER_REPLY)
     elif "prompt" in body:
         total += _count_text_input(body["prompt"])
     tools = body.get("tools")
     for tool in tools if isinstance(tools, list) else []:
+        # Providers put the tools into the prompt as text.
         total += Prompt(TOKENS_PER_TOOL + count(dumps(tool).decode()))
     return total
 
 
+def _sum(prompts: Iterable[Prompt]) -> Prompt:
+    return sum(prompts, Prompt())
+
+
 def count_inputs(inputs: object) -> list[int]:
-    """Tokens of each input of an embeddings request: a text, texts, token ids or lists of token ids."""
+    """The tokens of each input of an embeddings request: a text, texts, token ids, or lists of token ids."""
     if isinstance(inputs, str):
         return [count(inputs)]
     if not isinstance(inputs, list):
@@ -82,11 +86,10 @@ def _count_text_input(value: object) -> Prompt:
     if isinstance(value, str):
         return Prompt(count(value))
     if isinstance(value, list):
-        return sum(
-            (Prompt(1) if isinstance(item, int) else _count_text_input(item) for item in value), Prompt()
-        )
+        # A number is a token id.
+        return _sum(Prompt(1) if isinstance(item, int) else _count_text_input(item) for item in value)
     if isinstance(value, dict) and isinstance(value.get("content"), list):
-        return sum((_count_part(part) for part in value["content"]), Prompt())
+        return _sum(_count_part(part) for part in value["content"])
     return Prompt()
 
 
@@ -96,17 +99,23 @@ def _count_message(message: object) -> Prompt:
     total = Prompt(TOKENS_PER_MESSAGE)
     if isinstance(message.get("name"), str):
         total += Prompt(TOKENS_PER_NAME + count(message["name"]))
-    content = message.get("content")
-    if isinstance(content, str):
-        total += Prompt(count(content))
-    elif isinstance(content, list):
-        total += sum((_count_part(part) for part in content), Prompt())
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            total += Prompt(count(f"{function.get('name', '')}{function.get('arguments', '')}"))
-    return total
+    return total + _count_content(message.get("content")) + _count_tool_calls(message.get("tool_calls"))
+
+
+def _count_content(content: object) -> Prompt:
+    if isinstance(content, list):
+        return _sum(_count_part(part) for part in content)
+    return Prompt(count(content)) if isinstance(content, str) else Prompt()
+
+
+def _count_tool_calls(calls: object) -> Prompt:
+    functions = [call.get("function") for call in _dicts(calls)]
+    texts = [f"{item.get('name', '')}{item.get('arguments', '')}" for item in _dicts(functions)]
+    return Prompt(sum(map(count, texts)))
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _count_part(part: object) -> Prompt:

@@ -1,8 +1,8 @@
-"""Httpx2 to an ASGI app in process.
+"""A streaming httpx2 transport to an ASGI app in the same process.
 
-httpx2's own ASGITransport buffers the whole answer. Here the app runs in a task and its body passes through a
-short, bounded channel: the client reads pieces as they are made, the app waits for a slow reader, and a
-client that closes early is seen by the app as `http.disconnect`.
+httpx2's own ASGITransport buffers the whole response. Here the app runs in a task, and its body passes
+through a short, bounded channel. The client reads pieces as they are made, the app waits for a slow reader,
+and the app sees a client that closes early as `http.disconnect`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import httpx2
 
 from .wire import Message, Receive, Scope, Send
 
+# Long enough to keep both sides busy, and short enough that a slow client really stops the app.
 CHANNEL_LENGTH = 4
 SECONDS_TO_LEAVE = 1.0
 
@@ -33,6 +34,7 @@ class SandboxTransport(httpx2.AsyncBaseTransport):
         try:
             start = await exchange.next_message()
         except BaseException:
+            # The client has given up (a timeout, a cancellation): the app must hear of it.
             exchange.abort()
             raise
         if start is None or start["type"] != "http.response.start":
@@ -71,10 +73,12 @@ class _Exchange:
         self.task: asyncio.Future[None] = asyncio.ensure_future(
             app(_scope(request), self._receive, self._send)
         )
+        # Whoever waits for a message must wake up when none can come any more.
         self.task.add_done_callback(lambda _: self._changed.set())
 
     async def _receive(self) -> Message:
         if self._body is None:
+            # After the body, an ASGI server reports nothing but the client's leaving.
             await self._closed.wait()
             return {"type": "http.disconnect"}
         body, self._body = self._body, None
@@ -85,12 +89,14 @@ class _Exchange:
             self._room.clear()
             await self._room.wait()
         if self._closed.is_set():
+            # What an ASGI server of spec version 2.4 raises:
+            # https://asgi.readthedocs.io/en/latest/specs/www.html
             raise ConnectionResetError("the client closed the connection")
         self._messages.append(message)
         self._changed.set()
 
     async def next_message(self) -> Message | None:
-        """The app's next message, None once the answer is complete; raises httpx2's errors otherwise."""
+        """The app's next message; None once the response is complete. Raises httpx2's errors otherwise."""
         while not self._messages:
             if self._complete:
                 return None
@@ -119,15 +125,16 @@ class _Exchange:
         ) from cause
 
     def abort(self) -> None:
-        """Tell the app that the client is gone, and let it end by itself."""
+        """Tells the app that the client is gone, and lets it end by itself."""
         self._closed.set()
         self._room.set()
         self.task.add_done_callback(_retrieve_exception)
 
     async def aclose(self) -> None:
-        """Abort, and wait for the app to have noticed, so that what follows sees the outcome."""
+        """Aborts, and waits until the app has noticed, so that whatever follows sees the outcome."""
         self.abort()
         await asyncio.wait({self.task}, timeout=SECONDS_TO_LEAVE)
+        # An app that ignores the disconnect must not keep running after its client.
         self.task.cancel()
 
 
@@ -145,6 +152,7 @@ class _Body(httpx2.AsyncByteStream):
 
 
 def _retrieve_exception(task: asyncio.Future[None]) -> None:
+    """Keeps asyncio from logging "exception was never retrieved" for an app whose client has left."""
     if not task.cancelled():
         task.exception()
 

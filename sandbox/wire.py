@@ -1,6 +1,7 @@
-"""JSON with exact decimals; one HTTP exchange. JSON with exact decimals, and one HTTP exchange over raw ASGI.
+"""JSON with exact decimals, and one HTTP exchange over raw ASGI.
 
-Amounts never pass through a float: a `Decimal` is written as a plain JSON number, a `Raw` exactly as given.
+No amount may pass through a float: a `Decimal` is written as a plain JSON number, and a `Raw` exactly as it
+is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_REQUEST_BYTES = 32 * 1024 * 1024
 
 
 class ClientGone(ConnectionError):
-    """The client closed the connection before the answer was complete."""
+    """The client closed the connection before the response was complete."""
 
 
 class BodyTooLarge(ValueError):
@@ -51,7 +52,7 @@ def dumps(value: object) -> bytes:
 
 
 class Connection:
-    """One request and its answer. Notices a client that leaves, once `watching`."""
+    """One request and its response. Within `watching` it notices a client that leaves."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
@@ -60,7 +61,7 @@ class Connection:
         self.started = False
         self.finished = False
         self.farewell = b""
-        """What ends a stream that has taken too long; without it the connection is dropped."""
+        """The bytes that end a stream which has taken too long. Without them the connection is dropped."""
         self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
         self._send = send
@@ -69,8 +70,8 @@ class Connection:
 
     def header(self, name: str) -> str:
         """The first header of that (lower-case) name, or an empty string."""
-        wanted = name.encode()
-        return next((value.decode("latin-1") for key, value in self.raw_headers if key == wanted), "")
+        raw_name = name.encode()
+        return next((value.decode("latin-1") for key, value in self.raw_headers if key == raw_name), "")
 
     @property
     def query(self) -> dict[str, str]:
@@ -91,7 +92,8 @@ class Connection:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Listen for the client's leaving while the block runs; the body must have been read."""
+        """Listens for the client's leaving while the block runs. The body must have been read before."""
+        # Only one task may receive at a time, so the body and the disconnect are read one after the other.
         watcher = asyncio.create_task(self._watch())
         try:
             yield
@@ -104,7 +106,7 @@ class Connection:
         self._gone.set()
 
     async def pause(self, seconds: float) -> None:
-        """Wait; raises ClientGone as soon as a watched client leaves."""
+        """Waits. Raises ClientGone as soon as a watched client leaves."""
         try:
             async with asyncio.timeout(seconds):
                 await self._gone.wait()
@@ -113,35 +115,37 @@ class Connection:
         raise ClientGone
 
     async def hang(self) -> None:
-        """Stay silent until the client leaves, then raise ClientGone."""
+        """Stays silent until the client leaves, then raises ClientGone."""
         await self._gone.wait()
         raise ClientGone
 
     async def start(self, status: int, headers: dict[str, str], *, compressed: bool = False) -> None:
-        """Send status and headers. `compressed` gzips what is written afterwards, asked for or not."""
+        """Sends status and headers. `compressed` makes the body gzip, whatever the client accepts."""
         if compressed:
             headers = {**headers, "content-encoding": "gzip"}
+            # 16 more than the window size selects the gzip format, see zlib's documentation.
             self._gzip = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         self.started = True
         await self._deliver({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def write(self, chunk: bytes) -> None:
-        """Send one piece of the body; it arrives as a piece of its own, compressed or not."""
+        """Sends one piece of the body. It arrives as a piece of its own, compressed or not."""
         if self._gzip is not None:
+            # The flush sends what the compressor would keep for later.
             chunk = self._gzip.compress(chunk) + self._gzip.flush(zlib.Z_SYNC_FLUSH)
         await self._deliver({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def finish(self) -> None:
-        """Complete the answer. Without it the connection is dropped in the middle of the body."""
+        """Completes the response. Without this the connection is dropped in the middle of the body."""
         self.finished = True
         rest = self._gzip.flush() if self._gzip is not None else b""
         await self._deliver({"type": "http.response.body", "body": rest, "more_body": False})
 
-    async def answer(
+    async def respond(
         self, status: int, body: bytes, headers: dict[str, str] | None = None, *, compressed: bool = False
     ) -> None:
-        """Send a whole answer with its length; JSON unless the headers say otherwise."""
+        """Sends a whole response with its length. It is JSON unless the headers say otherwise."""
         if compressed:
             body = gzip.compress(body)
         fields = {"content-type": "application/json", **(headers or {}), "content-length": str(len(body))}
@@ -155,6 +159,7 @@ class Connection:
         if self._gone.is_set():
             raise ClientGone
         try:
+            # An ASGI server raises an OSError when the client has left.
             await self._send(message)
         except OSError as exc:
             raise ClientGone from exc

@@ -1,1 +1,1 @@
-"""One module per endpoint."""
+"""The endpoints that generate: how each reads its request and renders its response."""

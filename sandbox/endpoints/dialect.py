@@ -1,10 +1,11 @@
-"""What every endpoint must be able to say. Its answer, whole or as a stream, and its errors, all made from
-one plan.
+"""What every endpoint must be able to render from a plan: its response, whole or as a stream, and its errors.
+
+The errors in mid-stream are those of https://openrouter.ai/docs/api-reference/streaming.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from sandbox.wire import dumps
 
 EVENT_STREAM = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
+FRAGMENT_TOKENS = 3
 STREAM_ERRORS: Mapping[str, Mapping[str, object]] = {
     "code": {
         "code": 429,
@@ -40,34 +42,34 @@ TOO_LATE: Mapping[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One piece of a stream, and how many tokens of the completion have been delivered with it."""
+    """One piece of a stream, and the number of completion tokens delivered once it is sent."""
 
     data: bytes
     tokens: int
 
 
 class Dialect(Protocol):
-    """What one endpoint's answers look like."""
+    """The form of one endpoint's responses."""
 
     stream_type: str
-    """The media type of a stream; comments and line ends are changed in event streams only."""
+    """The media type of a stream. Comments and line ends are changed in event streams only."""
     only_streams: bool
-    """Whether there is no other form than a stream, asked for or not."""
+    """Whether every response is a stream, whatever the request says."""
     farewell: bytes
     """The last event of a stream that has taken too long."""
 
     def render(self, plan: Plan) -> Mapping[str, object] | str:
-        """The body of an answer that is sent whole; a text is sent as it is."""
+        """The body of a response that is sent whole. A text is sent as it is."""
 
     def render_error(self, error: Mapping[str, object]) -> Mapping[str, object]:
-        """The body (or what is put beside the answer) of an error in status 200."""
+        """The body of an error with status 200, or what is added to the response."""
 
     def frames(self, plan: Plan) -> Iterator[Frame]:
-        """All pieces of a stream, in order; comments are the delivery's affair."""
+        """All pieces of a stream, in order. Comments are added on delivery."""
 
 
-class Whole:
-    """What the dialects have in common whose answers are JSON; those that stream override `frames`."""
+class JsonDialect:
+    """What dialects with JSON responses have in common. Those that can stream override `frames`."""
 
     stream_type = EVENT_STREAM
     only_streams = False
@@ -81,16 +83,26 @@ class Whole:
 
 
 def pad(frames: Iterator[Frame], padding: int) -> Iterator[Frame]:
-    """The same pieces, the first event with so many spaces before its JSON."""
+    """The same pieces, with this many spaces before the JSON of the first event."""
     for frame in frames:
-        yield (
-            Frame(frame.data.replace(b"data: ", b"data: " + b" " * padding, 1), frame.tokens)
-            if padding
-            else frame
-        )
-        padding = 0
+        if padding:
+            data = frame.data.replace(b"data: ", b"data: " + b" " * padding, 1)
+            frame, padding = Frame(data, frame.tokens), 0
+        yield frame
 
 
 def sse(name: str, event: Mapping[str, object]) -> bytes:
-    """A server-sent event with a name, as OpenAI's responses and Anthropic's messages have it."""
+    """A server-sent event with a name, as in OpenAI's responses and Anthropic's messages."""
     return b"event: " + name.encode() + b"\ndata: " + dumps(event) + b"\n\n"
+
+
+def data_event(event: Mapping[str, object]) -> bytes:
+    """A server-sent event without a name, as in chat completions and image streams."""
+    return b"data: " + dumps(event) + b"\n\n"
+
+
+def fragments(pieces: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The arguments of a tool call as they are streamed: a few tokens at a time, and how many."""
+    for start in range(0, len(pieces), FRAGMENT_TOKENS):
+        fragment = pieces[start : start + FRAGMENT_TOKENS]
+        yield "".join(fragment), len(fragment)

@@ -1,4 +1,7 @@
-"""/embeddings. Unit vectors derived from the input, in the two encodings that clients ask for."""
+"""`/embeddings`: unit vectors derived from the input, as floats or base64.
+
+Shapes: https://platform.openai.com/docs/api-reference/embeddings, with OpenRouter's usage.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,34 @@ import math
 import struct
 from collections.abc import Mapping
 
-from sandbox.failures import refusal
+from sandbox.failures import invalid_request
 from sandbox.models.pricing import Tokens
-from sandbox.planning import Ask, Body, Plan, plan_media, too_long
+from sandbox.planning import Body, Plan, RequestSettings, plan_media, too_long
 from sandbox.tokens import count_inputs
 from sandbox.wire import dumps
 
-from .dialect import Whole
+from .dialect import JsonDialect
 from .usage import render_usage
 
 DIMENSIONS = 1536
 MAX_INPUTS = 2048
+# Embeddings have no completion, so that usage has no counts of one.
+_USAGE_FIELDS = frozenset({"prompt_tokens", "total_tokens", "cost", "is_byok", "cost_details"})
 
 
-def answer_embeddings(body: Body, ask: Ask) -> tuple[Plan, Embeddings]:
-    """Plan an embeddings answer; raises Refusal."""
+def plan_embeddings(body: Body, settings: RequestSettings) -> tuple[Plan, Embeddings]:
+    """Plans embeddings; raises Refusal."""
     inputs = count_inputs(body.get("input"))
     if not inputs or len(inputs) > MAX_INPUTS:
-        raise refusal(400, f"input must be a text or 1 to {MAX_INPUTS} of them", error_type="invalid_request")
+        raise invalid_request(f"input must be a text or 1 to {MAX_INPUTS} of them")
     _dimensions(body)
-    plan = plan_media(body, ask, "embeddings", "embeddings", lambda route: Tokens(prompt=sum(inputs)))
+    plan = plan_media(body, settings, "embeddings", "embeddings", lambda route: Tokens(prompt=sum(inputs)))
     if max(inputs) > plan.model.context:
         raise too_long(plan.model, max(inputs), 0)
     return plan, Embeddings(body)
 
 
-class Embeddings(Whole):
+class Embeddings(JsonDialect):
     """`/embeddings`."""
 
     def __init__(self, body: Body) -> None:
@@ -44,39 +49,41 @@ class Embeddings(Whole):
 
 
 def _dimensions(body: Body) -> int:
-    wanted = body.get("dimensions", DIMENSIONS)
-    if not isinstance(wanted, int) or not 1 <= wanted <= DIMENSIONS:
-        raise refusal(400, f"dimensions must be between 1 and {DIMENSIONS}", error_type="invalid_request")
-    return wanted
+    dimensions = body.get("dimensions", DIMENSIONS)
+    if not isinstance(dimensions, int) or not 1 <= dimensions <= DIMENSIONS:
+        raise invalid_request(f"dimensions must be between 1 and {DIMENSIONS}")
+    return dimensions
 
 
 def render_embeddings(plan: Plan, body: Mapping[str, object]) -> dict[str, object]:
-    """The body of an embeddings answer."""
-    inputs, dimensions = _inputs(body["input"]), _dimensions(body)
-    usage = render_usage(plan, plan.tokens)
-    kept = {"prompt_tokens", "total_tokens", "cost", "is_byok", "cost_details"}
-    answer: dict[str, object] = {
+    """The body of an embeddings response."""
+    dimensions = _dimensions(body)
+    vectors = [_encode(_vector(item, dimensions), body) for item in _inputs(body["input"])]
+    response: dict[str, object] = {
         "object": "list",
         "id": plan.id,
         "model": plan.model.id,
         "provider": plan.route.endpoint.provider,
         "data": [
-            {"object": "embedding", "index": index, "embedding": _encode(_vector(item, dimensions), body)}
-            for index, item in enumerate(inputs)
+            {"object": "embedding", "index": index, "embedding": vector}
+            for index, vector in enumerate(vectors)
         ],
     }
     if plan.behaviour.usage != "missing":
-        answer["usage"] = {name: value for name, value in usage.items() if name in kept}
-    return answer
+        usage = render_usage(plan, plan.tokens)
+        response["usage"] = {name: value for name, value in usage.items() if name in _USAGE_FIELDS}
+    return response
 
 
 def _inputs(value: object) -> list[object]:
+    # A list of numbers is one input: the ids of its tokens.
     if isinstance(value, list) and not all(isinstance(item, int) for item in value):
         return value
     return [value]
 
 
 def _vector(item: object, dimensions: int) -> list[float]:
+    # An extendable hash gives as many bytes as there are dimensions, and the same ones for the same input.
     noise = hashlib.shake_256(dumps(item)).digest(dimensions)
     raw = [byte - 127.5 for byte in noise]
     length = math.hypot(*raw)

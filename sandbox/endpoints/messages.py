@@ -1,7 +1,7 @@
-"""/messages. Anthropic's message and its events; its usage says what it cost, which the schema leaves open.
+"""`/messages`: Anthropic's message and its events. The usage includes the cost, which the schema leaves open.
 
-Shapes: https://docs.anthropic.com/en/docs/build-with-claude/streaming, OpenRouter's `MessagesResult` and
-`MessagesStreamEvents`.
+Shapes: https://docs.anthropic.com/en/docs/build-with-claude/streaming, and `MessagesResult` and
+`MessagesStreamEvents` of OpenRouter's OpenAPI document.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import orjson
 
 from sandbox.content import Choice
 from sandbox.failures import anthropic_error
-from sandbox.planning import Ask, Body, Plan, plan_completion
+from sandbox.planning import Body, Plan, RequestSettings, plan_completion
 
-from .chat import FRAGMENT_TOKENS
-from .dialect import PROVIDER_DIED, STREAM_ERRORS, TOO_LATE, Frame, Whole, sse
+from .dialect import PROVIDER_DIED, STREAM_ERRORS, TOO_LATE, Frame, JsonDialect, fragments, sse
 from .messages_input import read_message_request
 from .usage import render_message_usage
 
@@ -29,28 +28,25 @@ _EMPTY: Mapping[str, Mapping[str, object]] = {
 _MONEY = ("cost", "is_byok", "cost_details")
 
 
-def answer_message(body: Body, ask: Ask) -> tuple[Plan, Messages]:
-    """Plan a message; raises Refusal."""
-    return plan_completion(read_message_request(body), ask), Messages()
+def plan_message(body: Body, settings: RequestSettings) -> tuple[Plan, Messages]:
+    """Plans a message; raises Refusal."""
+    return plan_completion(read_message_request(body), settings), Messages()
 
 
-class Messages(Whole):
+class Messages(JsonDialect):
     """`/messages`."""
 
     farewell = sse("error", {"type": "error", "error": anthropic_error(TOO_LATE, 504)})
 
     def render(self, plan: Plan) -> Mapping[str, object]:
         choice = plan.choices[0]
-        usage = (
-            {} if plan.behaviour.usage == "missing" else {"usage": render_message_usage(plan, plan.tokens)}
-        )
-        died = {"error": anthropic_error(PROVIDER_DIED, 502)} if choice.finish == "error" else {}
+        error = {"error": anthropic_error(PROVIDER_DIED, 502)} if choice.finish == "error" else {}
         return {
             **_message(plan),
             "content": [_block(kind, choice) for kind in _kinds(plan)],
             **_ending(choice),
-            **usage,
-            **died,
+            **_usage(plan),
+            **error,
         }
 
     def render_error(self, error: Mapping[str, object]) -> Mapping[str, object]:
@@ -59,12 +55,13 @@ class Messages(Whole):
     def frames(self, plan: Plan) -> Iterator[Frame]:
         failure, choice = plan.behaviour.stream_error, plan.choices[0]
         if failure and not plan.behaviour.after:
+            # The scenario error-first: not even message_start comes before the error.
             yield _failed(STREAM_ERRORS[failure], 0)
             return
         yield _event("message_start", 0, message=_started(plan))
         tokens = 0
-        for place, kind in enumerate(_kinds(plan)):
-            for frame in _block_frames(plan, kind, place, tokens, cut=bool(failure)):
+        for index, kind in enumerate(_kinds(plan)):
+            for frame in _block_frames(plan, kind, index, tokens, cut=bool(failure)):
                 tokens = frame.tokens
                 yield frame
         if failure or choice.finish == "error":
@@ -87,13 +84,17 @@ def _message(plan: Plan) -> dict[str, object]:
     }
 
 
+def _usage(plan: Plan) -> dict[str, object]:
+    return {} if plan.behaviour.usage == "missing" else {"usage": render_message_usage(plan, plan.tokens)}
+
+
 def _ending(choice: Choice) -> dict[str, object]:
     reason = "stop_sequence" if choice.stopped_by else _REASONS.get(choice.finish)
     return {"stop_reason": reason, "stop_sequence": choice.stopped_by}
 
 
 def _started(plan: Plan) -> dict[str, object]:
-    """The message of the first event: its usage counts one token out and says nothing of money."""
+    """The message of the first event. Its usage counts one output token and has no cost."""
     if plan.behaviour.usage == "missing":
         return _message(plan)
     first = replace(plan.tokens, completion=min(1, plan.tokens.completion), reasoning=0)
@@ -102,13 +103,11 @@ def _started(plan: Plan) -> dict[str, object]:
 
 
 def _kinds(plan: Plan) -> list[str]:
-    """The content blocks: thinking, then text or a tool's use."""
-    choice, kinds = plan.choices[0], []
-    if choice.thoughts and plan.shows_thoughts:
-        kinds.append("thinking")
-    if choice.pieces or choice.tool:
-        kinds.append("tool_use" if choice.tool else "text")
-    return kinds
+    """The kinds of the content blocks: thinking, then text or a tool's use."""
+    choice = plan.choices[0]
+    thinking = ["thinking"] if choice.thoughts and plan.shows_thoughts else []
+    output = ["tool_use" if choice.tool else "text"] if choice.pieces or choice.tool else []
+    return [*thinking, *output]
 
 
 def _block(kind: str, choice: Choice) -> dict[str, object]:
@@ -125,7 +124,7 @@ def _block(kind: str, choice: Choice) -> dict[str, object]:
 
 
 def _input(arguments: str) -> object:
-    """The tool's input; an empty one where the token limit has cut the arguments."""
+    """The tool's input. It is empty where the token limit has cut the arguments."""
     try:
         return orjson.loads(arguments)
     except orjson.JSONDecodeError:
@@ -136,20 +135,21 @@ def _signature(choice: Choice) -> str:
     return f"sandbox-{len(choice.thoughts)}"
 
 
-def _block_frames(plan: Plan, kind: str, place: int, tokens: int, *, cut: bool) -> Iterator[Frame]:
+def _block_frames(plan: Plan, kind: str, index: int, tokens: int, *, cut: bool) -> Iterator[Frame]:
     choice = plan.choices[0]
-    tokens += choice.tool.lead if kind == "tool_use" and choice.tool else 0
-    yield _event(
-        "content_block_start", tokens, index=place, content_block={**_block(kind, choice), **_EMPTY[kind]}
-    )
-    if place == 0:
+    tokens += choice.tool.name_tokens if kind == "tool_use" and choice.tool else 0
+    empty = {**_block(kind, choice), **_EMPTY[kind]}
+    yield _event("content_block_start", tokens, index=index, content_block=empty)
+    if index == 0:
+        # Anthropic sends pings at any time; clients must expect one early.
         yield _event("ping", tokens)
+    # Hidden reasoning is billed all the same.
     tokens += 0 if plan.shows_thoughts else len(choice.thoughts)
     for delta, added in _deltas(kind, choice):
         tokens += added
-        yield _event("content_block_delta", tokens, index=place, delta=delta)
+        yield _event("content_block_delta", tokens, index=index, delta=delta)
     if not cut:
-        yield _event("content_block_stop", tokens, index=place)
+        yield _event("content_block_stop", tokens, index=index)
 
 
 def _deltas(kind: str, choice: Choice) -> Iterator[tuple[dict[str, object], int]]:
@@ -162,23 +162,22 @@ def _deltas(kind: str, choice: Choice) -> Iterator[tuple[dict[str, object], int]
         yield {"type": "signature_delta", "signature": _signature(choice)}, 0
     else:
         yield {"type": "input_json_delta", "partial_json": ""}, 0
-        for start in range(0, len(choice.pieces), FRAGMENT_TOKENS):
-            pieces = choice.pieces[start : start + FRAGMENT_TOKENS]
-            yield {"type": "input_json_delta", "partial_json": "".join(pieces)}, len(pieces)
+        for arguments, added in fragments(choice.pieces):
+            yield {"type": "input_json_delta", "partial_json": arguments}, added
 
 
 def _end(plan: Plan, choice: Choice) -> Iterator[Frame]:
     behaviour, tokens = plan.behaviour, plan.tokens.completion
     if behaviour.usage == "missing" and not behaviour.done:
         return
-    usage = {} if behaviour.usage == "missing" else {"usage": render_message_usage(plan, plan.tokens)}
     for _ in range(2 if behaviour.usage == "twice" else 1):
-        yield _event("message_delta", tokens, delta=_ending(choice), **usage)
+        yield _event("message_delta", tokens, delta=_ending(choice), **_usage(plan))
     if behaviour.done:
         yield _event("message_stop", tokens)
 
 
 def _error(error: Mapping[str, object]) -> dict[str, object]:
+    # An error with a text as its code has no status, and counts as a failure of the server.
     return anthropic_error(error, code if isinstance(code := error["code"], int) else 500)
 
 

@@ -1,7 +1,7 @@
-"""/rerank. The documents by the words that they share with the query, billed by search unit or by token.
+"""`/rerank`: ranks documents by the words that they share with the query. Billed by search unit or by token.
 
-A search unit is one query with up to 100 documents; a document of more than 500 tokens counts as several
-(https://cohere.com/pricing). Shape: OpenRouter's API reference, rerank.
+A search unit is one query with up to 100 documents, and a document of more than 500 tokens counts as several
+(https://cohere.com/pricing). The shape is that of OpenRouter's API reference.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping
+from itertools import accumulate
 
-from sandbox.failures import refusal
+from sandbox.failures import invalid_request
 from sandbox.models.pricing import Tokens
-from sandbox.planning import Ask, Body, Plan, plan_media
+from sandbox.planning import Body, Plan, RequestSettings, plan_media
+from sandbox.request_fields import require_positive
 from sandbox.tokens import count
 
-from .dialect import Whole
+from .dialect import JsonDialect
 from .usage import render_cost
 
 MAX_DOCUMENTS = 1_000
@@ -24,97 +26,92 @@ TOKENS_PER_PIECE = 500
 _WORD = re.compile(r"\w+")
 
 
-def answer_rerank(body: Body, ask: Ask) -> tuple[Plan, Rerank]:
-    """Plan a ranking; raises Refusal."""
-    query, documents = body.get("query"), body.get("documents")
+def plan_rerank(body: Body, settings: RequestSettings) -> tuple[Plan, Rerank]:
+    """Plans a ranking; raises Refusal."""
+    query = body.get("query")
     if not isinstance(query, str) or not query:
-        raise refusal(400, "query: Invalid input: expected string", error_type="invalid_request")
-    if not isinstance(documents, list) or not 1 <= len(documents) <= MAX_DOCUMENTS:
-        raise refusal(
-            400, f"documents: expected 1 to {MAX_DOCUMENTS} documents", error_type="invalid_request"
-        )
-    shown = [_document(document, place) for place, document in enumerate(documents)]
-    wanted = body.get("top_n")
-    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
-        raise refusal(400, "top_n must be at least 1", error_type="invalid_request")
-    tokens = _tokens(query, shown)
-    plan = plan_media(body, ask, "rerank", "rerank", lambda route: tokens)
-    return plan, Rerank(query, shown, len(shown) if wanted is None else int(wanted), ask.limits.answer_bytes)
+        raise invalid_request("query: Invalid input: expected string")
+    documents, top_n = _require_documents(body), body.get("top_n")
+    limit = len(documents) if top_n is None else require_positive(top_n, "top_n must be at least 1")
+    tokens = _tokens(query, documents)
+    plan = plan_media(body, settings, "rerank", "rerank", lambda route: tokens)
+    return plan, Rerank(query, documents, limit, settings.limits.answer_bytes)
 
 
-class Rerank(Whole):
+class Rerank(JsonDialect):
     """`/rerank`."""
 
     def __init__(
-        self, query: str, documents: list[Mapping[str, object]], wanted: int, most_bytes: int | None
+        self, query: str, documents: list[Mapping[str, object]], limit: int, max_bytes: int | None
     ) -> None:
         self._query = query
         self._documents = documents
-        self._wanted = wanted
-        self._most_bytes = most_bytes
+        self._limit = limit
+        self._max_bytes = max_bytes
 
     def render(self, plan: Plan) -> Mapping[str, object]:
-        scores = [
-            (score(self._query, _text(document)), -place) for place, document in enumerate(self._documents)
-        ]
-        best = [(mark, -place) for mark, place in sorted(scores, reverse=True)[: self._wanted]]
-        results = [
-            {"index": place, "relevance_score": mark, "document": self._documents[place]}
-            for mark, place in best
-        ]
         body = {
             "id": plan.id,
             "model": plan.model.id,
             "provider": plan.route.endpoint.provider,
-            "results": self._fitting(results),
+            "results": self._within_limit(self._results()),
         }
         return body if plan.behaviour.usage == "missing" else {**body, "usage": _usage(plan)}
 
-    def _fitting(self, results: list[dict[str, object]]) -> list[dict[str, object]]:
-        """The best results, as many as the size of answers allows."""
-        if self._most_bytes is None:
+    def _results(self) -> list[dict[str, object]]:
+        """The best documents, the best first; of equal ones, the earlier first."""
+        scores = [score(self._query, _text(document)) for document in self._documents]
+        best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: self._limit]
+        return [
+            {"index": index, "relevance_score": scores[index], "document": self._documents[index]}
+            for index in best
+        ]
+
+    def _within_limit(self, results: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The best results, as many as the limit of a response's size allows."""
+        if self._max_bytes is None:
             return results
-        kept, size = [], 0
-        for result in results:
-            size += len(str(result["document"]).encode())
-            if size > self._most_bytes:
-                break
-            kept.append(result)
-        return kept
+        sizes = accumulate(len(str(result["document"]).encode()) for result in results)
+        return results[: sum(size <= self._max_bytes for size in sizes)]
 
 
 def _usage(plan: Plan) -> dict[str, object]:
-    tokens = plan.tokens
-    units = (
-        {"search_units": 0 if plan.behaviour.cache == "hit" else tokens.units}
-        if plan.route.prices.request
-        else {}
-    )
+    tokens, units = plan.tokens, {}
+    # Only models with a price per request report search units.
+    if plan.route.prices.request:
+        units = {"search_units": 0 if plan.behaviour.cache == "hit" else tokens.units}
     return {**units, "total_tokens": tokens.prompt, **render_cost(plan, tokens)}
 
 
 def _tokens(query: str, documents: list[Mapping[str, object]]) -> Tokens:
-    asked = count(query)
     lengths = [count(_text(document)) for document in documents]
     pieces = sum(max(1, -(-length // TOKENS_PER_PIECE)) for length in lengths)
-    return Tokens(prompt=asked + sum(lengths), units=-(-pieces // DOCUMENTS_PER_UNIT))
+    return Tokens(prompt=count(query) + sum(lengths), units=-(-pieces // DOCUMENTS_PER_UNIT))
 
 
 def score(query: str, document: str) -> float:
-    """Between 0 and 1: the share of the query's words that the document has, and a little of its own."""
-    wanted, found = (set(_WORD.findall(text.lower())) for text in (query, document))
-    shared = len(wanted & found) / len(wanted) if wanted else 0.0
+    """Between 0 and 1: the share of the query's words that the document has.
+
+    A little of the document's own checksum is added, so that hardly any two documents have the same score.
+    """
+    query_words, words = (set(_WORD.findall(text.lower())) for text in (query, document))
+    shared = len(query_words & words) / len(query_words) if query_words else 0.0
     return round(0.9 * shared + zlib.crc32(document.encode()) % 1000 / 20_000, 6)
 
 
-def _document(document: object, place: int) -> Mapping[str, object]:
+def _require_documents(body: Body) -> list[Mapping[str, object]]:
+    documents = body.get("documents")
+    if not isinstance(documents, list) or not 1 <= len(documents) <= MAX_DOCUMENTS:
+        raise invalid_request(f"documents: expected 1 to {MAX_DOCUMENTS} documents")
+    return [_document(document, index) for index, document in enumerate(documents)]
+
+
+def _document(document: object, index: int) -> Mapping[str, object]:
     if isinstance(document, str):
         return {"text": document}
     if isinstance(document, Mapping) and isinstance(document.get("text"), str):
         return document
-    raise refusal(
-        400, f"documents.{place}: expected a string, or an object with text", error_type="invalid_request"
-    )
+    raise invalid_request(f"documents.{index}: expected a string, or an object with text")
 
 
 def _text(document: Mapping[str, object]) -> str:

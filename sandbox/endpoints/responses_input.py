@@ -1,16 +1,19 @@
-"""A /responses request as a chat request. The same, said as a chat completion request.
+"""Translates a `/responses` request into a chat completion request, which is then planned.
 
-Shapes: https://platform.openai.com/docs/api-reference/responses/create and OpenRouter's `ResponsesRequest`.
+Shapes: https://platform.openai.com/docs/api-reference/responses/create, and `ResponsesRequest` of
+OpenRouter's OpenAPI document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from sandbox.failures import refusal
+from sandbox.failures import invalid_request
 from sandbox.planning import Body
+from sandbox.request_fields import objects, require_positive, require_role
 
 ROLES = ("user", "assistant", "system", "developer")
+# Fields that mean the same in both APIs.
 _SAME = (
     "model",
     "models",
@@ -22,6 +25,7 @@ _SAME = (
     "temperature",
     "top_p",
 )
+# Parts whose text is named otherwise.
 _PARTS = {
     "input_text": "text",
     "output_text": "text",
@@ -32,84 +36,79 @@ _PARTS = {
 
 
 def read_response_request(body: Body) -> Body:
-    """The chat completion request that this one amounts to; raises Refusal (400)."""
+    """The equivalent chat completion request; raises Refusal (400)."""
     chat: dict[str, object] = {name: body[name] for name in _SAME if name in body}
-    instructions = body.get("instructions")
-    messages = (
-        [{"role": "system", "content": instructions}]
-        if isinstance(instructions, str) and instructions
-        else []
-    )
-    chat["messages"] = [*messages, *_messages(body.get("input"))]
-    if body.get("max_output_tokens") is not None:
-        chat["max_completion_tokens"] = _limit(body["max_output_tokens"])
-    tools = [_tool(tool) for tool in _objects(body.get("tools")) if tool.get("type") == "function"]
-    if tools:
-        chat["tools"] = tools
-        chat["tool_choice"] = _tool_choice(body.get("tool_choice", "auto"))
-    text = body.get("text")
-    if isinstance(text, Mapping) and isinstance(text.get("format"), Mapping):
-        chat["response_format"] = _format(text["format"])
-    return chat
+    chat["messages"] = [*_instructions(body.get("instructions")), *_messages(body.get("input"))]
+    limit = body.get("max_output_tokens")
+    if limit is not None:
+        chat["max_completion_tokens"] = require_positive(limit, "max_output_tokens must be at least 1")
+    return {**chat, **_tools(body), **_response_format(body.get("text"))}
 
 
-def _messages(said: object) -> Iterator[dict[str, object]]:
-    if isinstance(said, str) and said:
-        yield {"role": "user", "content": said}
+def _instructions(instructions: object) -> list[dict[str, object]]:
+    has_text = isinstance(instructions, str) and instructions
+    return [{"role": "system", "content": instructions}] if has_text else []
+
+
+def _tools(body: Body) -> dict[str, object]:
+    # The other types run on OpenAI's servers, and the model does not call them through the client.
+    tools = [_tool(tool) for tool in objects(body.get("tools")) if tool.get("type") == "function"]
+    return {"tools": tools, "tool_choice": _tool_choice(body.get("tool_choice", "auto"))} if tools else {}
+
+
+def _response_format(text: object) -> dict[str, object]:
+    text_format = text.get("format") if isinstance(text, Mapping) else None
+    return {"response_format": _format(text_format)} if isinstance(text_format, Mapping) else {}
+
+
+def _messages(items: object) -> Iterator[dict[str, object]]:
+    if isinstance(items, str) and items:
+        yield {"role": "user", "content": items}
         return
-    if not isinstance(said, list) or not said:
-        raise refusal(400, "input: Invalid input: expected string or array", error_type="invalid_request")
-    for place, item in enumerate(said):
+    if not isinstance(items, list) or not items:
+        raise invalid_request("input: Invalid input: expected string or array")
+    for index, item in enumerate(items):
         if not isinstance(item, Mapping):
-            raise refusal(400, f"input.{place}: Invalid input: expected object", error_type="invalid_request")
-        yield _message(item, place)
+            raise invalid_request(f"input.{index}: Invalid input: expected object")
+        yield _message(item, f"input.{index}")
 
 
-def _message(item: Mapping[str, object], place: int) -> dict[str, object]:
+def _message(item: Mapping[str, object], path: str) -> dict[str, object]:
     kind = item.get("type", "message")
     if kind == "function_call":
-        function = {"name": item.get("name"), "arguments": item.get("arguments")}
-        return {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"type": "function", "function": function}],
-        }
+        return _function_call(item)
     if kind == "function_call_output":
         return {"role": "tool", "content": _content(item.get("output"))}
     if kind != "message":
+        # Reasoning of an earlier turn, above all.
         return {"role": "assistant", "content": _content(item.get("summary") or item.get("content"))}
-    if item.get("role") not in ROLES:
-        allowed = "|".join(f'"{role}"' for role in ROLES)
-        raise refusal(
-            400,
-            f"input.{place}.role: Invalid option: expected one of {allowed}",
-            error_type="invalid_request",
-        )
-    return {"role": item["role"], "content": _content(item.get("content"))}
+    role = require_role(item, ROLES, path)
+    return {"role": role, "content": _content(item.get("content"))}
+
+
+def _function_call(item: Mapping[str, object]) -> dict[str, object]:
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    calls = [{"type": "function", "function": function}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 def _content(content: object) -> object:
-    return [_part(part) for part in _objects(content)] if isinstance(content, list) else content
+    return [_part(part) for part in objects(content)] if isinstance(content, list) else content
 
 
 def _part(part: Mapping[str, object]) -> dict[str, object]:
     kind = str(part.get("type"))
     if kind == "input_image":
-        return {
-            "type": "image_url",
-            "image_url": {"url": part.get("image_url"), "detail": part.get("detail")},
-        }
+        image = {"url": part.get("image_url"), "detail": part.get("detail")}
+        return {"type": "image_url", "image_url": image}
     if kind == "input_file":
         return {"type": "file"}
     return {**part, "type": _PARTS.get(kind, kind)}
 
 
 def _tool(tool: Mapping[str, object]) -> dict[str, object]:
-    function = {
-        name: tool[name]
-        for name in ("name", "description", "parameters", "strict")
-        if tool.get(name) is not None
-    }
+    names = ("name", "description", "parameters", "strict")
+    function = {name: tool[name] for name in names if tool.get(name) is not None}
     return {"type": "function", "function": function}
 
 
@@ -119,20 +118,10 @@ def _tool_choice(choice: object) -> object:
     return choice
 
 
-def _format(wanted: Mapping[str, object]) -> dict[str, object]:
-    if wanted.get("type") != "json_schema":
-        return {"type": wanted.get("type")}
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": wanted.get("name"), "schema": wanted.get("schema")},
-    }
-
-
-def _limit(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise refusal(400, "max_output_tokens must be at least 1", error_type="invalid_request")
-    return value
-
-
-def _objects(value: object) -> list[Mapping[str, object]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+def _format(text_format: Mapping[str, object]) -> dict[str, object]:
+    """Chat completions put a schema one level deeper."""
+    kind = text_format.get("type")
+    if kind != "json_schema":
+        return {"type": kind}
+    json_schema = {"name": text_format.get("name"), "schema": text_format.get("schema")}
+    return {"type": "json_schema", "json_schema": json_schema}

@@ -1,4 +1,4 @@
-"""/audio/speech. A hum, in pieces, of a length that the text sets; what it cost only `/generation` says.
+"""`/audio/speech`: a hum in pieces, as long as the text. Only `/generation` says what it cost.
 
 Shapes: https://openrouter.ai/docs/guides/overview/multimodal/tts
 """
@@ -12,13 +12,13 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 
-from sandbox.failures import refusal
+from sandbox.failures import invalid_request
 from sandbox.models.pricing import Tokens
-from sandbox.planning import Ask, Body, Plan, plan_media
+from sandbox.planning import Body, Plan, RequestSettings, plan_media
 from sandbox.routing import Route
 from sandbox.tokens import count
 
-from .dialect import Frame, Whole
+from .dialect import Frame, JsonDialect
 
 MAX_CHARACTERS = 4_096
 CHARACTERS_PER_SECOND = 15
@@ -32,72 +32,69 @@ MEDIA_TYPES = {"mp3": "audio/mpeg", "pcm": f"audio/pcm;rate={RATE};channels=1", 
 _MP3_PIECE = (b"\xff\xf3\x44\xc0" + bytes(92)) * 4
 
 
-def answer_speech(body: Body, ask: Ask) -> tuple[Plan, Speech]:
-    """Plan a speech; raises Refusal."""
-    text, form = body.get("input"), body.get("response_format", "pcm")
+def plan_speech(body: Body, settings: RequestSettings) -> tuple[Plan, Speech]:
+    """Plans speech; raises Refusal."""
+    text, audio_format = body.get("input"), body.get("response_format", "pcm")
     if not isinstance(text, str) or not 1 <= len(text) <= MAX_CHARACTERS:
-        raise refusal(400, f"input: expected 1 to {MAX_CHARACTERS} characters", error_type="invalid_request")
-    if not isinstance(form, str) or form not in MEDIA_TYPES:
-        raise refusal(
-            400, 'response_format: Invalid option: expected one of "mp3"|"pcm"', error_type="invalid_request"
-        )
-    plan = plan_media(body, ask, "speech", "tts", lambda route: _tokens(text, route), streamed=True)
+        raise invalid_request(f"input: expected 1 to {MAX_CHARACTERS} characters")
+    if not isinstance(audio_format, str) or audio_format not in MEDIA_TYPES:
+        raise invalid_request('response_format: Invalid option: expected one of "mp3"|"pcm"')
+    plan = plan_media(body, settings, "speech", "tts", lambda route: _tokens(text, route), streamed=True)
     _require_voice(body.get("voice"), plan)
-    return plan, Speech(text, form, ask.limits.answer_bytes)
+    return plan, Speech(text, audio_format, settings.limits.answer_bytes)
 
 
-class Speech(Whole):
-    """`/audio/speech`: bytes, as they are made."""
+class Speech(JsonDialect):
+    """`/audio/speech`: bytes as they are made, without events."""
 
     only_streams = True
     farewell = b""
 
-    def __init__(self, text: str, form: str, most_bytes: int | None) -> None:
-        self.stream_type = MEDIA_TYPES[form]
-        piece = _MP3_PIECE if form == "mp3" else hum(zlib.crc32(text.encode()))
-        most = MAX_AUDIO_BYTES if most_bytes is None else min(MAX_AUDIO_BYTES, most_bytes)
-        pieces = max(1, len(text) * PIECES_PER_SECOND // CHARACTERS_PER_SECOND)
-        self._pieces = [piece[:most]] * max(1, min(pieces, most // len(piece)))
-        if form == "wav":
+    def __init__(self, text: str, audio_format: str, max_bytes: int | None) -> None:
+        self.stream_type = MEDIA_TYPES[audio_format]
+        piece = _MP3_PIECE if audio_format == "mp3" else hum(zlib.crc32(text.encode()))
+        limit = MAX_AUDIO_BYTES if max_bytes is None else min(MAX_AUDIO_BYTES, max_bytes)
+        number = max(1, len(text) * PIECES_PER_SECOND // CHARACTERS_PER_SECOND)
+        self._pieces = [piece[:limit]] * max(1, min(number, limit // len(piece)))
+        if audio_format == "wav":
             self._pieces[0] = _wav_header(sum(map(len, self._pieces))) + self._pieces[0]
 
     def render(self, plan: Plan) -> Mapping[str, object]:
-        """What stands where the audio should, when a scenario asks for another body."""
+        """The body of scenarios that replace the audio."""
         return {"id": plan.id, "object": "audio.speech", "model": plan.model.id}
 
     def frames(self, plan: Plan) -> Iterator[Frame]:
-        whole, pieces = plan.tokens.completion, len(self._pieces)
-        for place, piece in enumerate(self._pieces, 1):
-            yield Frame(piece, whole * place // pieces)
+        for number, piece in enumerate(self._pieces, 1):
+            yield Frame(piece, plan.tokens.completion * number // len(self._pieces))
 
 
 def hum(seed: int) -> bytes:
-    """A tenth of a second of a tone, 16 bits, which can be repeated without a click."""
+    """A tenth of a second of a tone in 16-bit samples, which can be repeated without a click."""
+    # Whole cycles, so that the end of a piece meets the beginning of the next.
     cycles = 20 + seed % 40
     length = RATE // PIECES_PER_SECOND
-    samples = array.array(
-        "h", (round(6_000 * math.sin(2 * math.pi * cycles * place / length)) for place in range(length))
-    )
+    angles = (2 * math.pi * cycles * position / length for position in range(length))
+    samples = array.array("h", (round(6_000 * math.sin(angle)) for angle in angles))
     if sys.byteorder == "big":
         samples.byteswap()
     return samples.tobytes()
 
 
 def _wav_header(size: int) -> bytes:
-    return b"RIFF" + struct.pack(
-        "<I4s4sIHHIIHH4sI", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size
-    )
+    """The 44 bytes before the samples: PCM, mono, 16 bits."""
+    fields = (36 + size, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16, b"data", size)
+    return b"RIFF" + struct.pack("<I4s4sIHHIIHH4sI", *fields)
 
 
 def _tokens(text: str, route: Route) -> Tokens:
     if route.model.unit == "character":
         return Tokens(prompt=len(text))
-    spoken = -(-len(text) * TOKENS_PER_SECOND // CHARACTERS_PER_SECOND)
-    spoken = min(spoken, route.model.max_completion or spoken)
-    return Tokens(prompt=count(text), completion=spoken, audio_out=spoken)
+    audio = -(-len(text) * TOKENS_PER_SECOND // CHARACTERS_PER_SECOND)
+    audio = min(audio, route.model.max_completion or audio)
+    return Tokens(prompt=count(text), completion=audio, audio_out=audio)
 
 
 def _require_voice(voice: object, plan: Plan) -> None:
     if voice is not None and voice not in plan.model.voices:
         known = ", ".join(plan.model.voices)
-        raise refusal(400, f"voice: {plan.model.id} has {known}", error_type="invalid_request")
+        raise invalid_request(f"voice: {plan.model.id} has {known}")

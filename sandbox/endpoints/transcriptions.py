@@ -1,7 +1,7 @@
-"""/audio/transcriptions. Made-up words, as many as the recording is long, and what they cost.
+"""`/audio/transcriptions`: made-up words, as many as the recording is long, and their cost.
 
-Both forms of request: OpenRouter's JSON with `input_audio`, and OpenAI's upload. Shapes: OpenRouter's
-`STTResponse`.
+A request is OpenRouter's JSON with `input_audio`, or OpenAI's upload. Shapes: `STTResponse` of OpenRouter's
+OpenAPI document, and https://openrouter.ai/docs/guides/overview/multimodal/stt
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 
 from sandbox import tokens
-from sandbox.failures import refusal
+from sandbox.failures import invalid_request, refusal
+from sandbox.models.entry import Model
 from sandbox.models.pricing import Tokens
 from sandbox.multipart import Part
-from sandbox.planning import Ask, Body, Plan, plan_media, too_long
+from sandbox.planning import Body, Plan, RequestSettings, plan_media, too_long
 from sandbox.routing import Route
 
-from .dialect import Whole
+from .dialect import JsonDialect
 from .usage import render_cost
 
 MAX_FILE_BYTES = 25 * 1024 * 1024
 MAX_SECONDS_BY_TOKEN = 1_500
-"""What a model that is billed by tokens takes at most (OpenAI's limit of gpt-4o-transcribe)."""
+"""The longest recording for a model that is billed by tokens (OpenAI's limit for gpt-4o-transcribe)."""
 BYTES_PER_SECOND = 16_000
-"""Of recordings whose header says nothing: 128 kbit/s."""
+"""The assumed rate of a recording whose header names none: 128 kbit/s."""
+MAX_WORDS = 4_000
 AUDIO_TOKENS_PER_SECOND = 10
 WORDS_PER_SECOND = 2
 FORMATS = ("json", "verbose_json", "text")
@@ -37,14 +40,14 @@ _SPOKEN = "This is what the sandbox has heard. It listens to nothing, and the wo
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What is transcribed: how long it is, and a number that stands for its content."""
+    """What is transcribed: its length, and a number that stands for its content."""
 
     seconds: Decimal
     seed: int
 
 
 def read_upload(parts: list[Part]) -> dict[str, object]:
-    """A form as the body that the JSON request would have; raises Refusal (400, 413)."""
+    """The form as the body of the equivalent JSON request; raises Refusal (400, 413)."""
     body: dict[str, object] = {}
     for part in parts:
         if part.name == "file":
@@ -57,54 +60,46 @@ def read_upload(parts: list[Part]) -> dict[str, object]:
     return body
 
 
-def answer_transcription(body: Body, ask: Ask) -> tuple[Plan, Transcription]:
-    """Plan a transcript; raises Refusal."""
-    recording, form = _recording(_audio(body)), body.get("response_format", "json")
-    if form not in FORMATS:
-        raise refusal(
-            400,
-            'response_format: Invalid option: expected one of "json"|"verbose_json"',
-            error_type="invalid_request",
-        )
+def plan_transcription(body: Body, settings: RequestSettings) -> tuple[Plan, Transcription]:
+    """Plans a transcript; raises Refusal."""
+    recording, text_format = _recording(_audio(body)), body.get("response_format", "json")
+    if text_format not in FORMATS:
+        raise invalid_request('response_format: Invalid option: expected one of "json"|"verbose_json"')
     prompt = body.get("prompt")
     hint = tokens.count(prompt) if isinstance(prompt, str) else 0
-    pieces = _pieces(recording, ask.limits.answer_bytes)
-    plan = plan_media(
-        body, ask, "transcription", "stt", lambda route: _tokens(recording, hint, len(pieces), route)
-    )
-    heard = (
-        pieces[: plan.tokens.completion] if plan.model.unit == "token" and plan.tokens.completion else pieces
-    )
-    return plan, Transcription(
-        recording, "".join(heard).strip(), str(form), str(body.get("language") or "english")
-    )
+    pieces = _pieces(recording, settings.limits.answer_bytes)
+    count_tokens = partial(_tokens, recording, hint, len(pieces))
+    plan = plan_media(body, settings, "transcription", "stt", count_tokens)
+    text = "".join(pieces[: _fitting(plan)]).strip()
+    return plan, Transcription(recording, text, str(text_format), str(body.get("language") or "english"))
 
 
-class Transcription(Whole):
+def _fitting(plan: Plan) -> int | None:
+    """The number of tokens that the model may put out; None for a model billed by duration."""
+    return (plan.tokens.completion or None) if plan.model.unit == "token" else None
+
+
+class Transcription(JsonDialect):
     """`/audio/transcriptions`."""
 
-    def __init__(self, recording: Recording, text: str, form: str, language: str) -> None:
+    def __init__(self, recording: Recording, text: str, text_format: str, language: str) -> None:
         self._recording = recording
         self._text = text
-        self._form = form
+        self._format = text_format
         self._language = language
 
     def render(self, plan: Plan) -> Mapping[str, object] | str:
-        if self._form == "text":
+        if self._format == "text":
             return f"{self._text}\n"
         usage = {} if plan.behaviour.usage == "missing" else {"usage": self._usage(plan)}
-        details = self._details() if self._form == "verbose_json" else {}
+        details = self._details() if self._format == "verbose_json" else {}
         return {**details, "text": self._text, **usage}
 
     def _usage(self, plan: Plan) -> dict[str, object]:
-        """Models billed by duration say only that, others their tokens too."""
+        """Models billed by duration report only that, and others report their tokens, too."""
         seconds = Decimal(0) if plan.behaviour.cache == "hit" else self._recording.seconds
-        counted = plan.tokens
-        if plan.model.unit == "second":
-            return {"seconds": seconds, **render_cost(plan, counted)}
-        total = counted.prompt + counted.completion
-        spent = {"input_tokens": counted.prompt, "output_tokens": counted.completion, "total_tokens": total}
-        return {"seconds": seconds, **spent, **render_cost(plan, counted)}
+        counts = {} if plan.model.unit == "second" else _token_counts(plan.tokens)
+        return {"seconds": seconds, **counts, **render_cost(plan, plan.tokens)}
 
     def _details(self) -> dict[str, object]:
         segment = {
@@ -123,53 +118,57 @@ class Transcription(Whole):
         }
 
 
+def _token_counts(used: Tokens) -> dict[str, object]:
+    total = used.prompt + used.completion
+    return {"input_tokens": used.prompt, "output_tokens": used.completion, "total_tokens": total}
+
+
 def _audio(body: Body) -> bytes:
-    uploaded, said = body.get("file"), body.get("input_audio")
+    """The recording: the uploaded file, or else the base64 data."""
+    uploaded, input_audio = body.get("file"), body.get("input_audio")
     if isinstance(uploaded, bytes) and uploaded:
         return uploaded
-    data = said.get("data") if isinstance(said, Mapping) else None
+    data = input_audio.get("data") if isinstance(input_audio, Mapping) else None
     if not isinstance(data, str) or not data:
-        raise refusal(
-            400,
-            "input_audio: expected base64 data and its format, or a form with a file",
-            error_type="invalid_request",
-        )
+        raise invalid_request("input_audio: expected base64 data and its format, or a form with a file")
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error:
-        raise refusal(400, "input_audio.data: expected base64", error_type="invalid_request") from None
+        raise invalid_request("input_audio.data: expected base64") from None
 
 
 def _recording(audio: bytes) -> Recording:
     rate = BYTES_PER_SECOND
+    # A WAV file has its bytes per second at offset 28.
     if audio[:4] == b"RIFF" and audio[8:12] == b"WAVE" and len(audio) >= 32:
         rate = max(1, struct.unpack_from("<I", audio, 28)[0])
     return Recording(max(Decimal("0.1"), round(Decimal(len(audio)) / rate, 1)), zlib.crc32(audio))
 
 
-def _pieces(recording: Recording, most_bytes: int | None) -> list[str]:
-    """The transcript's tokens; no longer than anyone may be told."""
-    wanted = min(max(1, int(recording.seconds * WORDS_PER_SECOND)), 4_000)
+def _pieces(recording: Recording, max_bytes: int | None) -> list[str]:
+    """The transcript's tokens, within the limit of a response's size."""
+    number = min(max(1, int(recording.seconds * WORDS_PER_SECOND)), MAX_WORDS)
     words = _SPOKEN.split()
-    text = " ".join(words[(recording.seed + place) % len(words)] for place in range(wanted))
-    return tokens.split(text if most_bytes is None else text[:most_bytes])
+    text = " ".join(words[(recording.seed + position) % len(words)] for position in range(number))
+    return tokens.split(text if max_bytes is None else text[:max_bytes])
 
 
-def _tokens(recording: Recording, hint: int, written: int, route: Route) -> Tokens:
-    model, seconds = route.model, recording.seconds
-    longest = model.context if model.unit == "second" else MAX_SECONDS_BY_TOKEN
-    if seconds > longest:
-        raise refusal(
-            400,
-            f"audio duration {seconds} seconds is longer than {longest} seconds",
-            error_type="invalid_request",
-        )
-    if model.unit == "second":
-        billed = max(1, round(seconds))
+def _tokens(recording: Recording, hint: int, output: int, route: Route) -> Tokens:
+    """The tokens of a transcript: `hint` of the prompt, and `output` of the text before the model's limit."""
+    _require_short(recording, route.model)
+    if route.model.unit == "second":
+        billed = max(1, round(recording.seconds))
         return Tokens(prompt=billed, audio_in=billed)
-    heard = max(1, int(seconds * AUDIO_TOKENS_PER_SECOND))
-    if heard + hint + written > model.context:
-        raise too_long(model, heard + hint, written)
-    return Tokens(
-        prompt=heard + hint, audio_in=heard, completion=min(written, model.max_completion or written)
-    )
+    audio = max(1, int(recording.seconds * AUDIO_TOKENS_PER_SECOND))
+    if audio + hint + output > route.model.context:
+        raise too_long(route.model, audio + hint, output)
+    completion = min(output, route.model.max_completion or output)
+    return Tokens(prompt=audio + hint, audio_in=audio, completion=completion)
+
+
+def _require_short(recording: Recording, model: Model) -> None:
+    # The context length of a model that is billed by duration is in seconds.
+    longest = model.context if model.unit == "second" else MAX_SECONDS_BY_TOKEN
+    if recording.seconds > longest:
+        seconds = recording.seconds
+        raise invalid_request(f"audio duration {seconds} seconds is longer than {longest} seconds")

@@ -1,4 +1,7 @@
-"""Usage in each API's names. In the names of chat, of OpenAI's responses and of Anthropic's messages."""
+"""The usage of a response, in the names of chat, of OpenAI's responses and of Anthropic's messages.
+
+https://openrouter.ai/docs/use-cases/usage-accounting
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from sandbox.wire import Raw, plain
 
 
 def render_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
-    """The `usage` object of chat, for these tokens; its cost is written as the scenario says."""
-    usage: dict[str, object] = {
+    """The `usage` object of chat for these tokens. Its cost is written as the scenario says."""
+    return {
         "prompt_tokens": tokens.prompt,
         "completion_tokens": tokens.completion,
         "total_tokens": tokens.prompt + tokens.completion,
@@ -27,14 +30,16 @@ def render_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
             "image_tokens": tokens.image_out,
             "audio_tokens": tokens.audio_out,
         },
+        **_server_tools(tokens),
     }
-    if tokens.searches:
-        usage["server_tool_use_details"] = {
-            "tool_calls_executed": tokens.searches,
-            "tool_calls_requested": tokens.searches,
-            "web_search_requests": tokens.searches,
-        }
-    return usage
+
+
+def _server_tools(tokens: Tokens) -> dict[str, object]:
+    """The web searches, which are reported only when there were any."""
+    if not tokens.searches:
+        return {}
+    names = ("tool_calls_executed", "tool_calls_requested", "web_search_requests")
+    return {"server_tool_use_details": dict.fromkeys(names, tokens.searches)}
 
 
 def render_response_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
@@ -50,10 +55,10 @@ def render_response_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
 
 
 def render_message_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
-    """The same in the names of `/messages`, where `input_tokens` leaves out what was read from or written to
-    the cache.
-    """
+    """The same in the names of `/messages`."""
+    searches = {"web_search_requests": tokens.searches, "web_fetch_requests": 0}
     return {
+        # Unlike the other APIs, Anthropic's does not count cached tokens among the input tokens.
         "input_tokens": tokens.prompt - tokens.cached - tokens.cache_write,
         "cache_creation_input_tokens": tokens.cache_write,
         "cache_read_input_tokens": tokens.cached,
@@ -61,9 +66,7 @@ def render_message_usage(plan: Plan, tokens: Tokens) -> dict[str, object]:
         "output_tokens": tokens.completion,
         "output_tokens_details": {"thinking_tokens": tokens.reasoning} if tokens.reasoning else None,
         "inference_geo": None,
-        "server_tool_use": {"web_search_requests": tokens.searches, "web_fetch_requests": 0}
-        if tokens.searches
-        else None,
+        "server_tool_use": searches if tokens.searches else None,
         "service_tier": "standard",
         **render_cost(plan, tokens),
     }
@@ -74,23 +77,21 @@ def render_cost(
     tokens: Tokens,
     names: tuple[str, str] = ("upstream_inference_prompt_cost", "upstream_inference_completions_cost"),
 ) -> dict[str, object]:
-    """What `usage` says of money, if anything."""
+    """What `usage` says about money. `names` are those of the two parts of the cost."""
     if plan.behaviour.cost == "missing":
         return {}
     cost, upstream_cost = plan.bill(tokens)
-    inner = upstream_cost if plan.behaviour.byok else cost
     parts = plan.route.prices.cost(tokens) * plan.behaviour.cost_factor
     if plan.behaviour.cache == "hit":
         parts *= Decimal(0)
-    return {
-        "cost": _written_cost(plan.behaviour.cost, cost),
-        "is_byok": plan.behaviour.byok,
-        "cost_details": {
-            "upstream_inference_cost": inner,
-            names[0]: parts.prompt,
-            names[1]: parts.completion,
-        },
+    # With the operator's own key the provider charges them, and OpenRouter's cost is 0.
+    details = {
+        "upstream_inference_cost": upstream_cost if plan.behaviour.byok else cost,
+        names[0]: parts.prompt,
+        names[1]: parts.completion,
     }
+    is_byok = plan.behaviour.byok
+    return {"cost": _written_cost(plan.behaviour.cost, cost), "is_byok": is_byok, "cost_details": details}
 
 
 def _written_cost(form: str, cost: Decimal) -> object:

@@ -1,1 +1,1 @@
-"""The models that are simulated."""
+"""The models that are simulated, and their prices."""

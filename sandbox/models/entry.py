@@ -1,6 +1,4 @@
-"""What is known of a model. Its limits, modalities and parameters, and the providers that serve it at their
-own prices.
-"""
+"""A model: its limits, modalities and parameters, and the providers that serve it at their own prices."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from .pricing import Prices, parse_prices
 
 Pricing: TypeAlias = Mapping[str, object]
 
+# Values of `supported_parameters`: https://openrouter.ai/docs/guides/overview/models
 SAMPLING = ("temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty")
 CHAT = (
     "max_tokens",
@@ -43,7 +42,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model; its listed price is that of the first endpoint."""
+    """A model. Its listed price is that of the first endpoint."""
 
     id: str
     name: str
@@ -57,13 +56,13 @@ class Model:
     reasoning: str = ""
     """`mandatory`, `optional` (off by default) or empty."""
     style: str = "openai"
-    """Whose native finish reasons and reasoning format it uses."""
+    """The provider whose native finish reasons and reasoning format it uses."""
     stands_for: str = ""
-    """The model that a router model sends everything to."""
+    """The model to which a router model sends everything."""
     slug: str = ""
-    """The dated name behind the id, where they differ."""
+    """The dated name behind the id, where the two differ."""
     unit: str = "token"
-    """What `prompt` (or `audio`, for speech that comes in) is the price of: a token, a character or a second."""
+    """The unit of the price `prompt` (of `audio`, for recordings): a token, a character or a second."""
     voices: tuple[str, ...] = ()
 
     def supports(self, parameter: str) -> bool:
@@ -71,5 +70,5 @@ class Model:
 
 
 def at(*endpoints: tuple[str, Pricing]) -> tuple[Endpoint, ...]:
-    """Endpoints out of providers and their `pricing` objects; the first is the model's listed price."""
+    """Endpoints of providers and their `pricing` objects. The first one has the model's listed price."""
     return tuple(Endpoint.of(provider, pricing) for provider, pricing in endpoints)

@@ -1,7 +1,7 @@
-"""Models of media. Embeddings, rankings, images, speech, transcripts; prices as in `models`.
+"""Models for embeddings, rankings, images, speech and transcripts. Prices are written as in `text_models`.
 
-Ids, units and prices follow OpenRouter's catalog of 2026 where it is known; context lengths are what bounds
-the audio that goes in.
+Ids, units and prices follow OpenRouter's catalog of 2026 where it is known. The context lengths of audio
+models are chosen so that they limit the length of a recording.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Price strings, tiers, discounts. OpenRouter's price strings, tiers and discounts, in exact decimals.
+"""OpenRouter's price strings, tiers and discounts, in exact decimals.
 
-Facts: https://openrouter.ai/docs, model schema: every price is US dollars per single unit; an override
-applies when the prompt has strictly more tokens than its `min_prompt_tokens`; a discount multiplies prices by
+https://openrouter.ai/docs/guides/overview/models: every price is in US dollars for a single unit. An override
+applies when the prompt has strictly more tokens than its `min_prompt_tokens`. A discount multiplies prices by
 (1 - discount).
 """
 
@@ -21,8 +21,8 @@ MILLION = Decimal(1_000_000)
 class Tokens:
     """What is billed.
 
-    `cached`, `cache_write` and `audio_in` are parts of `prompt`; `reasoning`, `audio_out` and `image_out` of
-    `completion`.
+    `cached`, `cache_write` and `audio_in` are parts of `prompt`. `reasoning`, `audio_out` and `image_out` are
+    parts of `completion`.
     """
 
     prompt: int = 0
@@ -36,12 +36,12 @@ class Tokens:
     audio_out: int = 0
     image_out: int = 0
     units: int = 1
-    """How often the fee per request is due: once, or for every search unit of a rerank request."""
+    """How many fees per request are due: one, or one for every search unit of a rerank request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """US dollars, exactly; request, image and search fees count to the prompt."""
+    """US dollars, exactly. The fees for the request, images and searches are part of the prompt's cost."""
 
     prompt: Decimal
     completion: Decimal
@@ -78,38 +78,44 @@ class Prices:
         return Prices(**scaled, overrides=tuple((least, tier * factor) for least, tier in self.overrides))
 
     def cost(self, tokens: Tokens) -> Cost:
-        """The bill for these tokens, at the tier of their prompt."""
+        """The cost of these tokens, at the tier of their prompt."""
+        return self._tier(tokens.prompt)._cost(tokens)
+
+    def _tier(self, prompt: int) -> Prices:
         tier = self
         for least, prices in self.overrides:
-            if tokens.prompt > least:
+            if prompt > least:
                 tier = prices
-        read, write, heard = (
-            _or(price, tier.prompt) for price in (tier.input_cache_read, tier.input_cache_write, tier.audio)
-        )
+        return tier
+
+    def _cost(self, tokens: Tokens) -> Cost:
+        # Tokens without a price of their own cost as much as ordinary ones.
         fresh = tokens.prompt - tokens.cached - tokens.cache_write - tokens.audio_in
-        fees = tokens.units * tier.request + tokens.images * tier.image + tokens.searches * tier.web_search
         prompt = (
-            fresh * tier.prompt
-            + tokens.cached * read
-            + tokens.cache_write * write
-            + tokens.audio_in * heard
-            + fees
+            fresh * self.prompt
+            + tokens.cached * _or(self.input_cache_read, self.prompt)
+            + tokens.cache_write * _or(self.input_cache_write, self.prompt)
+            + tokens.audio_in * _or(self.audio, self.prompt)
         )
-        spoken, drawn = (_or(price, tier.completion) for price in (tier.audio_output, tier.image_output))
-        written = tokens.completion - tokens.audio_out - tokens.image_out
-        return Cost(prompt, written * tier.completion + tokens.audio_out * spoken + tokens.image_out * drawn)
+        fees = tokens.units * self.request + tokens.images * self.image + tokens.searches * self.web_search
+        completion = (
+            (tokens.completion - tokens.audio_out - tokens.image_out) * self.completion
+            + tokens.audio_out * _or(self.audio_output, self.completion)
+            + tokens.image_out * _or(self.image_output, self.completion)
+        )
+        return Cost(prompt + fees, completion)
 
     def exceeds(self, maximum: Mapping[str, Decimal]) -> bool:
-        """Whether `provider.max_price` forbids this endpoint (prompt and completion are per million tokens
-        there).
-        """
-        asked = {
+        """Whether `provider.max_price` forbids this endpoint."""
+        # https://openrouter.ai/docs/features/provider-routing: prompt and completion are per million tokens
+        # there.
+        prices = {
             "prompt": self.prompt * MILLION,
             "completion": self.completion * MILLION,
             "request": self.request,
             "image": self.image,
         }
-        return any(price > maximum[name] for name, price in asked.items() if name in maximum)
+        return any(price > maximum[name] for name, price in prices.items() if name in maximum)
 
 
 _COMPONENTS = tuple(field.name for field in fields(Prices) if field.name != "overrides")
@@ -120,7 +126,7 @@ def _or(price: Decimal | None, otherwise: Decimal) -> Decimal:
 
 
 def parse_prices(pricing: Mapping[str, object]) -> Prices:
-    """Prices out of a `pricing` object in the shape of `/models`."""
+    """The prices in a `pricing` object of `/models`."""
     overrides = pricing.get("overrides")
     tiers = tuple(
         (int(override["min_prompt_tokens"]), _base_prices({**pricing, **override}))

@@ -1,8 +1,7 @@
-"""Models that write text. Real-looking entries with real price shapes; the only places with model facts are
-this and `models_media`.
+"""Models that write text, and the list of all models. Facts about models are here and in `media_models` only.
 
 Prices are US dollars per unit as decimal strings, as OpenRouter's `/models` writes them; `discount` is a
-number.
+number. The entries resemble real ones, and have every form of price that OpenRouter uses.
 """
 
 from __future__ import annotations
@@ -275,7 +274,7 @@ MODELS: tuple[Model, ...] = (
 BY_ID: Mapping[str, Model] = {model.id: model for model in MODELS}
 CHEAPEST = BY_ID["mistralai/mistral-nemo"]
 
-# Providers where an abort stops generation and billing:
+# The providers at which an abort stops generation and billing:
 # https://openrouter.ai/docs/api-reference/streaming#stream-cancellation
 # fmt: off
 STOPS_BILLING_ON_ABORT = frozenset({

@@ -8,7 +8,7 @@ import pytest
 
 from sandbox.app import ENDPOINTS
 from sandbox.models.market import Market
-from sandbox.planning import Ask, Limits
+from sandbox.planning import Limits, RequestSettings
 from sandbox.scenarios import parse_scenarios
 
 
@@ -17,6 +17,7 @@ def test_one_model_costs_what_it_can_cost_at_most(path: str) -> None:
     messages = [{"role": "user", "content": "x"}]
     said = {"input": messages} if path == "/responses" else {"messages": messages, "max_tokens": 10}
     plan, _ = ENDPOINTS[path](
-        {"model": "sandbox/fixed-price", **said}, Ask(parse_scenarios("ordinary"), Limits(), Market())
+        {"model": "sandbox/fixed-price", **said},
+        RequestSettings(parse_scenarios("ordinary"), Limits(), Market()),
     )
     assert plan.generation.cost == Decimal("0.5")

@@ -29,7 +29,7 @@ import pytest_asyncio
 from embedded.postgres import EmbeddedPostgres
 from sandbox import SCENARIOS
 from sandbox.failures import KEY_HASH, USER_ID
-from sandbox.models.list_answers import list_models
+from sandbox.models.catalog import list_models
 from sandbox.wire import dumps
 from tests.support.database import fresh_database
 from tests.support.gateway import OPERATOR_KEY, Gateway, User, live, running_gateway, staged_start
