@@ -296,7 +296,7 @@ async def test_what_is_no_item_fails_alone(client: Client, poison: Any) -> None:
 async def test_a_locked_user_is_busy_while_neighbours_are_served(client: Client) -> None:
     locked, free = await client.register(credits_nanos=5_000), await client.register(credits_nanos=5_000)
     async with locked_user(client, locked):
-        answers = await client.admit(request(locked), request(free), request(locked))
+        answers = await client.call("admit_requests", [request(locked), request(free), request(locked)])
     assert outcomes(answers) == ["busy", "admitted", "busy"]
     assert (await client.admit_one(locked))["outcome"] == "admitted"
     await client.assert_sound()
@@ -308,7 +308,7 @@ async def test_many_locked_users_cost_no_more_time_than_one(client: Client) -> N
         await client.owner.execute("select from public.users for no key update")
         loop = asyncio.get_running_loop()
         started = loop.time()
-        answers = await client.admit(*(request(account) for account in locked))
+        answers = await client.call("admit_requests", [request(account) for account in locked])
         assert loop.time() - started < 1.5  # 12 x 250 ms would be 3 s
     assert set(outcomes(answers)) == {"busy"}
 
@@ -316,10 +316,10 @@ async def test_many_locked_users_cost_no_more_time_than_one(client: Client) -> N
 async def test_a_short_lock_is_waited_for(client: Client) -> None:
     account = await client.register(credits_nanos=5_000)
     async with locked_user(client, account) as owner:
-        asking = asyncio.create_task(client.admit_one(account))
+        asking = asyncio.create_task(client.call("admit_requests", [request(account)]))
         await until_blocked(client)
         await owner.execute("rollback")
-        assert (await asking)["outcome"] == "admitted"
+        assert outcomes(await asking) == ["admitted"]
 
 
 async def test_admission_decides_on_what_it_reads_under_the_lock(client: Client) -> None:

@@ -230,7 +230,7 @@ async def test_a_locked_user_is_busy_while_neighbours_are_settled(client: Client
     locked, first = await admitted(client)
     _, second = await admitted(client)
     async with locked_user(client, locked):
-        answers = await client.settle(settlement(first), settlement(second))
+        answers = await client.call("settle_requests", [settlement(first), settlement(second)])
     assert [answer["outcome"] for answer in answers] == ["busy", "settled"]
     assert (await client.settle_one(first))["outcome"] == "settled"
     await client.assert_sound()

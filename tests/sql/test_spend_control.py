@@ -546,7 +546,7 @@ def dearer(request_id: str, **changes: Any) -> Json:
 
 
 async def raised(client: Client, *items: Json) -> list[Json]:
-    return list(await client.call("raise_holds", list(items)))
+    return await client.call_batch("raise_holds", items)
 
 
 async def test_a_raised_hold_is_held_everywhere_and_settles_as_one(client: Client) -> None:
@@ -651,7 +651,7 @@ async def test_a_locked_user_is_asked_again_for_a_raise(client: Client) -> None:
     )
     ids = [(await client.admit_one(each))["request_id"] for each in (account, neighbour)]
     async with locked_user(client, account):
-        answers = await raised(client, *(dearer(request_id) for request_id in ids))
+        answers = await client.call("raise_holds", [dearer(request_id) for request_id in ids])
     assert [answer["outcome"] for answer in answers] == ["busy", "raised"]
 
 
@@ -660,7 +660,7 @@ async def test_concurrent_raises_and_admissions_never_overdraw(client: Client) -
     admitted = [(await client.admit_one(account, min_output=100))["request_id"] for _ in range(10)]
     async with open_client(client.database, 8) as crowd:
         answers = await asyncio.gather(
-            *(crowd.call("raise_holds", [dearer(request_id, min_output=100)]) for request_id in admitted),
+            *(raised(crowd, dearer(request_id, min_output=100)) for request_id in admitted),
             *(crowd.admit(request(account, min_output=100)) for _ in range(5)),
         )
     outcomes = [answer["outcome"] for batch in answers for answer in batch]

@@ -484,7 +484,7 @@ async def test_a_resent_hit_is_a_hit_again_or_nothing_at_all(client: Client) -> 
     assert {**hit, "limits": None} == {**{name: again[name] for name in hit}, "limits": None}
     assert (await client.counters(account))["requests_used"] == 2
     await client.value("delete from public.stored_answers where user_id = $1", account.id)
-    assert (await client.admit(item))[0]["outcome"] == "busy"
+    assert (await client.call("admit_requests", [item]))[0]["outcome"] == "busy"
 
 
 async def test_hits_add_up_in_every_sum(fresh: Client) -> None:
