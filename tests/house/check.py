@@ -31,7 +31,7 @@ def undeclared(requirements: str, *outside: str) -> Command:
 # The longest first, so that none is left alone at the end.
 CHECKS: dict[str, list[Command]] = {
     "types": [[BIN / "mypy"]],
-    "lint": [[BIN / "ruff", "check", "."]],
+    "lint": [[BIN / "ruff", "check", "--output-format=concise", "."]],
     "format": [[BIN / "ruff", "format", "--check", "."]],
     "spelling": [[BIN / "codespell"]],
     "imports": [[BIN / "lint-imports", "--no-logo", "--no-cache"], [PYTHON, "-m", "tests.house.imports"]],

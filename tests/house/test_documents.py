@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from common.version import VERSION
-from tests.house.imports import ROOT, sources
+from tests.house.imports import MODULES, ROOT, imports_of_ours, sources
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
-MADE = (".gateway/", ".env", ".venv/")
+MADE = (".gateway/", ".env", ".venv/", "build/")
 """What appears only when the gateway has run, or is the reader's own."""
 FOREIGN = {
     "docs/clients.md": {"config.toml"},  # Codex's
@@ -50,3 +50,27 @@ def test_the_newest_version_of_the_changelog_is_the_one_that_the_gateway_tells()
 
 def test_the_version_is_written_once() -> None:
     assert [path.name for path in sources() if f'"{VERSION}"' in path.read_text()] == ["version.py"]
+
+
+def package_of(module: str) -> str:
+    """What the picture calls it: a package of the gateway by its own name, others by that of their room."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "gateway" and len(parts) > 1 else parts[0]
+
+
+def reached(arrows: set[tuple[str, str]], start: str) -> set[str]:
+    ahead = {end for origin, end in arrows if origin == start}
+    return ahead.union(*(reached(arrows, end) for end in ahead))
+
+
+def test_the_picture_of_packages_shows_the_imports_as_they_are() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = set(re.findall(r"^  (\w+)(?:\[.*?\])? --> (\w+)", text, re.MULTILINE))
+    imports = {
+        (package_of(module), package_of(name))
+        for module, path in MODULES.items()
+        for name in imports_of_ours(path)
+        if package_of(module) != package_of(name)
+    }
+    assert drawn - imports == set(), "drawn, and no import"
+    assert {(a, b) for a, b in imports if b not in reached(drawn, a)} == set(), "imports that are not drawn"
