@@ -1,7 +1,7 @@
-"""Upstream: OpenRouter or the sandbox; sends once, looks up models, generations and accounts.
+"""OpenRouter, or the sandbox in its place: sends requests, and looks up models, generations and accounts.
 
-The only importer of `openai`. Requests go out through the SDK's client as bytes, once: no retries, no
-redirects. Answers come back as bytes. Errors are mapped to GatewayErrors without the operator's secrets.
+A request must go out once: there are no retries and no redirects. It goes out through the OpenAI SDK's client
+as bytes, and comes back as bytes. Errors are raised as GatewayErrors, without the operator's secrets.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import structlog
 from openai import APIConnectionError, APIStatusError, AsyncStream, DefaultAioHttpClient
 
 from common.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnavailable
+from common.json_types import JsonObject
 from config import Settings
 from gateway.upstream.response import JSON, UpstreamResponse
 from gateway.upstream.transport import OpenRouterClient, bound_error
@@ -24,8 +25,12 @@ from gateway.upstream.usage import parse_json
 log = structlog.get_logger("openrouter")
 CONNECT_SECONDS = 10.0
 LOOKUP_SECONDS = 15.0
+# Test keys are free, so what the sandbox does for them is bounded.
 TEST_ANSWER_BYTES = 64 * 1024
 TEST_SECONDS = 60
+
+# What a broken exchange can raise: httpx's own errors, and those of the aiohttp transport under it.
+TRANSPORT_ERRORS = (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError)
 
 
 class Unreachable(UpstreamUnavailable):
@@ -49,31 +54,29 @@ class Upstream:
     async def send(
         self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
     ) -> UpstreamResponse:
-        """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where there is no
-        answer at all.
+        """Sends one billable request, exactly once. Raises UpstreamTimeout or UpstreamError where nothing is
+        answered at all.
 
-        An answer with an error status is an answer. `api_key`: the user's own account, instead of the
+        A response with an error status is a response. `api_key`: the user's own account, in place of the
         operator's.
         """
-        sent = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
+        # An encoded body would have to be decoded before its events can be read and passed on.
+        headers = {"Content-Type": JSON, "Accept-Encoding": "identity", **headers}
         try:
-            response = await self._client.transmit(path, body, sent, api_key=api_key)
-        except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
-            raise _no_answer(error) from error
+            response = await self._client.transmit(path, body, headers, api_key=api_key)
+        except TRANSPORT_ERRORS as error:
+            raise _no_response(error) from error
         return UpstreamResponse(response.status_code, response.headers, response)
 
     async def fetch_models(self) -> bytes:
         """The body of GET /models, all output modalities. Raises UpstreamUnavailable."""
         return await self._get("/models", {"output_modalities": "all"})
 
-    async def find_generation(
-        self, generation_id: str, *, api_key: str | None = None
-    ) -> Mapping[str, Any] | None:
-        """What the upstream says of a generation, None while it knows nothing (yet). Raises
-        UpstreamUnavailable.
+    async def find_generation(self, generation_id: str, *, api_key: str | None = None) -> JsonObject | None:
+        """The upstream's record of a generation, None while it has none (yet). Raises UpstreamUnavailable.
 
-        `api_key`: the account that it was made under, where that is not the operator's; one that is refused
-        by now knows nothing.
+        `api_key`: the account that it was made under, where that is not the operator's. A key that has been
+        refused since then knows of nothing.
         """
         try:
             raw = await self._get("/generation", {"id": generation_id}, api_key)
@@ -94,7 +97,7 @@ class Upstream:
                 return None
             raise UpstreamUnavailable() from refusal
 
-    async def read_account(self, *, api_key: str | None = None) -> Mapping[str, Any] | None:
+    async def read_account(self, *, api_key: str | None = None) -> JsonObject | None:
         """The `data` of GET /key, of the operator's key or of `api_key`; None for a key that is refused.
         Raises UpstreamUnavailable.
         """
@@ -110,58 +113,53 @@ class Upstream:
         return data
 
     async def _get(self, path: str, query: Mapping[str, str], api_key: str | None = None) -> bytes:
-        headers = {
-            "Accept-Encoding": "identity",
-            **({"Authorization": f"Bearer {api_key}"} if api_key is not None else {}),
+        """The body of a lookup. Raises UpstreamRefused for an error status, else UpstreamUnavailable."""
+        authorization = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        options: Any = {
+            "params": dict(query),
+            "timeout": httpx2.Timeout(LOOKUP_SECONDS),
+            "headers": {"Accept-Encoding": "identity", **authorization},
         }
-        options: Any = {"params": dict(query), "timeout": httpx2.Timeout(LOOKUP_SECONDS), "headers": headers}
-        response: Any
+        raw: Any
         try:
-            response = await self._client.get(
+            raw = await self._client.get(
                 path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=AsyncStream[Any]
             )
         except APIStatusError as error:
             raise UpstreamRefused(status=error.status_code) from error
-        except (
-            APIConnectionError,
-            httpx2.HTTPError,
-            httpx2.StreamError,
-            aiohttp.ClientError,
-            OSError,
-        ) as error:
+        except (APIConnectionError, *TRANSPORT_ERRORS) as error:
             raise UpstreamUnavailable() from error
-        answer = UpstreamResponse(response.status_code, response.headers, response)
+        response = UpstreamResponse(raw.status_code, raw.headers, raw)
         try:
-            return await answer.read()
+            return await response.read()
         except UpstreamError as error:
             raise UpstreamUnavailable() from error
         finally:
-            await answer.aclose()
+            await response.aclose()
 
     async def aclose(self) -> None:
         await self._client.close()
 
 
-def _data_of(raw: bytes) -> Mapping[str, Any] | None:
-    """The `data` object of an answer, None without one. Raises UpstreamUnavailable for what is no JSON."""
+def _data_of(raw: bytes) -> JsonObject | None:
+    """The `data` object of a body, None without one. Raises UpstreamUnavailable for what is no JSON."""
     try:
-        answer = parse_json(raw)
+        body = parse_json(raw)
     except ValueError as error:
         raise UpstreamUnavailable() from error
-    data = answer.get("data") if isinstance(answer, dict) else None
+    data = body.get("data") if isinstance(body, dict) else None
     return data if isinstance(data, dict) else None
 
 
-def _no_answer(error: Exception) -> UpstreamError:
-    """Raised before an answer began; whether the request arrived is unknown unless the connection itself
-    could not be made.
+def _no_response(error: Exception) -> UpstreamError:
+    """The error of a request that nothing was answered to. Whether it arrived is unknown, unless the
+    connection itself could not be made.
     """
-    # The aiohttp transport calls both a refused and a broken connection ConnectTimeout; what it was is the
-    # cause of that.
-    root = error.__cause__
-    if isinstance(error, httpx2.ConnectError) or isinstance(
-        root, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError
-    ):
+    # The aiohttp transport calls both a refused and a broken connection ConnectTimeout; the cause of that
+    # error says which it was.
+    cause = error.__cause__
+    never_connected = isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    if isinstance(error, httpx2.ConnectError) or never_connected:
         return Unreachable()
     if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
         return UpstreamTimeout()
@@ -175,7 +173,7 @@ def open_live(settings: Settings) -> Upstream:
     http = DefaultAioHttpClient(
         follow_redirects=False, timeout=timeout, event_hooks={"response": [bound_error]}
     )
-    named = {"HTTP-Referer": settings.openrouter_site_url, "X-Title": settings.openrouter_site_name}
+    site = {"HTTP-Referer": settings.openrouter_site_url, "X-Title": settings.openrouter_site_name}
     return Upstream(
         OpenRouterClient(
             api_key=key,
@@ -183,20 +181,19 @@ def open_live(settings: Settings) -> Upstream:
             max_retries=0,
             timeout=timeout,
             http_client=http,
-            default_headers={name: value for name, value in named.items() if value},
+            default_headers={name: value for name, value in site.items() if value},
         )
     )
 
 
 def open_sandbox(*, for_test_keys: bool) -> Upstream:
-    """The built-in simulator, in process; for test keys with bounded answers."""
+    """The built-in simulator, in process; for test keys its answers are bounded."""
     from sandbox import SCENARIOS, SandboxTransport, create_app  # most live instances never need it
 
-    app = (
-        create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS)
-        if for_test_keys
-        else create_app()
-    )
+    if for_test_keys:
+        app = create_app(max_answer_bytes=TEST_ANSWER_BYTES, max_seconds=TEST_SECONDS)
+    else:
+        app = create_app()
     http = httpx2.AsyncClient(transport=SandboxTransport(app), follow_redirects=False)
     client = OpenRouterClient(
         api_key="sandbox",

@@ -63,7 +63,7 @@ class ProviderEndpoints:
         return len(self._lookups)
 
     async def get(self, model_id: str) -> bytes | None:
-        """The list, as JSON, or None for a model that the upstream does not know. Raises UpstreamUnavailable."""
+        """The list as JSON, None for a model that the upstream does not know. Raises UpstreamUnavailable."""
         lookup = self._lookups.get(model_id)
         if lookup is None:
             # A caller that goes away must not take the list from the others who wait for it.

@@ -1,11 +1,11 @@
-"""Which providers stop billing when the connection closes."""
+"""The providers that stop billing when the connection closes."""
 
 from __future__ import annotations
 
 import re
 
-# Providers that stop generating, and billing, when the connection is closed (OpenRouter's documentation,
-# "Stream cancellation").
+# They stop generating, and billing, when the connection is closed: OpenRouter's documentation, "Stream
+# cancellation". A provider that is not here generates, and bills, to the end.
 STOPS_ON_ABORT = frozenset(
     [
         "openai",

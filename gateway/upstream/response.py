@@ -1,4 +1,4 @@
-"""UpstreamResponse: status, headers and an unread body."""
+"""The upstream's response as it arrives: status, headers and a body that nobody has read yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JSON = "application/json"
 
 @dataclass(slots=True)
 class UpstreamResponse:
-    """An upstream's answer whose body has not been read yet; must be closed."""
+    """A response whose body has not been read yet. It must be closed."""
 
     status: int
     headers: httpx2.Headers
@@ -27,12 +27,13 @@ class UpstreamResponse:
 
     @property
     def generation_id(self) -> str | None:
+        """The id in the response's headers, None where it is missing or could not be stored."""
         value = self.headers.get("x-generation-id")
         return value if value and len(value) <= 256 and value.isascii() and value.isprintable() else None
 
     @property
     def is_refusal(self) -> bool:
-        """Whether nothing was generated: what timed out may be running, and billed, behind its answer."""
+        """Whether nothing was generated. What timed out may still be running, and be billed."""
         return 400 <= self.status < 600 and self.status not in TIMEOUT_STATUSES
 
     @property
@@ -44,11 +45,12 @@ class UpstreamResponse:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, decoded where it was encoded. Raises UpstreamTimeout or UpstreamError when
+        """The body as it arrives, decoded where it is encoded. Raises UpstreamTimeout or UpstreamError when
         it breaks off.
         """
         encoding = self.headers.get("content-encoding", "identity").strip().lower()
         stream = self._response.stream
+        # A plain body goes around httpx, whose decoder would cost every event of a stream a layer more.
         plain = encoding in ("", "identity") and isinstance(stream, httpx2.AsyncByteStream)
         try:
             async for piece in stream if plain else self._response.aiter_bytes():  # type: ignore[union-attr]
@@ -57,15 +59,15 @@ class UpstreamResponse:
         except httpx2.TimeoutException as error:
             if isinstance(
                 error, httpx2.ConnectTimeout
-            ):  # what the aiohttp transport makes of a connection that broke
+            ):  # the aiohttp transport's name for a broken connection
                 raise UpstreamError(BROKEN) from error
             raise UpstreamTimeout("The model provider fell silent in mid-answer.") from error
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
             raise UpstreamError(BROKEN) from error
 
     async def read(self) -> bytes:
-        """The whole body, decoded; of an error as much as its message needs. Raises UpstreamError beyond
-        MAX_ANSWER_BYTES.
+        """The whole body, decoded; of an error, as much as its message needs. Raises UpstreamError for a body
+        above MAX_ANSWER_BYTES.
         """
         body = bytearray()
         async for piece in self.chunks():

@@ -1,4 +1,7 @@
-"""The OpenAI SDK's client and its short path for bytes (only gateway/upstream imports openai)."""
+"""The OpenAI SDK's client, and its short path for bodies that are bytes.
+
+Only gateway/upstream may import openai.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,17 @@ from openai._models import FinalRequestOptions
 
 from gateway.upstream.response import JSON, MAX_ERROR_BYTES
 
-MAX_BUILT = 64
+MAX_BUILT = 64  # requests that are built once, by path and headers
 
 
 class _Repeated(httpx2.Request):
-    """The first request of its kind with another body; its content-length is the transport's to say."""
+    """The first request of its kind with another body. The transport sets its content-length."""
 
     def __init__(self, first: httpx2.Request, body: bytes, api_key: str | None) -> None:
-        self.method, self.url, self.headers, self.extensions = (
-            first.method,
-            first.url,
-            first.headers,
-            first.extensions,
-        )
+        self.method, self.url, self.extensions = first.method, first.url, first.extensions
+        self.headers = first.headers
         if api_key is not None:
-            self.headers = first.headers.copy()  # the others keep the operator's
+            self.headers = first.headers.copy()  # the other requests keep the operator's key
             self.headers["Authorization"] = f"Bearer {api_key}"  # in its place, whatever its case
         self.stream = httpx2.ByteStream(body)
         self.read()
@@ -32,10 +31,10 @@ class _Repeated(httpx2.Request):
 
 class OpenRouterClient(AsyncOpenAI):
     """The SDK's client with a shorter way for requests whose body is bytes, which are sent once and whose
-    answers nobody parses.
+    responses are not parsed.
 
-    Of the requests to one path with the same headers the SDK builds the first, with all that it adds; the
-    others are that one with another body. They go out through the SDK's own transport. (docs/decisions/0006)
+    The SDK builds the first request to a path with certain headers, with all that it adds; the others are
+    that one with another body. All go out through the SDK's own transport (docs/decisions/0006).
     """
 
     _built: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[httpx2.Request, httpx2.AsyncBaseTransport]]
@@ -43,30 +42,35 @@ class OpenRouterClient(AsyncOpenAI):
     async def transmit(
         self, path: str, body: bytes, headers: Mapping[str, str], *, api_key: str | None = None
     ) -> httpx2.Response:
-        """POSTs the body, whose Content-Type the headers name, and returns whatever is answered, unread.
-        Raises httpx2's errors.
+        """POSTs the body, whose Content-Type the headers name, and returns the response, unread. Raises
+        httpx2's errors.
 
-        `api_key`: an account's that is not the operator's.
+        `api_key`: that of another account than the operator's.
         """
-        known = self.__dict__.setdefault("_built", {})
+        built = self.__dict__.setdefault("_built", {})
         key = (path, tuple(headers.items()))
-        if key not in known:
-            if len(known) >= MAX_BUILT:
-                known.clear()
-            as_json = {**headers, "Content-Type": JSON}  # a form it would build itself, out of fields
-            built = self._build_request(
-                FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json)
-            )
-            built.headers.pop("content-length", None)
-            built.headers["Content-Type"] = headers["Content-Type"]
-            known[key] = built, self._client._transport_for_url(built.url)
-        first, transport = known[key]
-        answer: httpx2.Response = await transport.handle_async_request(_Repeated(first, body, api_key))
-        return answer
+        if key not in built:
+            if len(built) >= MAX_BUILT:
+                built.clear()
+            built[key] = self._build_first(path, headers)
+        first, transport = built[key]
+        response: httpx2.Response = await transport.handle_async_request(_Repeated(first, body, api_key))
+        return response
+
+    def _build_first(
+        self, path: str, headers: Mapping[str, str]
+    ) -> tuple[httpx2.Request, httpx2.AsyncBaseTransport]:
+        as_json = {**headers, "Content-Type": JSON}  # the SDK would build a form itself, out of fields
+        request = self._build_request(
+            FinalRequestOptions.construct(method="post", url=path, content=b"{}", headers=as_json)
+        )
+        request.headers.pop("content-length", None)
+        request.headers["Content-Type"] = headers["Content-Type"]
+        return request, self._client._transport_for_url(request.url)
 
 
 async def bound_error(response: httpx2.Response) -> None:
-    """The SDK reads error answers whole, whatever their size: they end early here."""
+    """A response hook: ends error bodies early, since the SDK reads them whole, whatever their size."""
     if not response.is_success and isinstance(response.stream, httpx2.AsyncByteStream):
         response.stream = _Bounded(response.stream)
 

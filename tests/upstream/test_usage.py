@@ -136,6 +136,7 @@ FIELDS = (
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_no_usage_object_breaks_the_reader(value: dict[str, Any]) -> None:
     parsed = parse_json(json.dumps(value).encode())
+    assert isinstance(parsed, dict)
     for found in (read_usage(parsed), read_generation(parsed)):
         assert found is not None
         assert found.cost is None or 0 <= found.cost <= 2 * MAX_COST
