@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -41,15 +42,13 @@ COMMENTS = {
     "gateway/proxy": 2.1,
     "gateway/upstream": 1.7,
     "gateway/pricing": 3.0,
-    "supabase/schema": 0.0,
+    "supabase/schema": 3.0,
 }
 
 # How many breaches of a rule are left from before the rule. Lower a number when there are fewer.
 STILL_OPEN = {
-    "long functions": 1,
-    "bodies over all": 2,
-    "wide lines": 300,
-    "openings": 50,
+    "wide lines": 215,
+    "openings": 37,
 }
 
 
@@ -94,8 +93,18 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (function.end_lineno or 0) - function.body[0].lineno + 1
 
 
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text()
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(text_of(path))
+
+
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -108,7 +117,7 @@ def measured() -> dict[str, Package]:
     packages: dict[str, Package] = defaultdict(Package)
     for path in [*python_files(with_tests=False), *sql_files()]:
         package = packages[room(path)]
-        lines = path.read_text().splitlines()
+        lines = text_of(path).splitlines()
         package.lines += len(lines)
         package.comments += sum(is_comment(line, "--" if path.suffix == ".sql" else "#") for line in lines)
         if path.suffix == ".py":
@@ -124,7 +133,7 @@ def whole(packages: dict[str, Package]) -> Package:
 
 def long_modules() -> Iterator[str]:
     for path in python_files(with_tests=False):
-        lines, limit = len(path.read_text().splitlines()), MODULE_LINES_OF.get(shown(path), MODULE_LINES)
+        lines, limit = len(text_of(path).splitlines()), MODULE_LINES_OF.get(shown(path), MODULE_LINES)
         if lines > limit:
             yield f"{shown(path)} has {lines} lines, at most {limit} are allowed"
 
@@ -144,7 +153,7 @@ def long_bodies(everything: Package) -> Iterator[str]:
 
 def wide_lines() -> Iterator[str]:
     for path in [*python_files(with_tests=True), *sql_files()]:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(text_of(path).splitlines(), 1):
             if len(line) > COLUMNS:
                 yield f"{shown(path)}:{number} has {len(line)} columns, at most {COLUMNS} are allowed"
 
@@ -152,7 +161,7 @@ def wide_lines() -> Iterator[str]:
 def ragged_sql() -> Iterator[str]:
     """White space that no reader sees: at the end of a line or a file, and tabs."""
     for path in sql_files():
-        text = path.read_text()
+        text = text_of(path)
         ragged = [
             number for number, line in enumerate(text.split("\n"), 1) if line != line.rstrip() or "\t" in line
         ]
@@ -164,7 +173,7 @@ def ragged_sql() -> Iterator[str]:
 def openings() -> Iterator[str]:
     """Modules that do not open with a plain statement."""
     for path in python_files(with_tests=True):
-        opening = ast.get_docstring(ast.parse(path.read_text())) or ""
+        opening = ast.get_docstring(parsed(path)) or ""
         end = min((at for mark in (". ", ".\n", "?") if (at := opening.find(mark)) >= 0), default=-1)
         if not opening:
             yield f"{shown(path)} does not say what is in it"
