@@ -1,4 +1,4 @@
-"""API keys and the audit log in the database: flat functions, one per query or SQL function.
+"""API keys and the audit log in the database: one async function per query or SQL function.
 
 Keys arrive here as HMACs, computed elsewhere: this module never sees one in clear.
 """
@@ -8,14 +8,99 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
-from db import Row, _row
+from db_rows.keys import (
+    AuditEntry,
+    GuessCount,
+    ImportedKey,
+    Key,
+    KeyChanges,
+    KeyCreation,
+    KeyImport,
+    KeyIssue,
+    KeyRevelation,
+    KeyRevocation,
+    KeyRotation,
+    KeyUpdate,
+    KeyUsage,
+    NewKey,
+    NewSecret,
+    ProviderKey,
+    ProviderKeyChange,
+    ProviderKeyDeletion,
+    WrongSecret,
+)
+from db_rows.shared import AdminStamp, CallerStamp, columns_of
 from supabase_config import AsyncClient, call, execute
 
-AUDIT_COLUMNS = (
-    "id,actor,action,target,user_id,key_id,ip,user_agent,request_id,details,occurrences,created_at"
-)
+# Keys. One that acts for its user (the stamp's maker_id) makes and changes none that may do more than itself.
+
+
+async def list_keys(client: AsyncClient, user_id: int) -> list[Key]:
+    """A user's keys that are not revoked, oldest first."""
+    return cast(list[Key], await call(client, "list_keys", {"p_user_id": user_id}))
+
+
+async def list_primary_keys(client: AsyncClient, user_ids: Sequence[int]) -> dict[int, str]:
+    """Users' primary keys, masked, by user id."""
+    if not user_ids:
+        return {}
+    query = client.table("api_keys_new").select("user_id,key_prefix,last4").in_("user_id", list(user_ids))
+    rows = await execute(query.eq("is_primary", True))
+    return {row["user_id"]: f"{row['key_prefix']}...{row['last4']}" for row in rows}
+
+
+async def find_keys(
+    client: AsyncClient, *, text: str | None, user_id: int | None, before: int | None, limit: int
+) -> list[Key]:
+    """Keys by prefix and last 4, or name; newest first."""
+    page = {"p_text": text, "p_user_id": user_id, "p_before": before, "p_limit": limit}
+    return cast(list[Key], await call(client, "find_keys", page))
+
+
+async def read_key(client: AsyncClient, user_id: int, key_id: int) -> KeyUsage | None:
+    """A key with what it has used in all and in the UTC day, week and month."""
+    body = {"p_user_id": user_id, "p_key_id": key_id}
+    return cast(KeyUsage | None, await call(client, "read_key", body))
+
+
+async def create_key(client: AsyncClient, stamp: CallerStamp, key: NewKey) -> KeyCreation:
+    return cast(KeyCreation, await call(client, "create_key", {"p": {**stamp, "key": key}}))
+
+
+async def issue_key(client: AsyncClient, stamp: AdminStamp, *, user_id: int, key: NewKey) -> KeyIssue:
+    """An administrator's key for a user: no key stands behind it, so nothing bounds what it may do."""
+    return cast(KeyIssue, await call(client, "issue_key", {"p": {**stamp, "user_id": user_id, "key": key}}))
+
+
+async def update_key(client: AsyncClient, stamp: CallerStamp, key_id: int, changes: KeyChanges) -> KeyUpdate:
+    """Changes a key; what is not among the changes stays."""
+    body = {**stamp, "key_id": key_id, "changes": changes}
+    return cast(KeyUpdate, await call(client, "update_key", {"p": body}))
+
+
+async def rotate_keys(
+    client: AsyncClient, stamp: CallerStamp, keys: Sequence[NewSecret], *, grace_seconds: int
+) -> KeyRotation:
+    """Gives all of them new secrets, or none of them; the old ones work for `grace_seconds` more."""
+    body = {**stamp, "grace_seconds": grace_seconds, "keys": keys}
+    return cast(KeyRotation, await call(client, "rotate_keys", {"p": body}))
+
+
+async def revoke_key(client: AsyncClient, stamp: AdminStamp | CallerStamp, key_id: int) -> KeyRevocation:
+    """Ends a key for good: one of the caller's, or anybody's at an administrator's hands."""
+    return cast(KeyRevocation, await call(client, "revoke_key", {"p": {**stamp, "key_id": key_id}}))
+
+
+async def reveal_key(client: AsyncClient, stamp: CallerStamp, key_id: int) -> KeyRevelation:
+    """A key as it was encrypted when it was made; every look is in the audit log."""
+    return cast(KeyRevelation, await call(client, "reveal_key", {"p": {**stamp, "key_id": key_id}}))
+
+
+async def import_keys(client: AsyncClient, stamp: AdminStamp, keys: Sequence[ImportedKey]) -> KeyImport:
+    """Takes in keys of an older system, all of them or none; those it knows are left as they are."""
+    return cast(KeyImport, await call(client, "import_keys", {"p": {**stamp, "keys": keys}}))
 
 
 async def list_key_secrets_in_use(client: AsyncClient) -> set[str]:
@@ -23,78 +108,30 @@ async def list_key_secrets_in_use(client: AsyncClient) -> set[str]:
     return set(await call(client, "key_secrets_in_use", {}))
 
 
-# Keys. `order` holds user_id, the acting key (maker_id) and the stamp of the action.
+async def note_wrong_secret(client: AsyncClient, attempt: WrongSecret) -> GuessCount:
+    """Audits a wrong secret, and counts it for its address. `retry_after` in seconds."""
+    return cast(GuessCount, await call(client, "note_wrong_secret", {"p": attempt}))
 
 
-async def list_keys(client: AsyncClient, user_id: int) -> list[Row]:
-    """A user's keys that are not revoked, oldest first."""
-    return list(await call(client, "list_keys", {"p_user_id": user_id}))
+# Users' own upstream keys.
 
 
-async def list_primary_keys(client: AsyncClient, user_ids: Sequence[int]) -> dict[int, str]:
-    """Users' primary keys, masked, by user id."""
-    query = (
-        client.table("api_keys_new")
-        .select("user_id,key_prefix,last4")
-        .in_("user_id", list(user_ids))
-        .eq("is_primary", True)
-    )
-    return (
-        {row["user_id"]: f"{row['key_prefix']}...{row['last4']}" for row in await execute(query)}
-        if user_ids
-        else {}
-    )
+async def get_provider_key(client: AsyncClient, user_id: int) -> ProviderKey | None:
+    """The parts of it that may be shown."""
+    query = client.table("provider_keys").select(columns_of(ProviderKey)).eq("user_id", user_id)
+    rows = await execute(query.limit(1))
+    return cast(ProviderKey, rows[0]) if rows else None
 
 
-async def create_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome created, name_taken, too_many, broader or not_found."""
-    return Row(await call(client, "create_key", {"p": order}))
+async def set_provider_key(
+    client: AsyncClient, stamp: CallerStamp, *, encrypted_key: str, label: str
+) -> ProviderKeyChange:
+    body = {**stamp, "encrypted_key": encrypted_key, "label": label}
+    return cast(ProviderKeyChange, await call(client, "set_provider_key", {"p": body}))
 
 
-async def issue_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """An administrator's key for a user. Outcome created (with key), name_taken, too_many or not_found."""
-    return Row(await call(client, "issue_key", {"p": order}))
-
-
-async def update_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome updated, name_taken, too_many, broader or not_found."""
-    return Row(await call(client, "update_key", {"p": order}))
-
-
-async def rotate_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """All of them or none: outcome rotated, broader or not_found."""
-    return Row(await call(client, "rotate_keys", {"p": order}))
-
-
-async def revoke_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome revoked, broader (a key of a lesser environment asks) or not_found."""
-    return Row(await call(client, "revoke_key", {"p": order}))
-
-
-async def reveal_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome revealed (with the encrypted key), not_revealable, broader or not_found."""
-    return Row(await call(client, "reveal_key", {"p": order}))
-
-
-async def find_keys(
-    client: AsyncClient, *, text: str | None, user_id: int | None, before: int | None, limit: int
-) -> list[Row]:
-    """Keys by prefix and last 4, or name; newest first."""
-    return list(
-        await call(
-            client, "find_keys", {"p_text": text, "p_user_id": user_id, "p_before": before, "p_limit": limit}
-        )
-    )
-
-
-async def import_keys(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome imported, or not_found."""
-    return Row(await call(client, "import_keys", {"p": order}))
-
-
-async def note_wrong_secret(client: AsyncClient, attempt: Mapping[str, Any]) -> Row:
-    """Outcome counted, or limited (with retry_after, seconds)."""
-    return Row(await call(client, "note_wrong_secret", {"p": attempt}))
+async def delete_provider_key(client: AsyncClient, stamp: CallerStamp) -> ProviderKeyDeletion:
+    return cast(ProviderKeyDeletion, await call(client, "delete_provider_key", {"p": stamp}))
 
 
 # The audit log.
@@ -113,20 +150,19 @@ class AuditFilter:
 
 async def list_own_audit(
     client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int
-) -> list[Row]:
-    """A user's own log, newest first: of what others did to the account it does not show from where."""
-    asked = {f"p_{name}": value for name, value in asdict(events).items()}
-    times = {name: value.isoformat() for name, value in asked.items() if isinstance(value, datetime.datetime)}
-    return list(
-        await call(client, "list_own_audit", {**asked, **times, "p_before": before, "p_limit": limit})
-    )
+) -> list[AuditEntry]:
+    """A user's own log, newest first. Where somebody else acted it does not show who, nor from where."""
+    fields = {f"p_{name}": value for name, value in asdict(events).items()}
+    times = {name: time.isoformat() for name, time in fields.items() if isinstance(time, datetime.datetime)}
+    page = {**fields, **times, "p_before": before, "p_limit": limit}
+    return cast(list[AuditEntry], await call(client, "list_own_audit", page))
 
 
 async def list_audit_logs(
     client: AsyncClient, events: AuditFilter, *, before: int | None, limit: int
-) -> list[Row]:
+) -> list[AuditEntry]:
     """Security events and administrators' actions, newest first; `before` is the id of the last row seen."""
-    query = client.table("audit_logs").select(AUDIT_COLUMNS)
+    query = client.table("audit_logs").select(columns_of(AuditEntry))
     for column, value in (("user_id", events.user_id), ("key_id", events.key_id), ("action", events.action)):
         if value is not None:
             query = query.eq(column, value)
@@ -136,64 +172,20 @@ async def list_audit_logs(
         query = query.lt("created_at", events.end.isoformat())
     if before is not None:
         query = query.lt("id", before)
-    return list(await execute(query.order("id", desc=True).limit(limit)))
-
-
-# A key, an account and a request.
-
-
-async def read_key(client: AsyncClient, user_id: int, key_id: int) -> Row | None:
-    """A key with what it has used in all and in the UTC day, week and month."""
-    return _row(await call(client, "read_key", {"p_user_id": user_id, "p_key_id": key_id}))
-
-
-# Users' own upstream keys.
-
-
-async def get_provider_key(client: AsyncClient, user_id: int) -> Row | None:
-    """What may be shown of it."""
-    query = (
-        client.table("provider_keys")
-        .select("label,is_active,created_at,updated_at")
-        .eq("user_id", user_id)
-        .limit(1)
-    )
-    rows = await execute(query)
-    return rows[0] if rows else None
-
-
-async def set_provider_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome set or not_found."""
-    return Row(await call(client, "set_provider_key", {"p": order}))
-
-
-async def delete_provider_key(client: AsyncClient, order: Mapping[str, Any]) -> Row:
-    """Outcome deleted or not_found."""
-    return Row(await call(client, "delete_provider_key", {"p": order}))
+    return cast(list[AuditEntry], await execute(query.order("id", desc=True).limit(limit)))
 
 
 async def write_audit(
     client: AsyncClient,
-    stamp: Mapping[str, Any],
+    stamp: AdminStamp,
     *,
     action: str,
     target: str,
     user_id: int | None,
-    details: Mapping[str, Any],
+    details: Mapping[str, object],
 ) -> None:
-    """One entry of the audit log, for an action that is not a single SQL function."""
-    await call(
-        client,
-        "write_audit",
-        {
-            "p_actor": stamp["actor"],
-            "p_action": action,
-            "p_target": target,
-            "p_user_id": user_id,
-            "p_key_id": None,
-            "p_address": stamp["address"],
-            "p_user_agent": stamp["user_agent"],
-            "p_request_id": stamp["request_id"],
-            "p_details": dict(details),
-        },
-    )
+    """Writes one entry of the audit log, for an action that is not a single SQL function."""
+    entry = {"p_action": action, "p_target": target, "p_user_id": user_id, "p_key_id": None}
+    origin = {"p_actor": stamp["actor"], "p_address": stamp["address"], "p_user_agent": stamp["user_agent"]}
+    details = {"p_request_id": stamp["request_id"], "p_details": dict(details)}
+    await call(client, "write_audit", {**entry, **origin, **details})

@@ -14,7 +14,7 @@ import secrets
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from starlette.datastructures import Headers
@@ -64,6 +64,17 @@ def masked(prefix: str, last4: str) -> str:
     return f"{prefix}...{last4}"
 
 
+class StoredKey(TypedDict):
+    """What may be stored of a key: how it is shown, and an HMAC by which it is found."""
+
+    key_name: str
+    key_prefix: str
+    last4: str
+    key_hash: str
+    hash_secret_id: str
+    environment_tag: str
+
+
 class Keyring:
     """HMACs of keys under each of our secrets; the first is the one that new keys are stored under."""
 
@@ -88,7 +99,7 @@ class Keyring:
         """A name for `text` that nobody without our secret can make or recognise."""
         return hmac.digest(self._secrets[0], b"pseudonym\0" + text.encode(), "sha256").hex()[:32]
 
-    def stored(self, key: str, environment: str, name: str) -> dict[str, Any]:
+    def stored(self, key: str, environment: str, name: str) -> StoredKey:
         """What the database keeps of a new key."""
         return {
             "key_name": name,

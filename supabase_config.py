@@ -1,5 +1,4 @@
-"""Opens the database client: hosted, by URL, or embedded; the only importer of supabase. Builds the Supabase
-client: hosted, any PostgreSQL by its URL, or the embedded one.
+"""Opens the database's client: a hosted Supabase, any PostgreSQL by its URL, or the embedded one.
 
 The only importer of `supabase`. Its errors, and the network's, leave this module as GatewayErrors.
 """
@@ -10,11 +9,12 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import structlog
-from postgrest import APIError
+from postgrest import APIError, AsyncRPCFilterRequestBuilder
+from postgrest import AsyncSelectRequestBuilder as Select
 from supabase import AsyncClient, AsyncClientOptions, acreate_client
 
 from common.errors import Conflict, DatabaseUnavailable, GatewayError, Misconfigured
@@ -22,8 +22,9 @@ from config import Settings
 
 log = structlog.get_logger("database")
 
-__all__ = ["AsyncClient", "call", "execute", "migrate_database", "open_database"]
+__all__ = ["AsyncClient", "Row", "Select", "call", "execute", "migrate_database", "open_database"]
 
+Row = dict[str, Any]  # as it comes off the wire; db.py gives every row its type
 MIGRATIONS = Path(__file__).parent / "supabase" / "migrations"
 # The newest migration that the code relies on; `schema_version()` says what the database has.
 SCHEMA_VERSION = 20261130100100
@@ -34,7 +35,7 @@ UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006", "XX", "PGRST00")
 
 
 class _NoCookies(httpx.Cookies):
-    """PostgREST sets none, and to look for them is a tenth of what a call costs."""
+    """PostgREST sets none, and looking for them is a tenth of what a call costs."""
 
     def extract_cookies(self, response: httpx.Response) -> None:
         pass
@@ -42,7 +43,7 @@ class _NoCookies(httpx.Cookies):
 
 def _http(transport: httpx.AsyncBaseTransport) -> httpx.AsyncClient:
     http = httpx.AsyncClient(transport=transport, timeout=TIMEOUT_SECONDS)
-    http._cookies = _NoCookies()  # the public setter would make it one that looks
+    http._cookies = _NoCookies()  # the public setter would replace it by a jar that looks
     return http
 
 
@@ -60,9 +61,7 @@ class MissingFunction(DatabaseFault):
 
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[AsyncClient]:
-    """The client of the database that the settings name. Raises Misconfigured with one sentence where it
-    cannot be started.
-    """
+    """The client of the database that the settings name. Raises Misconfigured where it cannot be started."""
     if settings.database == "hosted":
         async with _hosted(settings) as client:
             yield client
@@ -121,9 +120,7 @@ async def _embedded(settings: Settings) -> AsyncIterator[AsyncClient]:
 
 
 async def migrate_database(settings: Settings) -> list[str]:
-    """Applies what is missing, to DATABASE_URL or the embedded database; returns the names. For `make
-    migrate`.
-    """
+    """Applies the migrations that DATABASE_URL or the embedded database lacks; returns their names."""
     from embedded.migrate import migrate
     from embedded.postgres import EmbeddedPostgres
 
@@ -131,7 +128,8 @@ async def migrate_database(settings: Settings) -> list[str]:
         return await migrate(settings.database_url.get_secret_value(), MIGRATIONS)
     if settings.database == "hosted":
         raise Misconfigured(
-            "A hosted Supabase is migrated with: supabase db push (or set DATABASE_URL to its connection string)."
+            "A hosted Supabase is migrated with: supabase db push "
+            "(or set DATABASE_URL to its connection string)."
         )
     server = await EmbeddedPostgres.start(settings.gateway_data_dir, binaries=settings.postgres_bin)
     try:
@@ -147,13 +145,19 @@ async def _client(url: str, key: str, http: httpx.AsyncClient) -> AsyncClient:
     return await acreate_client(url, key, options)
 
 
-async def call(client: AsyncClient, function: str, params: Mapping[str, Any]) -> Any:
-    """Calls one SQL function. Raises DatabaseUnavailable, Conflict (a unique constraint) or DatabaseFault."""
-    return await execute(client.rpc(function, dict(params)))
+async def call(client: AsyncClient, function: str, params: Mapping[str, object]) -> Any:
+    """Calls one SQL function and returns its answer. Raises DatabaseUnavailable, Conflict (a unique
+    constraint) or DatabaseFault.
+    """
+    return await _data_of(client.rpc(function, dict(params)))
 
 
-async def execute(query: Any) -> Any:
-    """Runs a query built with the client and returns its data; raises as `call` does."""
+async def execute(query: Select) -> list[Row]:
+    """Runs a query built with the client and returns its rows; raises as `call` does."""
+    return cast(list[Row], await _data_of(query))
+
+
+async def _data_of(query: Select | AsyncRPCFilterRequestBuilder) -> Any:
     try:
         return (await query.execute()).data
     except APIError as error:
@@ -167,8 +171,8 @@ async def execute(query: Any) -> Any:
 
 def _translate(error: APIError) -> GatewayError:
     code = str(error.code or "")
-    # What is no SQLSTATE and no code of PostgREST comes from something in front of the database, such as its
-    # gateway.
+    # Anything but a SQLSTATE or a code of PostgREST comes from something in front of the database, such as a
+    # proxy.
     if code.startswith(UNAVAILABLE) or not re.fullmatch(r"[0-9A-Z]{5}|PGRST\d{3}", code):
         return DatabaseUnavailable()
     if code == "23505":

@@ -6,6 +6,7 @@ edges they are `Decimal` credits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 
 NANOS_PER_CREDIT = 1_000_000_000
@@ -36,6 +37,16 @@ def plain_credits(nanos: int) -> str:
     # plain(credits_from_nanos(nanos)) without the decimals: every charge is written this way.
     whole, rest = divmod(nanos, NANOS_PER_CREDIT)
     return f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
+
+
+def in_credits(row: Mapping[str, object]) -> dict[str, object]:
+    """A row with its amounts in credits: `cost_nanos` becomes `cost`, and an unknown one stays None."""
+    return {
+        name.removesuffix("_nanos"): credits_from_nanos(value)
+        if name.endswith("_nanos") and isinstance(value, int)
+        else value
+        for name, value in row.items()
+    }
 
 
 def parse_amount(value: object) -> Decimal | None:

@@ -210,19 +210,19 @@ class WebhookStored(Webhook, Generic[OutcomeT]):
     outcome: OutcomeT
 
 
-class TestQueued(TypedDict):
+class WebhookTestQueued(TypedDict):
     outcome: Literal["queued"]
     delivery_id: int
 
 
-class TestTooSoon(TypedDict):
+class WebhookTestTooSoon(TypedDict):
     outcome: Literal["too_soon"]
     retry_after: int
 
 
 WebhookCreation = WebhookStored[Literal["created"]] | Refused[Literal["too_many", "not_found"]]
 WebhookUpdate = WebhookStored[Literal["updated"]] | Refused[Literal["not_found"]]
-WebhookTest = TestQueued | TestTooSoon | Refused[Literal["inactive", "not_found"]]
+WebhookTest = WebhookTestQueued | WebhookTestTooSoon | Refused[Literal["inactive", "not_found"]]
 
 
 class Delivery(TypedDict):

@@ -38,7 +38,7 @@ class NewKey(KeyRules):
     last4: str
     key_hash: str
     hash_secret_id: str
-    environment_tag: Environment
+    environment_tag: str
     encrypted_key: NotRequired[str | None]
 
 
@@ -174,7 +174,13 @@ KeyUpdate = (
 KeyRotation = KeysRotated | Broader | Refused[Literal["not_found"]]
 KeyRevocation = KeyRevoked | Broader | Refused[Literal["not_found"]]
 KeyRevelation = KeyRevealed | Broader | Refused[Literal["not_revealable", "not_found"]]
-KeyRefusal = TooManyKeys | Broader | Refused[Literal["name_taken", "not_revealable", "not_found"]]
+KeyRefusal = (
+    TooManyKeys
+    | Broader
+    | Refused[Literal["name_taken", "not_found"]]
+    | Refused[Literal["not_revealable", "not_found"]]
+    | Refused[Literal["not_found"]]
+)
 KeyImport = KeysImported | ImportRefused
 GuessCount = Done[Literal["counted"]] | TooManyGuesses
 

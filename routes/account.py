@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, TypedDict
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -10,14 +11,17 @@ from fastapi.responses import Response
 import db
 import db_security
 from common.errors import BadRequest, Forbidden, NotFound
-from common.money import credits_from_nanos
+from common.money import credits_from_nanos, in_credits
+from db_rows.accounts import User
+from db_rows.books import UsageMetrics
+from db_rows.keys import Key
 from gateway.runtime.instance import Runtime
 from models import Balance, Transactions, UsageRecords, errors_of
 from routes.budgets import forbid_test_key
 from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import raise_taken
+from routes.http.outcomes import taken
 from routes.http.responses import JsonResponse, success, utc_now
 from routes.listings import AnyPart, Within, list_response, records, transactions
 from routes.reports import ABOUT_LATENCY, Bucket, Format, Group, Zone, usage_report
@@ -40,7 +44,7 @@ LIMITS = (
     "tokens_per_hour",
     "tokens_per_day",
 )
-NO_KEYS = {"total_requests": 0, "total_max_requests": None, "key_count": 0}
+ALL_LIMITS = (*LIMITS, "concurrency", "burst")
 DELETED = "The account is deleted: its keys no longer work, and what was left of its credits has expired."
 # Places free bucket by bucket; after this many seconds of silence everything is free again.
 RESET_SECONDS = {"minute": 70, "hour": 3900, "day": 90000}
@@ -53,7 +57,7 @@ async def read_balance(
     runtime: Running, caller: Annotated[Caller, get_api_key("read", "balance")]
 ) -> Response:
     user = await _require_user(runtime, caller)
-    credits, held = (credits_from_nanos(user[name]) for name in ("credits_nanos", "held_nanos"))
+    credits, held = credits_from_nanos(user["credits_nanos"]), credits_from_nanos(user["held_nanos"])
     return JsonResponse(
         Balance(
             api_key=caller.masked_key,
@@ -78,10 +82,11 @@ async def update_profile(
     forbid_test_key(caller)
     fields = body.model_dump(exclude_none=True)
     changes = {("username" if name == "name" else name): value for name, value in fields.items()}
-    result = await db.update_profile(runtime.client, {**caller.stamp(), "changes": changes})
+    result = await db.update_profile(runtime.client, caller.stamp(), changes)
     if result["outcome"] == "too_large":
         raise BadRequest("`preferences` and `settings` take at most 16 kB each.", param="preferences")
-    raise_taken(result, name_field="name")
+    if result["outcome"] == "username_taken" or result["outcome"] == "email_taken":
+        raise taken(result["outcome"], name_field="name")
     return JsonResponse(await _profile(runtime, caller))
 
 
@@ -94,7 +99,7 @@ async def delete_account(
     user = await _require_user(runtime, caller)
     # The hashes stay, so that nobody collects sign-up credits by deleting an account and registering again.
     email_hashes = runtime.keyring.email_hashes(user["email"])
-    await db.delete_account(runtime.client, {**caller.stamp(), "email_hashes": email_hashes})
+    await db.delete_account(runtime.client, caller.stamp(), email_hashes)
     return success(message=DELETED, user_id=caller.user_id, timestamp=utc_now())
 
 
@@ -109,7 +114,7 @@ async def read_monitor(runtime: Running, caller: UsageReader) -> Response:
         api_key=caller.masked_key,
         current_credits=credits_from_nanos(user["credits_nanos"]),
         usage_metrics=shown_metrics(metrics),
-        rate_limits={name: in_use["limits"][name] for name in LIMITS},
+        rate_limits=_select(in_use["limits"], LIMITS),
     )
 
 
@@ -118,26 +123,35 @@ async def read_limit(runtime: Running, caller: UsageReader) -> Response:
     in_use = await db.read_limits(runtime.client, caller.user_id, caller.key_id)
     return success(
         api_key=caller.masked_key,
-        current_limits=_all_limits(in_use["limits"]),
-        key_limits=None if in_use["key_limits"] is None else _all_limits(in_use["key_limits"]),
+        current_limits=_select(in_use["limits"], ALL_LIMITS),
+        key_limits=None if in_use["key_limits"] is None else _select(in_use["key_limits"], ALL_LIMITS),
         current_usage=in_use["used"],
         reset_times=RESET_SECONDS,
     )
 
 
-def _all_limits(limits: db.Row) -> dict[str, int | None]:
-    return {name: limits[name] for name in (*LIMITS, "concurrency", "burst")}
+def _select(limits: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
+    return {name: limits[name] for name in names}
+
+
+class EnvironmentUsage(TypedDict):
+    """Of all keys of an environment; `total_max_requests` is None where none of them has a limit."""
+
+    total_requests: int
+    total_max_requests: int | None
+    key_count: int
 
 
 @router.get("/environment-usage", summary="Requests by environment of your keys")
 async def read_environment_usage(runtime: Running, caller: UsageReader) -> Response:
-    environments: dict[str, dict[str, Any]] = {}
+    environments: dict[str, EnvironmentUsage] = {}
     for row in await db_security.list_keys(runtime.client, caller.user_id):
-        _add_key(environments.setdefault(row["environment_tag"], NO_KEYS.copy()), row)
+        nothing: EnvironmentUsage = {"total_requests": 0, "total_max_requests": None, "key_count": 0}
+        _add_key(environments.setdefault(row["environment_tag"], nothing), row)
     return success(environment_usage=environments)
 
 
-def _add_key(usage: dict[str, Any], key: dict[str, Any]) -> None:
+def _add_key(usage: EnvironmentUsage, key: Key) -> None:
     usage["total_requests"] += key["requests_used"]
     usage["key_count"] += 1
     if key["max_requests"] is not None:
@@ -197,7 +211,7 @@ async def list_transactions(
     return await list_response(request, transactions(runtime, caller.user_id, within), part, "transactions")
 
 
-async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
+async def _require_user(runtime: Runtime, caller: Caller) -> User:
     user = await db.get_user(runtime.client, caller.user_id)
     if user is None:
         raise NotFound("This account no longer exists.")
@@ -206,23 +220,12 @@ async def _require_user(runtime: Runtime, caller: Caller) -> db.Row:
 
 async def _profile(runtime: Runtime, caller: Caller) -> Profile:
     user = await _require_user(runtime, caller)
-    fields = {name: user[name] for name in Profile.model_fields if name in user}
-    return Profile(
-        **fields,
-        user_id=caller.user_id,
-        api_key=caller.masked_key,
-        credits=credits_from_nanos(user["credits_nanos"]),
-    )
+    caller_fields = {"user_id": caller.user_id, "api_key": caller.masked_key}
+    return Profile.model_validate({**in_credits(user), **caller_fields})
 
 
-def shown_metrics(metrics: db.Row) -> dict[str, Any]:
+def shown_metrics(metrics: UsageMetrics) -> dict[str, object]:
     """Metrics as clients see them: amounts in credits, and the average of tokens per request."""
-    amounts = {
-        name.removesuffix("_nanos"): credits_from_nanos(value) if name.endswith("_nanos") else value
-        for name, value in metrics.items()
-    }
     total = metrics["total_requests"]
-    return {
-        **amounts,
-        "average_tokens_per_request": round(metrics["total_tokens"] / total, 2) if total else 0,
-    }
+    average = round(metrics["total_tokens"] / total, 2) if total else 0
+    return {**in_credits(metrics), "average_tokens_per_request": average}

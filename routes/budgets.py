@@ -6,7 +6,7 @@ A request names its end user in the header `x-end-user`, or else in OpenAI's fie
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
@@ -15,11 +15,12 @@ import db
 import db_security
 from common.errors import BadRequest, Conflict, Forbidden, NotFound, UpstreamUnavailable
 from common.money import credits_from_nanos, nanos_from_credits
+from db_rows.accounts import EndUserBudget
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import require_found
+from routes.http.outcomes import caller_gone
 from routes.http.pagination import Cursor, PageSize, PathId, cursor_of, id_of
 from routes.http.responses import JsonResponse, success, utc_now
 from routes.schemas.spending import (
@@ -57,7 +58,7 @@ async def read_provider_key(runtime: Running, caller: AccountReader) -> Response
     row = await db_security.get_provider_key(runtime.client, caller.user_id)
     if row is None:
         raise NotFound(NO_PROVIDER_KEY)
-    return JsonResponse(ProviderKeyView(status="success", provider_key=row))
+    return JsonResponse(ProviderKeyView(status="success", provider_key={**row}))
 
 
 @router.put(
@@ -70,19 +71,22 @@ async def set_provider_key(runtime: Running, body: ProviderKeyOrder, caller: Acc
     forbid_test_key(caller)
     checked = await _check(runtime, body.key)
     label = f"{body.key[:LABEL_START]}...{body.key[-LABEL_END:]}"
-    provider_key = {"encrypted_key": runtime.vault.encrypt(body.key), "label": label}
-    result = await db_security.set_provider_key(runtime.client, {**caller.stamp(), **provider_key})
-    require_found(result)
-    return JsonResponse(
-        ProviderKeyView(status="success", provider_key=_without_outcome(result), checked=checked)
+    encrypted = runtime.vault.encrypt(body.key)
+    result = await db_security.set_provider_key(
+        runtime.client, caller.stamp(), encrypted_key=encrypted, label=label
     )
+    if result["outcome"] == "not_found":
+        raise caller_gone()
+    provider_key = {name: value for name, value in result.items() if name != "outcome"}
+    return JsonResponse(ProviderKeyView(status="success", provider_key=provider_key, checked=checked))
 
 
 @router.delete("/provider-key", summary="Forget your own OpenRouter key")
 async def delete_provider_key(runtime: Running, caller: AccountWriter) -> Response:
     forbid_test_key(caller)
     result = await db_security.delete_provider_key(runtime.client, caller.stamp())
-    require_found(result, NO_PROVIDER_KEY)
+    if result["outcome"] == "not_found":
+        raise NotFound(NO_PROVIDER_KEY)
     return success(
         message="Your key is forgotten: requests use the gateway's account, and your credits, again."
     )
@@ -125,7 +129,7 @@ async def list_end_users(
     return _listed(rows, next_cursor=cursor_of(str(rows[-1]["budget_id"])) if len(rows) == limit else None)
 
 
-def _listed(rows: list[db.Row], *, next_cursor: str | None) -> Response:
+def _listed(rows: list[EndUserBudget], *, next_cursor: str | None) -> Response:
     views = [_view(row) for row in rows]
     return JsonResponse(EndUsers(status="success", end_users=views, next_cursor=next_cursor))
 
@@ -138,17 +142,19 @@ def _listed(rows: list[db.Row], *, next_cursor: str | None) -> Response:
 )
 async def create_end_user(runtime: Running, body: EndUserOrder, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
-    budget = {
-        "end_user": body.end_user,
-        "budget_nanos": str(nanos_from_credits(body.budget)),
-        "budget_window": body.budget_window,
-    }
-    result = await db.create_end_user_budget(runtime.client, {**caller.stamp(), **budget})
+    result = await db.create_end_user_budget(
+        runtime.client,
+        caller.stamp(),
+        end_user=body.end_user,
+        budget_nanos=nanos_from_credits(body.budget),
+        budget_window=body.budget_window,
+    )
     if result["outcome"] == "name_taken":
         raise Conflict("This end user has a budget already. Change it with PUT.", param="end_user")
     if result["outcome"] == "too_many":
         raise Conflict(TOO_MANY)
-    require_found(result)
+    if result["outcome"] == "not_found":
+        raise caller_gone()
     return JsonResponse(_view(result), status_code=201)
 
 
@@ -157,23 +163,24 @@ async def update_end_user(
     runtime: Running, budget_id: PathId, body: EndUserChange, caller: BudgetWriter
 ) -> Response:
     forbid_test_key(caller)
-    changes: dict[str, Any] = (
-        {} if body.budget is None else {"budget_nanos": str(nanos_from_credits(body.budget))}
-    )
-    if body.budget_window is not None:
-        changes["budget_window"] = body.budget_window
     result = await db.update_end_user_budget(
-        runtime.client, {**caller.stamp(), "budget_id": budget_id, "changes": changes}
+        runtime.client,
+        caller.stamp(),
+        budget_id,
+        budget_nanos=None if body.budget is None else nanos_from_credits(body.budget),
+        budget_window=body.budget_window,
     )
-    require_found(result, NO_BUDGET, param="budget_id")
+    if result["outcome"] == "not_found":
+        raise NotFound(NO_BUDGET, param="budget_id")
     return JsonResponse(_view(result))
 
 
 @router.delete("/end-users/{budget_id}", summary="Take a customer's budget away")
 async def delete_end_user(runtime: Running, budget_id: PathId, caller: BudgetWriter) -> Response:
     forbid_test_key(caller)
-    result = await db.delete_end_user_budget(runtime.client, {**caller.stamp(), "budget_id": budget_id})
-    require_found(result, NO_BUDGET, param="budget_id")
+    result = await db.delete_end_user_budget(runtime.client, caller.stamp(), budget_id)
+    if result["outcome"] == "not_found":
+        raise NotFound(NO_BUDGET, param="budget_id")
     message = "The budget is gone; that of `*` applies, if there is one."
     return success(message=message, deleted_id=budget_id)
 
@@ -192,12 +199,8 @@ def _printable(end_user: str) -> str:
     return end_user
 
 
-def _without_outcome(result: db.Row) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name != "outcome"}
-
-
-def _view(row: db.Row) -> EndUserView:
-    budget, spent, held = (row[f"{name}_nanos"] for name in ("budget", "spent", "held"))
+def _view(row: EndUserBudget) -> EndUserView:
+    budget, spent, held = row["budget_nanos"], row["spent_nanos"], row["held_nanos"]
     return EndUserView(
         id=row["budget_id"],
         end_user=row["end_user"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
+from db_rows.shared import AdminStamp, CallerStamp, Environment, Scopes
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from routes.http.client_address import address_of, client_domain
@@ -90,10 +90,10 @@ class Caller:
     user_id: int
     key_id: int
     role: str
-    environment: str
+    environment: Environment
     key_name: str
     masked_key: str
-    scopes: Mapping[str, Any]
+    scopes: Scopes
     address: str
     user_agent: str | None
     request_id: str
@@ -102,7 +102,7 @@ class Caller:
     def actor(self) -> str:
         return f"key:{self.key_id}"
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> CallerStamp:
         """Who acts, with which key, from where: the fields that every change is made and recorded with."""
         return {
             "user_id": self.user_id,
@@ -123,7 +123,7 @@ class Admin:
     user_agent: str | None
     request_id: str
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self) -> AdminStamp:
         """Who did it, from where: the fields that every admin action is recorded with."""
         return {
             "actor": self.actor,

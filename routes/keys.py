@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 import db_security
-from common.errors import BadRequest, Conflict, MissingScope, NotFound
-from common.money import credits_from_nanos, nanos_from_credits
+from common.errors import BadRequest, Conflict, GatewayError, MissingScope, NotFound
+from common.money import in_credits, nanos_from_credits
+from db_rows.keys import Key, KeyChanges, KeyCreation, KeyRefusal, NewKey, NewSecret
+from db_rows.keys import KeyRules as RuleColumns
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, Running, get_api_key
@@ -48,6 +50,8 @@ router = APIRouter(
 
 Reader = Annotated[Caller, get_api_key("read", "keys")]
 Writer = Annotated[Caller, get_api_key("write", "keys")]
+# The fields of a body that set columns of other names.
+FIELD_OF = {"expiration_date": "expiration_days", "budget_nanos": "budget", "budget_window": "budget"}
 FEATURES = ("ip_allowlist", "domain_referrers", "expiration_date", "max_requests", "scope_permissions")
 SHOWN_ONCE = "Keep the API key: it is shown this once."
 TOO_MANY = "You have 500 keys, the most that are allowed. Delete some that you no longer need."
@@ -63,15 +67,15 @@ async def list_keys(runtime: Running, caller: Reader) -> Response:
 
 @router.post("", summary="Make a key", response_model=KeyMade)
 async def create_key(runtime: Running, body: KeyOrder, caller: Writer) -> Response:
-    key, stored = new_key_of(runtime, body)
-    return made(body, key, await db_security.create_key(runtime.client, {**caller.stamp(), "key": stored}))
+    key, columns = new_key_of(runtime, body)
+    return made(body, key, await db_security.create_key(runtime.client, caller.stamp(), columns))
 
 
-def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, dict[str, Any]]:
+def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, NewKey]:
     """A new key as the body describes it, and its columns."""
     environment = body.environment_tag.value
     key = new_key(environment)
-    columns = {
+    columns: NewKey = {
         **runtime.keyring.stored(key, environment, body.key_name),
         "scope_permissions": DEFAULT_SCOPES,
         "ip_allowlist": [],
@@ -82,9 +86,10 @@ def new_key_of(runtime: Runtime, body: KeyOrder) -> tuple[str, dict[str, Any]]:
     return key, columns
 
 
-def made(body: KeyOrder, key: str, result: dict[str, Any]) -> Response:
+def made(body: KeyOrder, key: str, result: KeyCreation) -> Response:
     """The answer with the key in clear. Raises what a refusal means."""
-    raise_key_refusal(result)
+    if result["outcome"] != "created":
+        raise key_refusal(result)
     made_key = view(result["key"])
     return JsonResponse(
         KeyMade(
@@ -129,8 +134,9 @@ async def read_key(runtime: Running, key_id: PathId, caller: Reader) -> Response
 
 @router.get("/{key_id}/reveal", summary="Show a revealable key again")
 async def reveal_key(runtime: Running, key_id: PathId, caller: Writer) -> Response:
-    result = await db_security.reveal_key(runtime.client, {**caller.stamp(), "key_id": key_id})
-    raise_key_refusal(result)
+    result = await db_security.reveal_key(runtime.client, caller.stamp(), key_id)
+    if result["outcome"] != "revealed":
+        raise key_refusal(result)
     key = runtime.vault.decrypt(result["encrypted_key"])
     if key is None:
         raise NotFound(NO_LONGER_READABLE, param="key_id")
@@ -143,10 +149,9 @@ async def update_key(runtime: Running, key_id: PathId, body: KeyChange, caller: 
         return await _rotate(runtime, caller, key_id, body.grace_period)
     if body.action == "bulk_rotate":
         return await _rotate_all(runtime, caller, body)
-    result = await db_security.update_key(
-        runtime.client, {**caller.stamp(), "key_id": key_id, "changes": _changes(body)}
-    )
-    raise_key_refusal(result)
+    result = await db_security.update_key(runtime.client, caller.stamp(), key_id, _changes(body))
+    if result["outcome"] != "updated":
+        raise key_refusal(result)
     return _changed("The key is changed", updated_key=view(result["key"]))
 
 
@@ -159,8 +164,9 @@ async def rotate_key(
 
 @router.delete("/{key_id}", summary="Revoke a key, for good", response_model=KeyRevoked)
 async def revoke_key(runtime: Running, key_id: PathId, body: KeyRevocation, caller: Writer) -> Response:
-    result = await db_security.revoke_key(runtime.client, {**caller.stamp(), "key_id": key_id})
-    raise_key_refusal(result)
+    result = await db_security.revoke_key(runtime.client, caller.stamp(), key_id)
+    if result["outcome"] != "revoked":
+        raise key_refusal(result)
     return JsonResponse(
         KeyRevoked(
             status="success", message="The key no longer works", deleted_key_id=key_id, timestamp=utc_now()
@@ -193,76 +199,81 @@ async def _rotate_all(runtime: Runtime, caller: Caller, body: KeyChange) -> Resp
 
 
 async def _store_secrets(
-    runtime: Runtime, caller: Caller, secrets: list[dict[str, Any]], grace_seconds: int
-) -> list[dict[str, Any]]:
+    runtime: Runtime, caller: Caller, secrets: list[NewSecret], grace_seconds: int
+) -> list[Key]:
     """The rows of the keys, in the order of their secrets. Raises what a refusal means."""
-    rotation = {**caller.stamp(), "grace_seconds": grace_seconds, "keys": secrets}
-    result = await db_security.rotate_keys(runtime.client, rotation)
-    raise_key_refusal(result)
-    rows: list[dict[str, Any]] = result["keys"]
-    return rows
+    result = await db_security.rotate_keys(
+        runtime.client, caller.stamp(), secrets, grace_seconds=grace_seconds
+    )
+    if result["outcome"] != "rotated":
+        raise key_refusal(result)
+    return result["keys"]
 
 
-async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> dict[str, Any]:
+async def _require_key(runtime: Runtime, caller: Caller, key_id: int) -> Key:
     for row in await db_security.list_keys(runtime.client, caller.user_id):
         if row["id"] == key_id:
             return row
     raise NotFound("There is no such key.", param="key_id")
 
 
-def _new_secret(runtime: Runtime, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _new_secret(runtime: Runtime, row: Key) -> tuple[str, NewSecret]:
     """A new key in clear, and the columns in which it replaces the old one."""
     key = new_key(row["environment_tag"])
     stored = runtime.keyring.stored(key, row["environment_tag"], row["key_name"])
-    secret = {name: stored[name] for name in ("key_hash", "hash_secret_id", "last4")}
-    encrypted = runtime.vault.encrypt(key) if row["is_revealable"] else None
-    return key, {"key_id": row["id"], **secret, "encrypted_key": encrypted}
+    return key, {
+        "key_id": row["id"],
+        "key_hash": stored["key_hash"],
+        "hash_secret_id": stored["hash_secret_id"],
+        "last4": stored["last4"],
+        "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None,
+    }
 
 
-def _changes(body: KeyChange) -> dict[str, Any]:
+def _changes(body: KeyChange) -> KeyChanges:
     """The columns that a change sets. A name and a switch are never taken away: null leaves them alone."""
-    changes = _rules(body)
-    for name in ("key_name", "is_active"):
-        if (value := getattr(body, name)) is not None:
-            changes[name] = value
+    changes = cast(KeyChanges, _rules(body))
+    if body.key_name is not None:
+        changes["key_name"] = body.key_name
+    if body.is_active is not None:
+        changes["is_active"] = body.is_active
     return changes
 
 
-def _rules(body: KeyRules) -> dict[str, Any]:
+def _rules(body: KeyRules) -> RuleColumns:
     """The columns that these rules set. What was left out is not among them: it stays as it is."""
+    every: RuleColumns = {
+        "allowed_models": body.allowed_models,
+        "max_requests": body.max_requests,
+        "cache_ttl_seconds": body.cache_ttl_seconds,
+        "ip_allowlist": body.ip_allowlist or [],
+        "domain_referrers": body.domain_referrers or [],
+        "expiration_date": _in_days(body.expiration_days),
+        "budget_nanos": None if body.budget is None else nanos_from_credits(body.budget),
+        "budget_window": body.budget_window,
+    }
     sent = body.model_fields_set
-    columns: dict[str, Any] = body.model_dump(
-        include={"allowed_models", "max_requests", "cache_ttl_seconds"} & sent
-    )
+    columns = {name: value for name, value in every.items() if FIELD_OF.get(name, name) in sent}
     if body.scope_permissions is not None:
         columns["scope_permissions"] = body.scope_permissions
-    for name in sent & {"ip_allowlist", "domain_referrers"}:
-        columns[name] = getattr(body, name) or []
-    if "expiration_days" in sent:
-        columns["expiration_date"] = _in_days(body.expiration_days)
-    if "budget" in sent:
-        columns["budget_nanos"] = None if body.budget is None else nanos_from_credits(body.budget)
-        columns["budget_window"] = body.budget_window
-    return columns
+    return cast(RuleColumns, columns)
 
 
 def _in_days(days: int | None) -> str | None:
     return None if days is None else (utc_now() + datetime.timedelta(days=days)).isoformat()
 
 
-def view(row: dict[str, Any]) -> KeyView:
+def view(row: Key) -> KeyView:
     """A key as it may be shown."""
     used, most = row["requests_used"], row["max_requests"]
-    budget = row["budget_nanos"]
-    fields = {name: row[name] for name in KeyView.model_fields if name in row}
-    return KeyView(
-        **fields,
-        api_key=masked(row["key_prefix"], row["last4"]),
-        days_remaining=_days_until(row["expiration_date"]),
-        requests_remaining=None if most is None else max(0, most - used),
-        usage_percentage=None if most is None else round(100 * used / most, 2),
-        budget=None if budget is None else credits_from_nanos(budget),
-        budget_spent=credits_from_nanos(row["budget_spent_nanos"]),
+    return KeyView.model_validate(
+        {
+            **in_credits(row),
+            "api_key": masked(row["key_prefix"], row["last4"]),
+            "days_remaining": _days_until(row["expiration_date"]),
+            "requests_remaining": None if most is None else max(0, most - used),
+            "usage_percentage": None if most is None else round(100 * used / most, 2),
+        }
     )
 
 
@@ -270,20 +281,20 @@ def _days_until(moment: str | None) -> int | None:
     return None if moment is None else max(0, (datetime.datetime.fromisoformat(moment) - utc_now()).days)
 
 
-def raise_key_refusal(result: dict[str, Any]) -> None:
-    """Raises the error that a refusal of a key function means, if it is one."""
+def key_refusal(result: KeyRefusal) -> GatewayError:
+    """The error that a refusal of a key function means."""
     match result["outcome"]:
         case "not_found":
-            raise NotFound("There is no such key.", param="key_id")
+            return NotFound("There is no such key.", param="key_id")
         case "name_taken":
-            raise Conflict("You have a key of this name already.", param="key_name")
+            return Conflict("You have a key of this name already.", param="key_name")
         case "too_many":
-            raise Conflict(TOO_MANY if result.get("limit") == 500 else TOO_MANY_ACTIVE)
+            return Conflict(TOO_MANY if result.get("limit") == 500 else TOO_MANY_ACTIVE)
         case "not_revealable":
-            raise BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id")
+            return BadRequest("This key was not made revealable: only its HMAC is stored.", param="key_id")
         case "broader":
-            field = result.get("field")
-            raise MissingScope(
+            field = result["field"]
+            return MissingScope(
                 f"A key may not give more than it has itself: this would be broader in `{field}`.",
                 param=field,
             )

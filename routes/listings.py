@@ -15,12 +15,15 @@ from fastapi.responses import Response
 import db
 import db_security
 from common.errors import BadRequest
-from common.money import credits_from_nanos
+from common.money import credits_from_nanos, in_credits
+from db_rows.books import Transaction as TransactionRow
+from db_rows.books import UsageRecord as RecordRow
+from db_rows.keys import AuditEntry
 from db_security import AuditFilter
 from gateway.runtime.instance import Runtime
 from models import AdminTransaction, AdminUsageRecord, Transaction, UsageRecord
-from routes.http.export import Listing, export
-from routes.http.pagination import BY_ID, BY_MOMENT, NO_NUL, Cursor, QueryId
+from routes.http.export import Listing, RowT, export
+from routes.http.pagination import BY_ID, BY_MOMENT, NO_NUL, Cursor, MarkT, QueryId
 from routes.http.responses import JsonResponse
 from routes.schemas.keys import AuditLog, Moment
 
@@ -81,7 +84,7 @@ Events = Annotated[AuditFilter, Depends(_events)]
 
 
 async def list_response(
-    request: Request, listing: Listing, part: Part, field: str, *, counted: str | None = None
+    request: Request, listing: Listing[RowT, MarkT], part: Part, field: str, *, counted: str | None = None
 ) -> Response:
     """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises
     BadRequest for the cursor.
@@ -98,19 +101,21 @@ async def list_response(
     )
 
 
-def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
+def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing[RecordRow, tuple[str, str]]:
     """One user's records."""
 
-    async def fetch(before: tuple[str, str] | None, limit: int) -> list[db.Row]:
+    async def fetch(before: tuple[str, str] | None, limit: int) -> list[RecordRow]:
         return await db.list_usage_records(runtime.client, user_id, within=within, before=before, limit=limit)
 
     return Listing("usage-records", UsageRecord, BY_MOMENT, fetch, show_record)
 
 
-def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> Listing:
+def all_records(
+    runtime: Runtime, user_id: int | None, within: db.Range
+) -> Listing[RecordRow, tuple[str, str]]:
     """Everybody's records, or one user's, for an administrator."""
 
-    async def fetch(before: tuple[str, str] | None, limit: int) -> list[db.Row]:
+    async def fetch(before: tuple[str, str] | None, limit: int) -> list[RecordRow]:
         if user_id is not None:
             return await db.list_usage_records(
                 runtime.client, user_id, within=within, before=before, limit=limit
@@ -126,19 +131,19 @@ def all_records(runtime: Runtime, user_id: int | None, within: db.Range) -> List
     )
 
 
-def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing:
+def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing[TransactionRow, int]:
     """One user's transactions."""
 
-    async def fetch(before: int | None, limit: int) -> list[db.Row]:
+    async def fetch(before: int | None, limit: int) -> list[TransactionRow]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
     return Listing("transactions", Transaction, BY_ID, fetch, show_transaction)
 
 
-def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) -> Listing:
+def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) -> Listing[TransactionRow, int]:
     """Everybody's transactions, or one user's, for an administrator."""
 
-    async def fetch(before: int | None, limit: int) -> list[db.Row]:
+    async def fetch(before: int | None, limit: int) -> list[TransactionRow]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
     return Listing(
@@ -150,41 +155,30 @@ def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) ->
     )
 
 
-def own_audit(runtime: Runtime, events: AuditFilter) -> Listing:
+def own_audit(runtime: Runtime, events: AuditFilter) -> Listing[AuditEntry, int]:
     """What happened to one's account; of what others did to it, not from where."""
 
-    async def fetch(before: int | None, limit: int) -> list[db.Row]:
+    async def fetch(before: int | None, limit: int) -> list[AuditEntry]:
         return await db_security.list_own_audit(runtime.client, events, before=before, limit=limit)
 
-    return Listing("audit-log", AuditLog, BY_ID, fetch, lambda row: AuditLog(**row))
+    return Listing("audit-log", AuditLog, BY_ID, fetch, AuditLog.model_validate)
 
 
-def audit(runtime: Runtime, events: AuditFilter) -> Listing:
+def audit(runtime: Runtime, events: AuditFilter) -> Listing[AuditEntry, int]:
     """What happened, for an administrator."""
 
-    async def fetch(before: int | None, limit: int) -> list[db.Row]:
+    async def fetch(before: int | None, limit: int) -> list[AuditEntry]:
         return await db_security.list_audit_logs(runtime.client, events, before=before, limit=limit)
 
-    return Listing("audit-log", AuditLog, BY_ID, fetch, lambda row: AuditLog(**row))
+    return Listing("audit-log", AuditLog, BY_ID, fetch, AuditLog.model_validate)
 
 
 # How a row is shown.
 
 
-def show_record(row: db.Row, kind: type[UsageRecord] = UsageRecord) -> UsageRecord:
-    upstream = row["upstream_cost_nanos"]
-    amounts = {
-        "held": credits_from_nanos(row["hold_nanos"]),
-        "upstream_cost": None if upstream is None else credits_from_nanos(upstream),
-        "cost": credits_from_nanos(row["cost_nanos"]),
-        "overrun": credits_from_nanos(row["overrun_nanos"]),
-    }
-    return kind.model_validate({name: row[name] for name in kind.model_fields if name in row} | amounts)
+def show_record(row: RecordRow, kind: type[UsageRecord] = UsageRecord) -> UsageRecord:
+    return kind.model_validate({**in_credits(row), "held": credits_from_nanos(row["hold_nanos"])})
 
 
-def show_transaction(row: db.Row, kind: type[Transaction] = Transaction) -> Transaction:
-    amounts = {
-        "amount": credits_from_nanos(row["amount_nanos"]),
-        "balance_after": credits_from_nanos(row["balance_after_nanos"]),
-    }
-    return kind.model_validate({name: row[name] for name in kind.model_fields if name in row} | amounts)
+def show_transaction(row: TransactionRow, kind: type[Transaction] = Transaction) -> Transaction:
+    return kind.model_validate(in_credits(row))

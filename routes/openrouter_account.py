@@ -18,6 +18,8 @@ import db
 import db_security
 from common.errors import NotFound
 from common.money import credits_from_nanos
+from db_rows.books import UsageRecord
+from db_rows.keys import KeyUsage
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.dependencies import Caller, Declared, Running, get_api_key
@@ -66,9 +68,6 @@ NOT_OURS: dict[str, Any] = {
     "allowed_data_regions": ["global"],
 }
 ALL_LIMITS = "GET /user/limit shows all limits of this key."
-AMOUNTS = tuple(
-    f"{kind}usage{window}" for kind in ("", "byok_") for window in ("", "_daily", "_weekly", "_monthly")
-)
 
 
 @router.get("/v1/key", summary="The key that asks, as OpenRouter's clients read it", response_model=KeyAnswer)
@@ -122,7 +121,7 @@ async def read_generation(
     return JsonResponse(GenerationAnswer(data=_generation(row)))
 
 
-async def _find(runtime: Runtime, user_id: int, wanted: str) -> dict[str, Any] | None:
+async def _find(runtime: Runtime, user_id: int, wanted: str) -> UsageRecord | None:
     if not wanted.isprintable():
         return None
     try:
@@ -140,7 +139,7 @@ def _moment_in(generation_id: str) -> str | None:
     return datetime.datetime.fromtimestamp(int(match.group(1)), datetime.UTC).isoformat()
 
 
-def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
+def _key(row: KeyUsage, *, free_models: bool) -> KeyData:
     budget, per_minute = row["budget_nanos"], row["requests_per_minute"]
     free = -1 if free_models else 0
     return KeyData(
@@ -155,7 +154,15 @@ def _key(row: dict[str, Any], *, free_models: bool) -> KeyData:
         rate_limit=KeyRateLimit(
             requests=-1 if per_minute is None else per_minute, interval="1m", note=ALL_LIMITS
         ),
-        **NOT_OURS | {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS},
+        usage=credits_from_nanos(row["usage_nanos"]),
+        usage_daily=credits_from_nanos(row["usage_daily_nanos"]),
+        usage_weekly=credits_from_nanos(row["usage_weekly_nanos"]),
+        usage_monthly=credits_from_nanos(row["usage_monthly_nanos"]),
+        byok_usage=credits_from_nanos(row["byok_usage_nanos"]),
+        byok_usage_daily=credits_from_nanos(row["byok_usage_daily_nanos"]),
+        byok_usage_weekly=credits_from_nanos(row["byok_usage_weekly_nanos"]),
+        byok_usage_monthly=credits_from_nanos(row["byok_usage_monthly_nanos"]),
+        **NOT_OURS,
     )
 
 
@@ -163,7 +170,7 @@ def _credits(nanos: int | None) -> Decimal | None:
     return None if nanos is None else credits_from_nanos(nanos)
 
 
-def _generation(row: dict[str, Any]) -> GenerationData:
+def _generation(row: UsageRecord) -> GenerationData:
     cost, upstream = credits_from_nanos(row["cost_nanos"]), row["upstream_cost_nanos"]
     first, whole = row["time_to_first_token_ms"], row["latency_ms"]
     prompt, completion = row["prompt_tokens"], row["completion_tokens"]

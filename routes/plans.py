@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -9,7 +10,9 @@ from fastapi.responses import Response
 
 import db
 from common.errors import BadRequest, Conflict, NotFound
-from common.money import credits_from_nanos, nanos_from_credits
+from common.money import in_credits, nanos_from_credits
+from db_rows.accounts import Plan as PlanRow
+from db_rows.shared import AdminStamp
 from gateway.runtime.instance import Runtime
 from models import errors_of
 from routes.budgets import forbid_test_key
@@ -21,14 +24,15 @@ from routes.schemas.accounts import Plan, PlanChange, PlanOrderNew
 
 router = APIRouter(tags=["plans"], route_class=ExactRoute, responses=errors_of(400, 401, 403, 404, 409, 503))
 
-COLUMNS = {
-    "daily_requests": "daily_request_limit",
-    "daily_tokens": "daily_token_limit",
-    "monthly_requests": "monthly_request_limit",
-    "monthly_tokens": "monthly_token_limit",
-}
 # Columns in which null means unlimited.
-NULLABLE = {*COLUMNS.values(), "concurrency", "allowed_models"}
+NULLABLE = {
+    "daily_request_limit",
+    "monthly_request_limit",
+    "daily_token_limit",
+    "monthly_token_limit",
+    "concurrency",
+    "allowed_models",
+}
 BLANK = {"description": "", "price_per_month_nanos": 0, "features": [], "environment_factors": {}}
 NO_PLAN = "You have no plan. GET /user/plan/usage shows the limits that apply without one."
 PlanReader = Annotated[Caller, get_api_key("read", "plan")]
@@ -54,8 +58,13 @@ async def read_own_plan(runtime: Running, caller: PlanReader) -> Response:
     assigned = in_use["assigned"]
     if assigned is None:
         raise NotFound(NO_PLAN, code="no_plan")
-    period = {name: assigned[name] for name in ("start_date", "end_date", "is_active")}
-    return success(plan=shown_plan(in_use["plan"]), limits=_limits(in_use["plan"]), **period)
+    return success(
+        plan=shown_plan(in_use["plan"]),
+        limits=_limits(in_use["plan"]),
+        start_date=assigned["start_date"],
+        end_date=assigned["end_date"],
+        is_active=assigned["is_active"],
+    )
 
 
 @router.delete("/user/plan", summary="Cancel your plan, from now on", dependencies=Declared)
@@ -108,7 +117,7 @@ async def read_entitlements(
 )
 async def create_plan(runtime: Running, body: PlanOrderNew, admin: AdminOnly) -> Response:
     plan = {**BLANK, **_columns(body), "slug": body.slug}
-    result = await db.create_plan(runtime.client, {**admin.stamp(), "plan": plan})
+    result = await db.create_plan(runtime.client, admin.stamp(), plan)
     if result["outcome"] == "slug_taken":
         raise Conflict("There is a plan with this slug already.", param="slug")
     return JsonResponse(shown_plan(result["plan"]))
@@ -133,14 +142,16 @@ async def withdraw_plan(runtime: Running, plan_id: PathId, admin: AdminOnly) -> 
     return success(message="The plan is no longer offered; who has it keeps it", plan_id=plan_id)
 
 
-async def _change(runtime: Runtime, stamp: dict[str, Any], plan_id: int, changes: dict[str, Any]) -> db.Row:
-    result = await db.update_plan(runtime.client, {**stamp, "plan_id": plan_id, "changes": changes})
+async def _change(
+    runtime: Runtime, stamp: AdminStamp, plan_id: int, changes: Mapping[str, object]
+) -> PlanRow:
+    result = await db.update_plan(runtime.client, stamp, plan_id, changes)
     if result["outcome"] == "not_found":
         raise NotFound("There is no such plan.", param="plan_id")
     if result["outcome"] == "built_in":
         message = "This plan applies to everybody without a plan and cannot be taken off."
         raise BadRequest(message, param="plan_id")
-    return db.Row(result["plan"])
+    return result["plan"]
 
 
 def _columns(body: PlanChange) -> dict[str, Any]:
@@ -156,11 +167,15 @@ def _columns(body: PlanChange) -> dict[str, Any]:
     return columns
 
 
-def _limits(plan: db.Row) -> dict[str, int | None]:
-    return {name: plan[column] for name, column in COLUMNS.items()}
+def _limits(plan: PlanRow) -> dict[str, int | None]:
+    return {
+        "daily_requests": plan["daily_request_limit"],
+        "daily_tokens": plan["daily_token_limit"],
+        "monthly_requests": plan["monthly_request_limit"],
+        "monthly_tokens": plan["monthly_token_limit"],
+    }
 
 
-def shown_plan(row: db.Row) -> Plan:
+def shown_plan(row: PlanRow) -> Plan:
     """A plan as clients see it."""
-    fields = {name: row[name] for name in Plan.model_fields if name in row}
-    return Plan(**fields, price_per_month=credits_from_nanos(row["price_per_month_nanos"]))
+    return Plan.model_validate(in_credits(row))

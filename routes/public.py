@@ -12,6 +12,9 @@ import db
 from common.errors import GatewayError, Misconfigured, RateLimited, RegistrationClosed
 from common.money import credits_from_nanos, nanos_from_credits
 from common.version import VERSION
+from db_rows.accounts import NewAccount
+from db_rows.accounts import Registered as NewUser
+from db_rows.keys import KeyRules, NewKey
 from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
@@ -19,13 +22,15 @@ from models import Health, Registered, Registration, errors_of
 from routes.dependencies import Admin, MaybeAdmin, Running, running, shown_environment
 from routes.http.client_address import address_of
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import raise_taken
+from routes.http.outcomes import taken
 from routes.http.responses import JsonResponse, utc_now
 from security import DEFAULT_SCOPES, address_subject, new_key, printable_header
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 
 JSON = "application/json"
+WRONG_MODE = "The database and this instance disagree on live or sandbox mode; restart the instance."
+TOO_MANY = "Five registrations an hour may be tried from one network address. Try again later."
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [
     "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, "
@@ -195,15 +200,16 @@ async def register(request: Request, body: Registration, admin: MaybeAdmin) -> R
     if admin is None and not runtime.settings.registration_open:
         raise RegistrationClosed()
     key = new_key(body.environment_tag.value)
-    account = _new_account(request, runtime, body, admin)
-    result = await db.register_user(runtime.client, {**account, "key": _first_key(runtime, body, key)})
-    _raise_refusal(result)
+    account = _new_account(request, runtime, body, admin, _first_key(runtime, body, key))
+    result = await db.register_user(runtime.client, account)
+    if result["outcome"] != "registered":
+        raise _refusal(result["outcome"])
     return JsonResponse(_registered(body, key, result))
 
 
 def _new_account(
-    request: Request, runtime: Runtime, body: Registration, admin: Admin | None
-) -> dict[str, Any]:
+    request: Request, runtime: Runtime, body: Registration, admin: Admin | None, key: NewKey
+) -> NewAccount:
     address = address_of(request, runtime)
     return {
         "username": body.username,
@@ -219,15 +225,16 @@ def _new_account(
         "user_agent": printable_header(request.headers.get("user-agent"), 512),
         "request_id": request.state.request_id,
         "actor": None if admin is None else admin.actor,
+        "key": key,
     }
 
 
-def _first_key(runtime: Runtime, body: Registration, key: str) -> dict[str, Any]:
+def _first_key(runtime: Runtime, body: Registration, key: str) -> NewKey:
     stored = runtime.keyring.stored(key, body.environment_tag.value, body.key_name)
-    return {**stored, "scope_permissions": DEFAULT_SCOPES}
+    return {**stored, **KeyRules(scope_permissions=DEFAULT_SCOPES), "encrypted_key": None}
 
 
-def _registered(body: Registration, key: str, result: db.Row) -> Registered:
+def _registered(body: Registration, key: str, result: NewUser) -> Registered:
     return Registered(
         user_id=result["user_id"],
         username=body.username,
@@ -243,15 +250,11 @@ def _registered(body: Registration, key: str, result: db.Row) -> Registered:
     )
 
 
-def _raise_refusal(result: db.Row) -> None:
-    outcome = result["outcome"]
+def _refusal(
+    outcome: Literal["username_taken", "email_taken", "address_limit", "wrong_mode"],
+) -> GatewayError:
     if outcome == "wrong_mode":
-        raise Misconfigured(
-            "The database and this instance disagree on live or sandbox mode; restart the instance."
-        )
+        return Misconfigured(WRONG_MODE)
     if outcome == "address_limit":
-        raise RateLimited(
-            "Five registrations an hour may be tried from one network address. Try again later.",
-            retry_after=3600,
-        )
-    raise_taken(result, name_field="username")
+        return RateLimited(TOO_MANY, retry_after=3600)
+    return taken(outcome, name_field="username")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Path
@@ -11,7 +11,8 @@ from fastapi.responses import Response
 
 import db
 from common.errors import NotFound
-from common.money import credits_from_nanos
+from common.money import credits_from_nanos, in_credits
+from db_rows.books import ReceiptRow
 from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import BoundPolicy
 from gateway.proxy import quotes
@@ -82,13 +83,14 @@ async def quote(
     endpoint = endpoint_of(body.endpoint)
     bound = quotes.bound_of(endpoint, body.body, *await _prices(runtime, caller))
     markup = runtime.settings.price_markup
-    question = {
-        **quotes.quote_item(bound, markup=markup),
-        "user_id": caller.user_id,
-        "key_id": caller.key_id,
-        "end_user": end_user_of(endpoint, body.body, x_end_user),
-    }
-    standing = {"free": caller.environment == "test", **await db.quote_request(runtime.client, question)}
+    answer = await db.quote_request(
+        runtime.client,
+        quotes.quote_item(bound, markup=markup),
+        user_id=caller.user_id,
+        key_id=caller.key_id,
+        end_user=end_user_of(endpoint, body.body, x_end_user),
+    )
+    standing = {"free": caller.environment == "test", **answer}
     fields = quotes.quote_fields(bound, standing, markup=markup, output_tokens=body.output_tokens)
     return JsonResponse(Quote(**fields))
 
@@ -101,35 +103,40 @@ async def _prices(runtime: Runtime, caller: Caller) -> tuple[ModelIndex, BoundPo
     return await runtime.catalog(caller.environment).models(), policy
 
 
-def _receipt(row: dict[str, Any]) -> Receipt:
-    fields = {name: row[name] for name in Receipt.model_fields if name in row}
-    refunds = [_refund(refund) for refund in row["refunds"]]
+def _receipt(row: ReceiptRow) -> Receipt:
+    refunds = [ReceiptRefund.model_validate(in_credits(refund)) for refund in row["refunds"]]
     settled = row["status"] != "pending"
-    return Receipt(
-        **{**fields, "refunds": refunds},
-        message=MESSAGES[_kind(row)],
-        hold=_hold(row),
-        tokens=_tokens(row) if settled else None,
-        charge=_charge(row, refunds) if settled else None,
-        timings=ReceiptTimings(**{name: row[name] for name in ReceiptTimings.model_fields}),
-        ending=ReceiptEnding(**{name: row[name] for name in ReceiptEnding.model_fields}) if settled else None,
-    )
+    parts = {
+        "refunds": refunds,
+        "message": MESSAGES[_kind(row)],
+        "hold": _hold(row),
+        "tokens": _tokens(row) if settled else None,
+        "charge": _charge(row, refunds) if settled else None,
+        "timings": ReceiptTimings.model_validate(row),
+        "ending": ReceiptEnding.model_validate(row) if settled else None,
+    }
+    return Receipt.model_validate({**row, **parts})
 
 
-def _hold(row: dict[str, Any]) -> ReceiptHold:
+def _hold(row: ReceiptRow) -> ReceiptHold:
     return ReceiptHold(
         amount=credits_from_nanos(row["hold_nanos"]),
         granted_output_tokens=row["output_granted"],
-        price_basis=row["price_basis"],
+        price_basis=None if row["price_basis"] is None else {**row["price_basis"]},
         expires_at=row["expires_at"],
     )
 
 
-def _tokens(row: dict[str, Any]) -> ReceiptTokens:
-    return ReceiptTokens(**{name: row[f"{name}_tokens"] for name in ReceiptTokens.model_fields})
+def _tokens(row: ReceiptRow) -> ReceiptTokens:
+    return ReceiptTokens(
+        prompt=row["prompt_tokens"],
+        completion=row["completion_tokens"],
+        cached=row["cached_tokens"],
+        reasoning=row["reasoning_tokens"],
+    )
 
 
-def _kind(row: dict[str, Any]) -> str:
+def _kind(row: ReceiptRow) -> str:
     if row["status"] == "pending" or row["settlement_source"] == "none":
         return "pending" if row["status"] == "pending" else "none"
     if row["environment"] == "test":
@@ -137,7 +144,7 @@ def _kind(row: dict[str, Any]) -> str:
     return "byok" if row["byok"] else "cache" if row["cache_hit"] else "settled"
 
 
-def _charge(row: dict[str, Any], refunds: list[ReceiptRefund]) -> ReceiptCharge:
+def _charge(row: ReceiptRow, refunds: list[ReceiptRefund]) -> ReceiptCharge:
     upstream, after = row["upstream_cost_nanos"], row["balance_after_nanos"]
     known = None if upstream is None else credits_from_nanos(upstream)
     charged = credits_from_nanos(row["cost_nanos"])
@@ -152,12 +159,4 @@ def _charge(row: dict[str, Any], refunds: list[ReceiptRefund]) -> ReceiptCharge:
         overrun=overrun,
         refunded=sum((refund.amount for refund in refunds), credits_from_nanos(0)),
         balance_after=None if after is None else credits_from_nanos(after),
-    )
-
-
-def _refund(row: dict[str, Any]) -> ReceiptRefund:
-    return ReceiptRefund(
-        amount=credits_from_nanos(row.pop("amount_nanos")),
-        balance_after=credits_from_nanos(row.pop("balance_after_nanos")),
-        **row,
     )

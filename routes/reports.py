@@ -13,7 +13,8 @@ from pydantic import AfterValidator
 
 import db
 from common.errors import BadRequest
-from common.money import credits_from_nanos
+from common.money import in_credits
+from db_rows.books import ReportRange, ReportRow
 from gateway.runtime.instance import Runtime
 from routes.http.export import csv_answer
 from routes.http.responses import JsonResponse, utc_now
@@ -50,7 +51,6 @@ ABOUT_LATENCY = (
     "Latencies are counted in buckets (up to 25, 50, 100, 150, 200, 300, ... ms). So the percentiles (`latency_p50_ms`, `latency_p95_ms`, "
     "`latency_p99_ms`) are estimates within a bucket, and may be off by its width; the average is not, and neither are the usage records."
 )
-AMOUNTS = ("cost", "upstream_cost", "overrun")
 COLUMNS = (
     "bucket",
     "group",
@@ -102,13 +102,13 @@ async def usage_report(
     start: datetime.datetime | None,
     end: datetime.datetime | None,
     zone: str,
-    bucket: str,
-    group: str,
+    bucket: Bucket,
+    group: AdminGroup,
     form: Format,
 ) -> Response:
     """The report as an answer."""
     since, until = read_range(start, end)
-    report = {
+    report: ReportRange = {
         "start": since.isoformat(),
         "end": until.isoformat(),
         "zone": zone,
@@ -116,7 +116,7 @@ async def usage_report(
         "limit": MAX_ROWS + 1,
     }
     if group != "end_user":
-        groups = await db.report_usage(runtime.client, user_id=user_id, report={**report, "group": group})
+        groups = await db.report_usage(runtime.client, user_id=user_id, report=report, group=group)
     elif user_id is None:
         raise BadRequest("`user_id` is missing: end users are one user's.", param="user_id")
     else:
@@ -133,15 +133,14 @@ async def usage_report(
     return JsonResponse({"status": "success", **question, "total": _total(rows), "rows": rows})
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    amounts = {name: credits_from_nanos(row[f"{name}_nanos"]) for name in AMOUNTS}
+def _row(row: ReportRow) -> dict[str, object]:
     requests = row["requests"]
     average = round(row["latency_ms_total"] / requests) if requests else None
     # Of one request every percentile is known, and not only its bucket.
     latencies = dict.fromkeys(
         (name for name in COLUMNS if name.startswith("latency") and requests == 1), average
     )
-    cells = {**row, **amounts, "latency_average_ms": average, **latencies}
+    cells = {**in_credits(row), "latency_average_ms": average, **latencies}
     return {name: cells.get(name) for name in COLUMNS}
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 import db
-from common.errors import Conflict, NotFound, RateLimited
-from common.money import credits_from_nanos
+from common.errors import Conflict, GatewayError, NotFound, RateLimited
+from common.money import in_credits
+from db_rows.accounts import BudgetEvent as BudgetEventRow
+from db_rows.accounts import Delivery, Webhook, WebhookTestTooSoon
+from db_rows.shared import Refused
 from gateway.webhooks.signature import new_secret
 from models import errors_of
 from routes.budgets import forbid_test_key
 from routes.dependencies import Caller, Declared, Running, get_api_key
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import require_found
+from routes.http.outcomes import caller_gone
 from routes.http.pagination import BY_ID, Cursor, PageSize, PathId, id_of
 from routes.http.responses import JsonResponse, success
 from routes.schemas.webhooks import (
@@ -52,7 +55,9 @@ NEW_SHOWN_ONCE = "Keep the new secret: it is shown this once."
 @router.get("/webhooks", summary="Your webhooks", response_model=Webhooks)
 async def list_webhooks(runtime: Running, caller: WebhookReader) -> Response:
     rows = await db.list_webhooks(runtime.client, caller.user_id)
-    return JsonResponse(Webhooks(status="success", webhooks=[WebhookView(**row) for row in rows]))
+    return JsonResponse(
+        Webhooks(status="success", webhooks=[WebhookView.model_validate(row) for row in rows])
+    )
 
 
 @router.post(
@@ -67,16 +72,17 @@ async def create_webhook(runtime: Running, body: WebhookOrder, caller: WebhookWr
     """
     forbid_test_key(caller)
     secret = new_secret()
-    webhook = {"url": body.url, "encrypted_secret": runtime.vault.encrypt(secret)}
-    result = await db.create_webhook(runtime.client, {**caller.stamp(), **webhook})
+    encrypted = runtime.vault.encrypt(secret)
+    result = await db.create_webhook(runtime.client, caller.stamp(), url=body.url, encrypted_secret=encrypted)
     if result["outcome"] == "too_many":
         raise Conflict(TOO_MANY)
-    require_found(result)
+    if result["outcome"] == "not_found":
+        raise caller_gone()
     return _kept(result, SHOWN_ONCE, secret, status_code=201)
 
 
-def _kept(row: db.Row, message: str, secret: str | None, *, status_code: int = 200) -> Response:
-    webhook = WebhookView(**{name: row[name] for name in WebhookView.model_fields})
+def _kept(row: Webhook, message: str, secret: str | None, *, status_code: int = 200) -> Response:
+    webhook = WebhookView.model_validate(row)
     body = WebhookKept(status="success", message=message, webhook=webhook, secret=secret)
     return JsonResponse(body, status_code=status_code)
 
@@ -99,21 +105,27 @@ async def update_webhook(
     runtime: Running, webhook_id: PathId, body: WebhookChange, caller: WebhookWriter
 ) -> Response:
     forbid_test_key(caller)
-    changes: dict[str, Any] = body.model_dump(include={"url", "is_active"}, exclude_none=True)
     secret = new_secret() if body.rotate_secret else None
-    if secret is not None:
-        changes["encrypted_secret"] = runtime.vault.encrypt(secret)
-    change = {"webhook_id": webhook_id, "changes": changes, "grace_seconds": body.grace_period}
-    result = await db.update_webhook(runtime.client, {**caller.stamp(), **change})
-    require_found(result, MISSING, param="webhook_id")
+    result = await db.update_webhook(
+        runtime.client,
+        caller.stamp(),
+        webhook_id,
+        url=body.url,
+        is_active=body.is_active,
+        encrypted_secret=None if secret is None else runtime.vault.encrypt(secret),
+        grace_seconds=body.grace_period,
+    )
+    if result["outcome"] == "not_found":
+        raise NotFound(MISSING, param="webhook_id")
     return _kept(result, "The webhook is changed" if secret is None else NEW_SHOWN_ONCE, secret)
 
 
 @router.delete("/webhooks/{webhook_id}", summary="Delete a webhook, and what is still to be sent to it")
 async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     forbid_test_key(caller)
-    result = await db.delete_webhook(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    require_found(result, MISSING, param="webhook_id")
+    result = await db.delete_webhook(runtime.client, caller.stamp(), webhook_id)
+    if result["outcome"] == "not_found":
+        raise NotFound(MISSING, param="webhook_id")
     return success(message="The webhook is deleted", deleted_id=webhook_id)
 
 
@@ -125,8 +137,9 @@ async def delete_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWr
 async def test_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWriter) -> Response:
     """One a minute for each webhook. A test that does not arrive is repeated like any delivery."""
     forbid_test_key(caller)
-    result = await db.queue_webhook_test(runtime.client, {**caller.stamp(), "webhook_id": webhook_id})
-    _raise_test_refusal(result)
+    result = await db.queue_webhook_test(runtime.client, caller.stamp(), webhook_id)
+    if result["outcome"] != "queued":
+        raise _test_refusal(result)
     await runtime.deliveries.deliver_due(delivery_id=result["delivery_id"])
     row = await db.get_delivery(runtime.client, caller.user_id, result["delivery_id"])
     if row is None:
@@ -136,12 +149,14 @@ async def test_webhook(runtime: Running, webhook_id: PathId, caller: WebhookWrit
     return JsonResponse(DeliveryTested(status="success", message=message, delivery=delivery))
 
 
-def _raise_test_refusal(result: db.Row) -> None:
-    require_found(result, MISSING, param="webhook_id")
-    if result["outcome"] == "inactive":
-        raise Conflict("This webhook is switched off.", param="webhook_id")
-    if result["outcome"] == "too_soon":
-        raise RateLimited("One test a minute for each webhook.", retry_after=result["retry_after"])
+def _test_refusal(result: WebhookTestTooSoon | Refused[Literal["inactive", "not_found"]]) -> GatewayError:
+    match result["outcome"]:
+        case "not_found":
+            return NotFound(MISSING, param="webhook_id")
+        case "inactive":
+            return Conflict("This webhook is switched off.", param="webhook_id")
+        case "too_soon":
+            return RateLimited("One test a minute for each webhook.", retry_after=result["retry_after"])
 
 
 @router.get(
@@ -160,13 +175,12 @@ async def list_budget_events(
     )
 
 
-def _delivery(row: db.Row) -> DeliveryView:
+def _delivery(row: Delivery) -> DeliveryView:
     status = "delivered" if row["delivered_at"] else "failed" if row["failed_at"] else "pending"
     following = row["next_attempt_at"] if status == "pending" else None
-    return DeliveryView(**{**row, "next_attempt_at": following}, status=status)
+    return DeliveryView.model_validate({**row, "next_attempt_at": following, "status": status})
 
 
-def _event(row: db.Row) -> BudgetEvent:
-    start = row["window_start"]
-    amounts = {name: credits_from_nanos(row.pop(f"{name}_nanos")) for name in ("budget", "spent")}
-    return BudgetEvent(**{**row, **amounts, "window_start": None if start == "-infinity" else start})
+def _event(row: BudgetEventRow) -> BudgetEvent:
+    start = None if row["window_start"] == "-infinity" else row["window_start"]
+    return BudgetEvent.model_validate({**in_credits(row), "window_start": start})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import db
 from common.errors import Conflict, GatewayError, NotFound, UpstreamUnavailable
@@ -18,7 +18,7 @@ from gateway.billing.settlement import Settlements, settlement
 from gateway.upstream.client import Upstream
 from supabase_config import AsyncClient
 
-WINDOWS = ("daily", "weekly", "monthly")
+WINDOWS: tuple[Literal["daily", "weekly", "monthly"], ...] = ("daily", "weekly", "monthly")
 KINDS = ("expired", "unknown", "overrun")
 
 

@@ -12,6 +12,7 @@ import orjson
 
 from common.errors import BadRequest, GatewayError
 from common.money import EXACT, credits_from_nanos, plain
+from db_rows.requests import QuoteItem
 from gateway.billing.refusals import MONEY, error_for_refusal
 from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
@@ -43,7 +44,7 @@ def _as_written(value: object) -> orjson.Fragment:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def quote_item(bound: Bound, *, markup: Decimal) -> dict[str, Any]:
+def quote_item(bound: Bound, *, markup: Decimal) -> QuoteItem:
     """The amounts of an admission item."""
     return {
         "models": list(bound.models),

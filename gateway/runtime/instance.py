@@ -19,6 +19,7 @@ import db
 import db_security
 from common.errors import DatabaseUnavailable, Misconfigured
 from config import Settings
+from db_rows.keys import GuessCount, WrongSecret
 from gateway.billing.admission import Admission
 from gateway.billing.group_commit import GroupCommit
 from gateway.billing.hold import Answer
@@ -131,7 +132,7 @@ class Runtime:
         """The key and its user, checked by the database."""
         return await self.admission.verify(credential, request_id=request_id, verb=verb, resource=resource)
 
-    async def note_wrong_secret(self, attempt: dict[str, Any]) -> dict[str, Any]:
+    async def note_wrong_secret(self, attempt: WrongSecret) -> GuessCount:
         """Audits a wrong administrator's key or sweep secret, and says whether its address has tried too
         many.
         """

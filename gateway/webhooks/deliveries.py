@@ -1,9 +1,8 @@
-"""Claims due deliveries and sends them until they arrive. Signed deliveries of events to their webhooks,
-again and again until they arrive or are given up.
+"""Claims due deliveries and sends them, again and again until they arrive or are given up.
 
-Signed by the Standard Webhooks specification (https://www.standardwebhooks.com). What is due stands in the
-database; any instance may send it, under a lease, so that two never send one delivery at a time and a crash
-only delays it. An answer's body is never read.
+They are signed by the Standard Webhooks specification (https://www.standardwebhooks.com). The database knows
+what is due. Any instance may send it, under a lease: no two send one delivery at a time, and a crash only
+delays it. The body of a receiver's answer is never read.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import orjson
 import structlog
 
 from common.money import credits_from_nanos, plain
+from db_rows.accounts import BudgetEvent, ClaimedDelivery, DeliveryAttempt, DeliveryFinish
 from gateway.webhooks.sender import AT_ONCE, GONE, Attempt, Sender
 from gateway.webhooks.signature import signature
 
@@ -27,34 +26,44 @@ RETRY_SECONDS = (60, 300, 1800, 7200, 43200)
 BATCH = 32
 THRESHOLD_REACHED = "budget.threshold_reached"
 TEST = "webhook.test"
-Row = dict[str, Any]
-Claim = Callable[[int | None], Awaitable[Sequence[Row]]]
-Finish = Callable[[Mapping[str, Any]], Awaitable[Any]]
+Claim = Callable[[int | None], Awaitable[Sequence[ClaimedDelivery]]]
+Finish = Callable[[DeliveryAttempt], Awaitable[DeliveryFinish]]
 
 
-def payload_of(delivery: Mapping[str, Any]) -> bytes:
+def payload_of(delivery: ClaimedDelivery) -> bytes:
     """The body of a delivery: type, time and data of its event. The same bytes at each attempt."""
     event = delivery["event"]
     if event is None:
-        data: dict[str, Any] = {"webhook_id": delivery["webhook_id"]}
-        return orjson.dumps({"type": TEST, "timestamp": delivery["created_at"], "data": data})
+        return _payload(TEST, delivery["created_at"], {"webhook_id": delivery["webhook_id"]})
+    return _payload(THRESHOLD_REACHED, event["created_at"], _event_data(event))
+
+
+def _payload(kind: str, timestamp: str, data: Mapping[str, object]) -> bytes:
+    return orjson.dumps({"type": kind, "timestamp": timestamp, "data": data})
+
+
+def _event_data(event: BudgetEvent) -> dict[str, object]:
+    start = event["window_start"]
     subject = {"key_id": event["key_id"]} if event["key_id"] is not None else {"end_user": event["end_user"]}
-    data = {
+    return {
         "event_id": event["id"],
         "level": event["level"],
-        "budget": orjson.Fragment(plain(credits_from_nanos(event["budget_nanos"]))),
-        "spent": orjson.Fragment(plain(credits_from_nanos(event["spent_nanos"]))),
+        "budget": _amount(event["budget_nanos"]),
+        "spent": _amount(event["spent_nanos"]),
         "window": event["budget_window"],
-        "window_start": None if event["window_start"] == "-infinity" else event["window_start"],
+        "window_start": None if start == "-infinity" else start,
         **subject,
         "request_id": event["request_id"],
     }
-    return orjson.dumps({"type": THRESHOLD_REACHED, "timestamp": event["created_at"], "data": data})
+
+
+def _amount(nanos: int) -> orjson.Fragment:
+    return orjson.Fragment(plain(credits_from_nanos(nanos)))
 
 
 class Deliveries:
-    """Sends what is due. `claim` leases due deliveries (or the one that is named), `finish` says what became
-    of them.
+    """Sends what is due. `claim` leases due deliveries, or only the one that is named; `finish` notes what
+    became of an attempt.
     """
 
     def __init__(
@@ -81,37 +90,23 @@ class Deliveries:
                 break
         return arrived
 
-    async def _send_all(self, sender: Sender, due: Sequence[Row]) -> int:
+    async def _send_all(self, sender: Sender, due: Sequence[ClaimedDelivery]) -> int:
         gate = asyncio.Semaphore(AT_ONCE)
 
-        async def one(delivery: Row) -> bool:
+        async def send_in_turn(delivery: ClaimedDelivery) -> bool:
             async with gate:
                 return await self._send(sender, delivery)
 
-        found = await asyncio.gather(*(one(delivery) for delivery in due), return_exceptions=True)
-        for outcome in found:
-            if isinstance(
-                outcome, BaseException
-            ):  # all have ended; those that were not noted are due again when the lease ends
-                raise outcome
-        return sum(outcome is True for outcome in found)
+        # All of them end before one raises: those that were not noted are due again when the lease ends.
+        results = await asyncio.gather(*map(send_in_turn, due), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sum(result is True for result in results)
 
-    async def _send(self, sender: Sender, delivery: Row) -> bool:
+    async def _send(self, sender: Sender, delivery: ClaimedDelivery) -> bool:
         attempt = await self._attempt(sender, delivery)
-        retry = (
-            RETRY_SECONDS[delivery["attempts"] - 1] if delivery["attempts"] <= len(RETRY_SECONDS) else None
-        )
-        await self._finish(
-            {
-                "id": delivery["id"],
-                "attempt": delivery["attempts"],
-                "status": attempt.status,
-                "error": attempt.error,
-                "delivered": attempt.delivered,
-                "gone": attempt.status == GONE,
-                "retry_seconds": retry,
-            }
-        )
+        await self._finish(_report(delivery, attempt))
         if not attempt.delivered:
             log.info(
                 "webhook_not_delivered",
@@ -121,17 +116,11 @@ class Deliveries:
             )
         return attempt.delivered
 
-    async def _attempt(self, sender: Sender, delivery: Row) -> Attempt:
-        tokens = [delivery["encrypted_secret"], delivery["previous_encrypted_secret"]]
-        keys = [
-            secret for token in tokens if token is not None and (secret := self._decrypt(token)) is not None
-        ]
-        if not keys:
-            log.error(
-                "webhook_secret_unreadable",
-                webhook_id=delivery["webhook_id"],
-                action="put back the encryption key",
-            )
+    async def _attempt(self, sender: Sender, delivery: ClaimedDelivery) -> Attempt:
+        secrets = self._signing_secrets(delivery)
+        if not secrets:
+            action = "put back the encryption key"
+            log.error("webhook_secret_unreadable", webhook_id=delivery["webhook_id"], action=action)
             return Attempt(None, "the gateway cannot read this webhook's secret; rotate it")
         payload, message_id, now = payload_of(delivery), f"msg_{delivery['id']}", int(time.time())
         headers = {
@@ -139,6 +128,25 @@ class Deliveries:
             "user-agent": "ai-gateway-webhooks",
             "webhook-id": message_id,
             "webhook-timestamp": str(now),
-            "webhook-signature": " ".join(signature(secret, message_id, now, payload) for secret in keys),
+            "webhook-signature": " ".join(signature(secret, message_id, now, payload) for secret in secrets),
         }
         return await sender.post(delivery["url"], payload, headers)
+
+    def _signing_secrets(self, delivery: ClaimedDelivery) -> list[str]:
+        """The webhook's secret and, in its grace period, the one before it."""
+        tokens = (delivery["encrypted_secret"], delivery["previous_encrypted_secret"])
+        decrypted = (self._decrypt(token) for token in tokens if token is not None)
+        return [secret for secret in decrypted if secret is not None]
+
+
+def _report(delivery: ClaimedDelivery, attempt: Attempt) -> DeliveryAttempt:
+    count = delivery["attempts"]
+    return {
+        "id": delivery["id"],
+        "attempt": count,
+        "status": attempt.status,
+        "error": attempt.error,
+        "delivered": attempt.delivered,
+        "gone": attempt.status == GONE,
+        "retry_seconds": RETRY_SECONDS[count - 1] if count <= len(RETRY_SECONDS) else None,
+    }

@@ -1,9 +1,8 @@
-"""SSRF guard: which URLs and addresses may be reached. To public addresses of the internet only, looked up
-again right before each send.
+"""The guard against server-side request forgery (SSRF): only public addresses of the internet may be reached.
 
-A name may be given another address at any time, so what was checked when it was stored is worth nothing: the
-resolver of the connection itself checks, and what it has checked is what is connected to. Sources: IANA's
-registries of special-purpose addresses (RFC 6890), the OWASP cheat sheet on server-side request forgery.
+A name may be given another address at any time, so a check when a URL is stored proves nothing. The resolver
+of the connection itself checks, and what it has checked is what is connected to. Sources: IANA's registries
+of special-purpose addresses (RFC 6890), the OWASP cheat sheet on server-side request forgery.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -25,16 +23,16 @@ MAX_URL = 2000
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# What is not for the public: this host, private networks, carriers' networks, links, documentation,
-# benchmarks, multicast, the reserved rest; tunnels and translations, which hide another address; and the one
-# address of a cloud's own services that looks public.
+# Not public: this host, private networks, carriers' networks, links, documentation, benchmarks, multicast and
+# reserved addresses; tunnels and translations, which hide another address; and the one address of a cloud's
+# own services (Azure's) that looks public.
 CLOSED_V4 = tuple(
     map(
         ipaddress.IPv4Network,
         (
-            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
-            "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-            "168.63.129.16/32",
+            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+            "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
+            "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32",
         ),
     )
 )  # fmt: skip
@@ -46,9 +44,7 @@ class NotPublic(OSError):
 
 
 def is_public(address: Address) -> bool:
-    """Whether anybody on the internet could reach this address; of a translated one, whether the one behind
-    it is public.
-    """
+    """Whether anybody on the internet could reach this address, or the one that it is a translation of."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in CLOSED_V4)
     if address.scope_id is not None:
@@ -94,14 +90,12 @@ def problem_of(url: str) -> str | None:
 
 async def look_up(host: str, port: int) -> list[str]:
     """All addresses of a name, as the system knows them now. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 class CheckedResolver(AbstractResolver):
-    """Looks names up for a connection, and refuses a name of whose addresses a single one `may_reach`
-    refuses.
-    """
+    """Looks names up for a connection. A name is refused if `may_reach` refuses any of its addresses."""
 
     def __init__(self, look_up: Lookup, may_reach: Callable[[Address], bool]) -> None:
         self._look_up = look_up
@@ -110,10 +104,10 @@ class CheckedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = [ipaddress.ip_address(text) for text in await self._look_up(host, port)]
-        for address in found:
+        addresses = [ipaddress.ip_address(text) for text in await self._look_up(host, port)]
+        for address in addresses:
             self.check(address)
-        return [self._result(host, port, address) for address in found]
+        return [self._result(host, port, address) for address in addresses]
 
     def check(self, address: Address) -> None:
         """Raises NotPublic."""
@@ -121,7 +115,7 @@ class CheckedResolver(AbstractResolver):
             raise NotPublic("the host has an address that is not public")
 
     def _result(self, host: str, port: int, address: Address) -> ResolveResult:
-        family: Any = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
         return ResolveResult(
             hostname=host, host=str(address), port=port, family=family, proto=socket.IPPROTO_TCP, flags=flags

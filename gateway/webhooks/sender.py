@@ -1,4 +1,4 @@
-"""One POST to a user's URL, public addresses only."""
+"""Sends one POST to a user's URL, to public addresses only; no redirect is followed and no answer is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TROUBLES: dict[type[Exception], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What became of one attempt: the status that was answered, or why there is none."""
+    """What became of one attempt: the status of the answer, or why there is none."""
 
     status: int | None
     error: str | None
@@ -46,8 +46,8 @@ class Attempt:
 
 
 class Sender:
-    """POSTs to users' URLs. `look_up` and `may_reach` decide which addresses a name has and which of them may
-    be connected to.
+    """POSTs to users' URLs. `look_up` knows the addresses of a name, `may_reach` which of them may be
+    connected to.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Sender:
         """Sends once. Follows no redirect and reads no body."""
         target = URL(url)
         try:
-            if (address := literal(target.host or "")) is not None:  # which no resolver is asked for
+            if (address := literal(target.host or "")) is not None:  # no resolver is asked for an address
                 self._resolver.check(address)
             async with self._session.post(
                 target, data=payload, headers=headers, allow_redirects=False
-            ) as answer:
-                # Leaving without reading closes the connection, whatever is still to come.
-                return Attempt(answer.status, None if 200 <= answer.status < 300 else _reason(answer.status))
+            ) as response:
+                # Leaving without reading closes the connection, however much is still to come.
+                return Attempt(response.status, _reason(response.status))
         except TimeoutError:
             return Attempt(None, "no answer in time")
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -99,20 +99,18 @@ class Sender:
         await self._session.close()
 
 
-def _reason(status: int) -> str:
-    return (
-        f"redirects are not followed (status {status})"
-        if 300 <= status < 400
-        else f"the receiver answered with status {status}"
-    )
+def _reason(status: int) -> str | None:
+    if 200 <= status < 300:
+        return None
+    if 300 <= status < 400:
+        return f"redirects are not followed (status {status})"
+    return f"the receiver answered with status {status}"
 
 
 def _trouble(error: Exception) -> str:
-    """What to tell the user: nothing of our network."""
+    """The reason as the user is told it: it says nothing of our network."""
     for cause in (error, error.__cause__, getattr(error, "os_error", None)):
         if isinstance(cause, NotPublic):
             return str(cause)
-    for kind, told in TROUBLES.items():
-        if isinstance(error, kind):
-            return told
-    return "the connection broke"
+    reasons = (reason for kind, reason in TROUBLES.items() if isinstance(error, kind))
+    return next(reasons, "the connection broke")

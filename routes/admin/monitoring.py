@@ -12,16 +12,18 @@ from fastapi.responses import Response
 import db
 import db_security
 from common.errors import NotFound
-from common.money import credits_from_nanos
+from common.money import in_credits
+from db_rows.keys import ImportedKey, Key
+from db_rows.shared import Scopes
 from models import AdminTransactions, AdminUsageRecords, errors_of
 from routes.account import shown_metrics
 from routes.dependencies import AdminOnly, Declared, Running
 from routes.http.export import EXPORTED, TABULATED
 from routes.http.json_body import ExactRoute
-from routes.http.outcomes import require_target
+from routes.http.outcomes import no_such_target
 from routes.http.pagination import BY_ID, NO_NUL, Cursor, PageSize, PathId, QueryId, id_of
 from routes.http.responses import success, utc_now
-from routes.keys import made, new_key_of, raise_key_refusal, view
+from routes.keys import key_refusal, made, new_key_of, view
 from routes.listings import AnyPart, Events, Within, all_records, all_transactions, audit, list_response
 from routes.reports import ABOUT_LATENCY, AdminGroup, Bucket, Format, Zone, usage_report
 from routes.schemas.accounts import LegacyImport, LegacyKey
@@ -51,8 +53,8 @@ async def read_monitor(runtime: Running, admin: AdminOnly) -> Response:
         active_users_today=totals["active_users_today"],
         **{name: metrics[name] for name in TODAY},
         system_usage_metrics=metrics,
-        top_users_by_usage=[_with_cost(row) for row in totals["top_users"]],
-        recent_activity=[_with_cost(row) for row in totals["recent"]],
+        top_users_by_usage=[in_credits(row) for row in totals["top_users"]],
+        recent_activity=[in_credits(row) for row in totals["recent"]],
     )
 
 
@@ -160,7 +162,7 @@ async def find_keys(
     return success(keys=[_key(row) for row in rows], next_cursor=BY_ID.following(rows, limit))
 
 
-def _key(row: db.Row) -> dict[str, Any]:
+def _key(row: Key) -> dict[str, Any]:
     return {**view(row).model_dump(), "user_id": row["user_id"], "revoked_at": row["revoked_at"]}
 
 
@@ -170,25 +172,25 @@ def _key(row: db.Row) -> dict[str, Any]:
     response_model=KeyMade,
 )
 async def issue_key(runtime: Running, body: KeyIssue, admin: AdminOnly) -> Response:
-    key, stored = new_key_of(runtime, body)
-    result = await db_security.issue_key(
-        runtime.client, {**admin.stamp(), "user_id": body.user_id, "key": stored}
-    )
-    require_target(result, "user_id")
+    key, columns = new_key_of(runtime, body)
+    result = await db_security.issue_key(runtime.client, admin.stamp(), user_id=body.user_id, key=columns)
+    if result["outcome"] == "not_found":
+        raise no_such_target("user_id")
     return made(body, key, result)
 
 
 @router.delete("/keys/{key_id}", summary="Revoke anybody's key, for good")
 async def revoke_key(runtime: Running, key_id: PathId, admin: AdminOnly) -> Response:
-    result = await db_security.revoke_key(runtime.client, {**admin.stamp(), "key_id": key_id})
-    raise_key_refusal(result)
+    result = await db_security.revoke_key(runtime.client, admin.stamp(), key_id)
+    if result["outcome"] != "revoked":
+        raise key_refusal(result)
     return success(message="The key no longer works", user_id=result["user_id"], deleted_key_id=key_id)
 
 
 @router.post("/keys/import", summary="Bring in keys of an older system (LEGACY_KEYS)")
 async def import_keys(runtime: Running, body: LegacyImport, admin: AdminOnly) -> Response:
     keys = [_legacy(key) for key in body.keys]
-    result = await db_security.import_keys(runtime.client, {**admin.stamp(), "keys": keys})
+    result = await db_security.import_keys(runtime.client, admin.stamp(), keys)
     if result["outcome"] == "not_found":
         user_id = result["user_id"]
         index = next(n for n, key in enumerate(body.keys) if key.user_id == user_id)
@@ -208,14 +210,8 @@ async def read_cache_status(runtime: Running, admin: AdminOnly) -> Response:
     return success(cache_info=asdict(runtime.catalog(None).status()), timestamp=utc_now())
 
 
-def _with_cost(row: db.Row) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in row.items() if name != "cost_nanos"},
-        "cost": credits_from_nanos(row["cost_nanos"]),
-    }
-
-
-def _legacy(key: LegacyKey) -> dict[str, Any]:
+def _legacy(key: LegacyKey) -> ImportedKey:
+    scopes: Scopes = {str(verb): names for verb, names in (key.scope_permissions or {}).items()}
     return {
         "user_id": key.user_id,
         "key_sha256": hashlib.sha256(key.api_key.encode()).hexdigest(),
@@ -223,7 +219,7 @@ def _legacy(key: LegacyKey) -> dict[str, Any]:
         "key_prefix": key.api_key[:4],
         "last4": key.api_key[-4:],
         "environment_tag": key.environment_tag,
-        "scope_permissions": key.scope_permissions or DEFAULT_SCOPES,
+        "scope_permissions": scopes or DEFAULT_SCOPES,
         "expiration_date": key.expiration_date.isoformat() if key.expiration_date else None,
         "max_requests": key.max_requests,
         "is_active": key.is_active,

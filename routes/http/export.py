@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import structlog
 from fastapi import Request
@@ -23,7 +23,7 @@ from starlette.types import Send
 
 from common.errors import GatewayError
 from common.money import plain
-from routes.http.pagination import Mark, Order, Row
+from routes.http.pagination import MarkT, Order
 from routes.http.responses import to_json, utc_now
 
 log = structlog.get_logger("exports")
@@ -36,30 +36,32 @@ TEXT = {"schema": {"type": "string"}}
 EXPORTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, JSON_LINES: TEXT}}}
 TABULATED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT}}}
 
-Page = list[Row]
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Generic[RowT, MarkT]):
     """A list in keyset order: how a page of it is fetched, what marks a row's place, and how a row is shown."""
 
     name: str
     model: type[BaseModel]
-    order: Order
-    fetch: Callable[[Mark | None, int], Awaitable[Page]]
-    show: Callable[[Row], BaseModel]
+    order: Order[RowT, MarkT]
+    fetch: Callable[[MarkT | None, int], Awaitable[list[RowT]]]
+    show: Callable[[RowT], BaseModel]
 
 
 async def export(
-    request: Request, listing: Listing, form: str, *, before: Mark | None, most: int | None
+    request: Request, listing: Listing[RowT, MarkT], form: str, *, before: MarkT | None, most: int | None
 ) -> StreamingResponse:
     """The whole list. Raises what its first page raises: after that, an error can only be said in the stream."""
     pages = _pages(listing, before, most)
-    first: Page = await anext(pages, [])
+    first: list[RowT] = await anext(pages, [])
     return Export(listing, form, first, pages, request.state.request_id)
 
 
-async def _pages(listing: Listing, before: Mark | None, most: int | None) -> AsyncIterator[Page]:
+async def _pages(
+    listing: Listing[RowT, MarkT], before: MarkT | None, most: int | None
+) -> AsyncIterator[list[RowT]]:
     """Pages until an empty one: a hosted database may have a smaller page than was asked for."""
     left = most
     while left is None or left > 0:
@@ -71,11 +73,16 @@ async def _pages(listing: Listing, before: Mark | None, most: int | None) -> Asy
         yield rows
 
 
-class Export(StreamingResponse):
+class Export(StreamingResponse, Generic[RowT, MarkT]):
     """A streamed list that does not pass for complete when it is not."""
 
     def __init__(
-        self, listing: Listing, form: str, first: Page, rest: AsyncIterator[Page], request_id: str
+        self,
+        listing: Listing[RowT, MarkT],
+        form: str,
+        first: list[RowT],
+        rest: AsyncIterator[list[RowT]],
+        request_id: str,
     ) -> None:
         self._listing, self._form, self._request_id = listing, form, request_id
         name = f"{listing.name}-{utc_now():%Y-%m-%d}.{form}"
@@ -85,7 +92,7 @@ class Export(StreamingResponse):
             headers={"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"},
         )
 
-    async def _chunks(self, first: Page, rest: AsyncIterator[Page]) -> AsyncIterator[bytes]:
+    async def _chunks(self, first: list[RowT], rest: AsyncIterator[list[RowT]]) -> AsyncIterator[bytes]:
         columns = list(self._listing.model.model_fields)
         if self._form == "csv":
             yield csv_lines([columns])
@@ -93,7 +100,7 @@ class Export(StreamingResponse):
         async for page in rest:
             yield self._written(page, columns)
 
-    def _written(self, page: Page, columns: Sequence[str]) -> bytes:
+    def _written(self, page: list[RowT], columns: Sequence[str]) -> bytes:
         views = [self._listing.show(row) for row in page]
         if self._form == "csv":
             return csv_lines([cell(getattr(view, name)) for name in columns] for view in views)

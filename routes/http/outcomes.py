@@ -1,36 +1,25 @@
-"""Outcomes of the database as HTTP errors: those that several areas share."""
+"""Refusals of the database as HTTP errors: those that several areas share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from common.errors import Conflict, NotFound
 
 
-def raise_taken(result: Mapping[str, Any], *, name_field: str) -> None:
-    """Raises Conflict for a name or an address that another account has. `name_field`: what the body calls
-    the user's name.
-    """
-    fields = {"username_taken": ("username", name_field), "email_taken": ("email", "email")}
-    if result["outcome"] in fields:
-        what, field = fields[result["outcome"]]
-        raise Conflict(f"This {what} is already registered.", param=field)
+def taken(outcome: Literal["username_taken", "email_taken"], *, name_field: str) -> Conflict:
+    """Another account has this name or address. `name_field`: what the body calls the user's name."""
+    if outcome == "username_taken":
+        return Conflict("This username is already registered.", param=name_field)
+    return Conflict("This email is already registered.", param="email")
 
 
-def require_found(
-    result: Mapping[str, Any],
-    message: str = "This account or key no longer exists.",
-    *,
-    param: str | None = None,
-    code: str = NotFound.code,
-) -> None:
-    """Raises NotFound for a change of something that does not exist."""
-    if result["outcome"] == "not_found":
-        raise NotFound(message, param=param, code=code)
+def caller_gone() -> NotFound:
+    """The account was deleted, or its key revoked, since the key was verified."""
+    return NotFound("This account or key no longer exists.")
 
 
-def require_target(result: Mapping[str, Any], field: str) -> None:
-    """Raises NotFound for an administrator's change whose user or key does not exist; `field` named it."""
+def no_such_target(field: str) -> NotFound:
+    """The user or key that an administrator means does not exist; `field` named it."""
     what = "API key; give it in full" if field == "api_key" else "user"
-    require_found(result, f"There is no such {what}.", param=field, code="user_not_found")
+    return NotFound(f"There is no such {what}.", code="user_not_found", param=field)

@@ -7,7 +7,7 @@ import binascii
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Generic, TypedDict, TypeVar
 from uuid import UUID
 
 from fastapi import Path, Query
@@ -19,8 +19,6 @@ NO_NUL = r"^[^\x00]*$"
 PathId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 QueryId = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
 PageSize = Annotated[int, Query(ge=1, le=1000, description="Rows a page")]
-Row = dict[str, Any]
-Mark = Any
 Cursor = Annotated[
     str | None, Query(max_length=200, pattern=NO_NUL, description="`next_cursor` of the page before")
 ]
@@ -75,21 +73,34 @@ def id_of(cursor: str | None) -> int | None:
     return int(text)
 
 
+class WithId(TypedDict):
+    id: int
+
+
+class WithMoment(TypedDict):
+    created_at: str
+    request_id: str
+
+
+RowT_contra = TypeVar("RowT_contra", contravariant=True)
+MarkT = TypeVar("MarkT")
+
+
 @dataclass(frozen=True, slots=True)
-class Order:
+class Order(Generic[RowT_contra, MarkT]):
     """A keyset order: what marks a row's place in it, and how a cursor says the mark."""
 
-    mark: Callable[[Row], Mark]
-    read: Callable[[str | None], Mark | None]
-    write: Callable[[Mark], str]
+    mark: Callable[[RowT_contra], MarkT]
+    read: Callable[[str | None], MarkT | None]
+    write: Callable[[MarkT], str]
 
-    def following(self, rows: Sequence[Row], limit: int) -> str | None:
+    def following(self, rows: Sequence[RowT_contra], limit: int) -> str | None:
         """The cursor of the page after these rows, where there may be one."""
         return self.write(self.mark(rows[-1])) if len(rows) == limit else None
 
 
-BY_ID = Order(lambda row: int(row["id"]), id_of, lambda mark: cursor_of(str(mark)))
-BY_MOMENT = Order(
+BY_ID: Order[WithId, int] = Order(lambda row: row["id"], id_of, lambda mark: cursor_of(str(mark)))
+BY_MOMENT: Order[WithMoment, tuple[str, str]] = Order(
     lambda row: (row["created_at"], row["request_id"]),
     moment_and_id_of,
     lambda mark: cursor_of(" ".join(mark)),

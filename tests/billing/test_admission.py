@@ -295,7 +295,9 @@ async def test_under_their_own_key_a_user_without_credits_is_served(gateway: Gat
 
 async def test_a_hold_is_raised_and_refused_as_an_admission_is(gateway: Gateway) -> None:
     caller = await caller_of(gateway, credits="0.00001")
-    available = (await db.get_user(caller.runtime.client, caller.user.id) or {})["credits_nanos"]
+    user = await db.get_user(caller.runtime.client, caller.user.id)
+    assert user is not None
+    available = user["credits_nanos"]
     hold = await caller.hold(fixed=str(available - 2_000), least=1)
     raised = await caller.runtime.admission.raise_hold(
         hold, bound_of(str(available - 1_500), "10", 1, 100), price_basis={"a": 1}

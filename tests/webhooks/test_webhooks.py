@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 import db
+from db_rows.accounts import DeliveryAttempt
 from gateway.webhooks.deliveries import BATCH, RETRY_SECONDS, Deliveries
 from gateway.webhooks.public_addresses import is_public, problem_of
 from gateway.webhooks.sender import Sender
@@ -547,15 +548,16 @@ async def test_a_delivery_that_a_crash_left_behind_is_due_when_its_lease_ends(st
     assert await stage.instance().deliver_due() == 0, "somebody has it"
     assert 80 < await stage.due_again() <= 90
     assert await stage.instance().deliver_due() == 1
-    late = {
+    late: DeliveryAttempt = {
         "id": delivery_id,
         "attempt": claimed["attempts"],
         "status": 500,
         "error": "late",
         "delivered": False,
         "gone": True,
+        "retry_seconds": None,
     }
-    assert await db.finish_delivery(client, {**late, "retry_seconds": None}) == {"outcome": "stale"}
+    assert await db.finish_delivery(client, late) == {"outcome": "stale"}
     delivery = await stage.delivery()
     assert (delivery["status"], delivery["attempts"]) == ("delivered", 2)
 
