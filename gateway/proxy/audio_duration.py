@@ -1,15 +1,17 @@
-"""An upper bound of a recording's length. As its bytes say, where no reader can take them for more; else
-nothing is said.
+"""An upper bound of a recording's length, read from its bytes. Where another reader could take the recording
+for longer, its length must count as unknown.
 
 A header is the client's own word, so it counts only where every reader must agree with it, and then the
 longest reading counts:
 
-- WAV of plain samples (PCM, float, A-law, mu-law), whose header agrees with itself: decoders play samples of this size at this rate,
-  and nothing else can be in it. The whole file is counted as samples, or what the header claims, if that is more: a tool may believe
-  it. Compressed WAV (ADPCM, GSM, MP3) says nothing. A header that claims a high rate over compressed bytes makes noise of its
-  length, but for decoders that look for a coded stream in 16-bit samples (ffmpeg does, for DTS on CDs): samples that begin like one,
-  or hold the words of DTS, say nothing.
-- MP3 that begins with consecutive frames: no frame has less than 8 kbit/s (ISO 11172-3, 13818-3), or the frames that a header counts.
+- WAV of plain samples (PCM, float, A-law, mu-law), whose header agrees with itself: decoders play samples of
+  this size at this rate, and nothing else can be in it. The whole file is counted as samples, or the length
+  that the header claims, if that is more: a tool may believe it. The length of compressed WAV (ADPCM, GSM,
+  MP3) is unknown. A header that claims a high rate over compressed bytes makes noise of its length, except
+  for decoders that look for a coded stream in 16-bit samples (ffmpeg does, for DTS on CDs): the length of
+  samples that begin like one, or hold the words of DTS, is unknown.
+- MP3 that begins with consecutive frames: no frame has less than 8 kbit/s (ISO 11172-3, 13818-3), or the
+  frames that a header counts.
 - Both only where name and type say the same, since the provider's decoder may go by those.
 """
 
@@ -20,18 +22,15 @@ import binascii
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-SAMPLES = {
-    1: (8, 16, 24, 32),
-    3: (32, 64),
-    6: (8,),
-    7: (8,),
-}  # bits by format tag: PCM, IEEE float, A-law, mu-law
+from common.json_types import JsonObject
+
+# Bits of a sample by format tag: PCM, IEEE float, A-law, mu-law.
+SAMPLES = {1: (8, 16, 24, 32), 3: (32, 64), 6: (8,), 7: (8,)}
 EXTENSIBLE, EXTENSION = 0xFFFE, bytes.fromhex("000000001000800000aa00389b71")
 RATES = range(8_000, 192_001)
 MAX_CHUNKS = 64
-# MPEG audio and AAC, LATM, AC-3: what a coded stream begins with; the words of DTS, in any of its orders.
+# The beginnings of coded streams (MPEG audio and AAC, LATM, AC-3), and the words of DTS in any of its orders.
 SYNC = re.compile(rb"\xff[\xe0-\xff]|\x56[\xe0-\xff]|\x0b\x77|\x77\x0b")
 DTS = (
     b"\x7f\xfe\x80\x01",
@@ -43,8 +42,9 @@ DTS = (
 )
 
 MP3_BYTES_PER_SECOND = 1_000
-FRAMES = 8  # in a row, so that nobody takes the file for something else
-# kbit/s of layer III, by MPEG-1 or its halved rates; 0: free format, which says nothing.
+FRAMES = 8  # in a row: no reader takes such a file for something else
+# kbit/s of layer III, in MPEG-1 (True) or at its halved rates; 0: free format, whose frames have no known
+# length.
 BITRATES = {
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -60,14 +60,14 @@ ANY_TYPE = "application/octet-stream"
 
 
 def seconds_of_file(content: bytes, name: str, content_type: str) -> int | None:
-    """Whole seconds that a file lasts at most, None where it does not say so."""
+    """The whole seconds that a file lasts at most, None where they are unknown."""
     kind = name.rpartition(".")[2].lower()
-    return (
-        _seconds(content, kind) if content_type in KINDS.get(kind, ()) or content_type == ANY_TYPE else None
-    )
+    if content_type != ANY_TYPE and content_type not in KINDS.get(kind, ()):
+        return None
+    return _seconds(content, kind)
 
 
-def seconds_of_audio(audio: Mapping[str, Any]) -> int | None:
+def seconds_of_audio(audio: JsonObject) -> int | None:
     """The same for an `input_audio` object, whose `data` is base64."""
     data, kind = audio.get("data"), audio.get("format")
     if not isinstance(kind, str) or not isinstance(data, str):
@@ -79,56 +79,61 @@ def seconds_of_audio(audio: Mapping[str, Any]) -> int | None:
 
 
 def _seconds(content: bytes, kind: str) -> int | None:
-    return _of_wave(content) if kind == "wav" else _of_mp3(content) if kind == "mp3" else None
+    if kind == "wav":
+        return _wave_seconds(content)
+    return _mp3_seconds(content) if kind == "mp3" else None
 
 
-def _of_wave(content: bytes) -> int | None:
-    if (
-        content[:4] != b"RIFF"
-        or content[8:16] != b"WAVEfmt "
-        or any(content.count(name) != 1 for name in (b"fmt ", b"data"))
-    ):
+# WAV: https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html
+
+
+def _wave_seconds(content: bytes) -> int | None:
+    is_wave = content[:4] == b"RIFF" and content[8:16] == b"WAVEfmt "
+    # A second chunk of either name would be another reader's choice.
+    if not is_wave or any(content.count(name) != 1 for name in (b"fmt ", b"data")):
         return None
     chunks = dict(_chunks(content))
-    rate = _sample_rate(content, chunks[b"fmt "][0])
-    if rate is None or b"data" not in chunks:
+    sample_rate = _sample_rate(content, chunks[b"fmt "][0])
+    if sample_rate is None or b"data" not in chunks:
         return None
-    (per_second, width), (start, claimed) = rate, chunks[b"data"]
+    (bytes_per_second, width), (start, claimed) = sample_rate, chunks[b"data"]
     if width == 2 and _looks_coded(content, start):
         return None
-    seconds = -(-max(len(content), claimed) // per_second)
-    if b"fact" in chunks and chunks[b"fact"][0] + 4 <= len(content):
-        (samples,) = struct.unpack_from("<I", content, chunks[b"fact"][0])
-        seconds = max(seconds, -(-samples // RATES.start))
-    return seconds
+    seconds = -(-max(len(content), claimed) // bytes_per_second)
+    return max(seconds, _counted_seconds(content, chunks))
+
+
+def _counted_seconds(content: bytes, chunks: Mapping[bytes, tuple[int, int]]) -> int:
+    """The seconds of the samples that a `fact` chunk counts, at the lowest rate; 0 without one."""
+    if b"fact" not in chunks or chunks[b"fact"][0] + 4 > len(content):
+        return 0
+    (samples,) = struct.unpack_from("<I", content, chunks[b"fact"][0])
+    return -(-int(samples) // RATES.start)
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The name, place and claimed size of each chunk, up to the samples."""
-    place = 12
+    """The name, offset and claimed size of each chunk, up to the samples."""
+    offset = 12
     for _ in range(MAX_CHUNKS):
-        if place + 8 > len(content):
+        if offset + 8 > len(content):
             return
-        name, (size,) = content[place : place + 4], struct.unpack_from("<I", content, place + 4)
-        yield name, (place + 8, size)
+        name, (size,) = content[offset : offset + 4], struct.unpack_from("<I", content, offset + 4)
+        yield name, (offset + 8, size)
         if name == b"data":
             return
-        place += 8 + size + size % 2
+        offset += 8 + size + size % 2
 
 
-def _sample_rate(content: bytes, place: int) -> tuple[int, int] | None:
-    """Bytes in a second and in a sample, where the `fmt ` chunk agrees with itself and with what there is."""
-    if place + 40 > len(content):
+def _sample_rate(content: bytes, offset: int) -> tuple[int, int] | None:
+    """Bytes in a second and in a sample, where the `fmt ` chunk is consistent and names plain samples."""
+    if offset + 40 > len(content):
         return None
-    tag, channels, rate, per_second, block, bits = struct.unpack_from("<HHIIHH", content, place)
-    if tag == EXTENSIBLE and content[place + 26 : place + 40] == EXTENSION:
-        (tag,) = struct.unpack_from("<H", content, place + 24)
-    plain = bits in SAMPLES.get(tag, ()) and 1 <= channels <= 8 and rate in RATES
-    return (
-        (per_second, bits // 8)
-        if plain and block == channels * bits // 8 and per_second == rate * block
-        else None
-    )
+    tag, channels, rate, per_second, block, bits = struct.unpack_from("<HHIIHH", content, offset)
+    if tag == EXTENSIBLE and content[offset + 26 : offset + 40] == EXTENSION:
+        (tag,) = struct.unpack_from("<H", content, offset + 24)
+    is_plain = bits in SAMPLES.get(tag, ()) and 1 <= channels <= 8 and rate in RATES
+    agrees = block == channels * bits // 8 and per_second == rate * block
+    return (per_second, bits // 8) if is_plain and agrees else None
 
 
 def _looks_coded(content: bytes, start: int) -> bool:
@@ -137,44 +142,49 @@ def _looks_coded(content: bytes, start: int) -> bool:
     return begins or any(word in content for word in DTS)
 
 
-def _of_mp3(content: bytes) -> int | None:
-    place = _after_tag(content)
-    first = _frame(content, place)
+# MP3: ISO 11172-3, 13818-3.
+
+
+def _mp3_seconds(content: bytes) -> int | None:
+    start = offset = _after_tag(content)
+    first = _frame(content, start)
     if first is None:
         return None
     for _ in range(FRAMES):
-        frame = _frame(content, place)
+        frame = _frame(content, offset)
         if frame is None:
             return None
-        place += frame[0]
-    head = content[_after_tag(content) :][: first[0]]
-    if b"VBRI" in head:
+        offset += frame[0]
+    length, samples_per_second = first
+    head = content[start : start + length]
+    if b"VBRI" in head:  # a header with counts of its own, which nobody here reads
         return None
-    counted = next((head.find(name) for name in (b"Xing", b"Info") if name in head), -1)
-    frames = (
-        struct.unpack_from(">I", head, counted + 8)[0]
-        if counted >= 0 and len(head) >= counted + 12 and head[counted + 7] & 1
-        else 0
-    )
-    return max(-(-len(content) // MP3_BYTES_PER_SECOND), -(-frames * LONGEST_FRAME // first[1]))
+    counted = -(-_counted_frames(head) * LONGEST_FRAME // samples_per_second)
+    return max(-(-len(content) // MP3_BYTES_PER_SECOND), counted)
+
+
+def _counted_frames(head: bytes) -> int:
+    """The frames that a Xing or Info header in the first frame counts; 0 without one."""
+    offset = next((head.find(name) for name in (b"Xing", b"Info") if name in head), -1)
+    has_count = offset >= 0 and len(head) >= offset + 12 and head[offset + 7] & 1
+    return int(struct.unpack_from(">I", head, offset + 8)[0]) if has_count else 0
 
 
 def _after_tag(content: bytes) -> int:
-    """Where the first frame stands: after an ID3v2 tag (https://id3.org/id3v2.4.0-structure), or at the
-    start.
-    """
+    """The offset of the first frame: after an ID3v2 tag (https://id3.org/id3v2.4.0-structure), or 0."""
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     return 10 + sum((byte & 127) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
 
 
-def _frame(content: bytes, place: int) -> tuple[int, int] | None:
-    """Bytes and samples per second of the layer III frame that begins here."""
-    if place + 4 > len(content):
+def _frame(content: bytes, offset: int) -> tuple[int, int] | None:
+    """Bytes and samples per second of the layer III frame that begins here, None where none does."""
+    if offset + 4 > len(content):
         return None
-    (header,) = struct.unpack_from(">I", content, place)
+    (header,) = struct.unpack_from(">I", content, offset)
     version, bitrate, rate = header >> 19 & 3, header >> 12 & 15, header >> 10 & 3
     if header >> 21 != 0x7FF or header >> 17 & 3 != 1 or version == 1 or bitrate in (0, 15) or rate == 3:
         return None
     frequency, kbits = SAMPLE_RATES[version][rate], BITRATES[version == 3][bitrate]
-    return (144 if version == 3 else 72) * kbits * 1_000 // frequency + (header >> 9 & 1), frequency
+    padding = header >> 9 & 1
+    return (144 if version == 3 else 72) * kbits * 1_000 // frequency + padding, frequency

@@ -1,9 +1,10 @@
-"""Anthropic beta features that may pass. Those that change neither what it can cost nor whose data it
-reaches.
+"""The Anthropic beta features that may pass: those that change neither the cost of a request nor whose data
+it reaches.
 
 OpenRouter takes their names in `x-anthropic-beta` (its guide to provider routing), Anthropic's own clients
 send `anthropic-beta`. A name that is not here is left out, as if it had not been sent: files and skills would
-be those of the operator's account, containers cost by the hour, and of a feature that is new nobody knows.
+be those of the operator's account, containers cost by the hour, and nobody knows what a new feature does
+(docs/decisions/0010).
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ FEATURES = frozenset(
         "token-efficient-tools",
     )
 )
+# A feature is sent with the date of its version, of which any may pass.
 DATED = re.compile(r"([a-z-]{1,64})-\d{4}-?\d{2}-?\d{2}")
 
 
 def beta_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """The beta headers of a request, as they go on to the upstream."""
-    found = {
+    """The beta headers of a request, as they go out to the upstream."""
+    passing = {
         name: ",".join(filter(_may_pass, headers[name].replace(" ", "").split(",")))
         for name in HEADERS
         if name in headers
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: features for name, features in passing.items() if features}
 
 
 def _may_pass(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Standard Webhooks signing secrets and signatures."""
+"""Signing secrets and signatures by the Standard Webhooks specification (https://www.standardwebhooks.com)."""
 
 from __future__ import annotations
 
