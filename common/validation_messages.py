@@ -91,7 +91,7 @@ WHOLE_BODY = {
 
 
 def predicate(error: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors says of its field, without the field's name."""
+    """What one of pydantic's errors says about its field, without the field's name."""
     sentence = SENTENCES.get(error["type"])
     # A type that is not listed keeps pydantic's own wording.
     text = str(error["msg"]) if sentence is None else sentence(error.get("ctx") or {})

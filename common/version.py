@@ -1,3 +1,3 @@
-"""The version that `/`, `/health` and the OpenAPI document tell; CHANGELOG.md has an entry for it."""
+"""The version that `/`, `/health` and the OpenAPI document show. CHANGELOG.md has an entry for it."""
 
 VERSION = "0.2.0"

@@ -181,7 +181,7 @@ def _read_functions(
 
 def _read_function(item: Mapping[str, Any], relations: Mapping[str, Relation]) -> Function:
     declared = [(a["mode"], Column(a["name"], a["type"], a["is_array"])) for a in item["arguments"] or ()]
-    # pg_proc.proargmodes: i is IN, b INOUT, v VARIADIC, o OUT, and t a column of RETURNS TABLE.
+    # pg_proc.proargmodes: i is IN, v VARIADIC, o OUT, b both in and out, and t a column of RETURNS TABLE.
     arguments = tuple(column for mode, column in declared if mode in "ibv")
     returned = {column.name: column for mode, column in declared if mode in "tbo"}
     return Function(

@@ -233,7 +233,7 @@ def _program(pid: int) -> str | None:
         status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return "postgres" if not Path("/proc/self/stat").exists() and _answers_signals(pid) else None
-    # The name stands in parentheses and may contain some itself, see proc_pid_stat(5).
+    # The name is in parentheses and may contain some itself, see proc_pid_stat(5).
     name, _, rest = status.partition("(")[2].rpartition(")")
     return None if rest.split()[0] in "ZX" else name
 

@@ -40,7 +40,7 @@ TOKEN = re.compile(
 COMMENT_EDGE = re.compile(r"/\*|\*/")
 # A COMMIT would end the transaction that makes a file all or nothing.
 TRANSACTION_CONTROL = re.compile(r"(?:begin|commit|rollback|start\s+transaction|end)\b", re.IGNORECASE)
-# The semicolons of such a body stand outside any quotes, so that splitting would cut it into pieces.
+# The semicolons of such a body are outside any quotes: splitting would cut it into pieces.
 SQL_BODY = re.compile(r"\bbegin\s+atomic\b", re.IGNORECASE)
 
 

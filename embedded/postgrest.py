@@ -225,7 +225,7 @@ def _require_relation(catalog: Catalog, name: str) -> Relation:
 
 
 def _require_function(catalog: Catalog, name: str, names: tuple[str, ...] | None) -> Function:
-    """The one overload that takes arguments of these names; None stands for a body that is not an object."""
+    """The one overload that takes arguments of these names; None means that the body is not an object."""
     matches = _matching_overloads(catalog.functions.get(name, ()), names)
     if not matches:
         signature = f"public.{name}({', '.join(names or ())})"

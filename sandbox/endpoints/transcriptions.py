@@ -75,7 +75,7 @@ def plan_transcription(body: Body, settings: RequestSettings) -> tuple[Plan, Tra
 
 
 def _fitting(plan: Plan) -> int | None:
-    """The number of tokens that the model may put out; None for a model billed by duration."""
+    """The number of tokens that the model may write; None for a model billed by duration."""
     return (plan.tokens.completion or None) if plan.model.unit == "token" else None
 
 

@@ -43,7 +43,7 @@ def list_models(
     """The models that the query selects. Prices are multiplied by a factor, the same for all or one for each
     id.
 
-    Without `output_modalities`, OpenRouter lists only the models that put out text.
+    Without `output_modalities`, OpenRouter lists only the models that write text.
     """
     models = [model for model in MODELS if _matches(model, query)]
     offset, limit = _number(query, "offset", 0), min(_number(query, "limit", MAX_PAGE), MAX_PAGE)
