@@ -25,7 +25,7 @@ _INVENTED_TOOL = {
 _SENTENCES = (
     " These words are made up, so that you can try your code before you spend anything.",
     " Prices, tokens and shapes are those of the real service.",
-    " RequestSettings the same again and you get the same answer.",
+    " Ask the same again and you get the same answer.",
     " An é, an ü, a 漢字 or a 🙂 takes several bytes.",
 )
 _STORY = "".join(_SENTENCES)
