@@ -1,7 +1,7 @@
 """The AI gateway: composes the application out of its parts, and does nothing else.
 
-Serve it with `make run`, or with `uvicorn app:app --no-proxy-headers` (uvicorn would trust X-Forwarded-For
-from loopback).
+Serve it with `make run`, or with `uvicorn app:app --no-proxy-headers`: by default uvicorn trusts
+X-Forwarded-For from loopback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from common.logs import configure_logging
 from common.version import VERSION
-from config import Configuration, load_configuration
+from config import Configuration, Settings, load_configuration
 from gateway.runtime.banner import print_welcome
 from gateway.runtime.server import serve
 from gateway.runtime.service import Service
@@ -52,25 +52,33 @@ def create_app(configuration: Configuration) -> FastAPI:
         exception_handlers=dict(HANDLERS),
     )
     app.state.service = Service(configuration)
+    add_routes(app)
+    add_layers(app, settings)
+    return app
+
+
+def add_routes(app: Application) -> None:
     for router in ROUTERS:
         # `include_router` would build every route once more, at the first request: a quarter of a second.
         app.router.routes.extend(router.routes)
     proxy.add_proxy_routes(app)
     document_proxy(app)
     add_documentation_page(app)
+
+
+def add_layers(app: Application, settings: Settings) -> None:
     cors = partial(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
+        # With "*" a page of any origin could use a browser's credentials.
         allow_credentials="*" not in settings.cors_origins,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=EXPOSED_HEADERS,
     )
     app.add_middleware(cors)
-    app.front = lambda inner: RequestLog(
-        proxy.FastPath(inner), max_body_bytes=settings.max_body_bytes, cors=cors
-    )
-    return app
+    limit = settings.max_body_bytes
+    app.front = lambda inner: RequestLog(proxy.FastPath(inner), max_body_bytes=limit, cors=cors)
 
 
 app = create_app(load_configuration())

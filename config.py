@@ -1,8 +1,7 @@
-"""Settings from the environment and .env, checked; the only reader of the environment. The settings, and the
-only place that reads the environment.
+"""Settings from the environment and .env, checked. Nothing else reads the environment.
 
-Importing this module never fails: a wrong or missing setting becomes one sentence in
-`Configuration.problems`, which `/health` shows and every other route answers with 503.
+Importing this module never fails. A wrong or missing setting becomes a sentence in `Configuration.problems`:
+`/health` shows it, and every other route answers with 503.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -66,17 +66,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
     port: int = Field(default=8000, ge=0, le=65535)
-    # Set by the platform itself: there the client's address arrives in its own header.
+    # Set by the platform itself, which sends the client's address in a header of its own.
     vercel: bool = False
 
     @field_validator("key_hash_secrets", "encryption_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
-        return (
-            tuple(part.strip() for part in value.split(",") if part.strip())
-            if isinstance(value, str)
-            else value
-        )
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("log_level", "log_format", "registration", "gateway_mode", mode="before")
     @classmethod
@@ -110,15 +108,15 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> Literal["hosted", "url", "embedded"]:
-        """Which of the three databases is meant."""
+        """Which of the three kinds of database the settings name."""
         if self.supabase_url or self.supabase_key:
             return "hosted"
         return "url" if self.database_url else "embedded"
 
     @property
     def mode(self) -> Mode | None:
-        """Live with an OpenRouter key, sandbox where nothing can be sold by mistake, None when neither is
-        safe to assume.
+        """Live with an OpenRouter key, sandbox on the embedded database, where nothing is sold by mistake.
+        None where neither is safe to assume.
         """
         if self.gateway_mode:
             return self.gateway_mode
@@ -128,12 +126,11 @@ class Settings(BaseSettings):
 
     @property
     def deadline_seconds(self) -> float:
-        """The longest request; on Vercel a function ends after 300 s, and settlement has to come before."""
-        return (
-            min(self.request_deadline_seconds, VERCEL_DEADLINE_SECONDS)
-            if self.vercel
-            else self.request_deadline_seconds
-        )
+        """The longest that a request may take. On Vercel a function ends after 300 s, and settlement has to
+        come before that.
+        """
+        longest = self.request_deadline_seconds
+        return min(longest, VERCEL_DEADLINE_SECONDS) if self.vercel else longest
 
     @property
     def registration_open(self) -> bool:
@@ -141,14 +138,14 @@ class Settings(BaseSettings):
 
     @property
     def credits_at_signup(self) -> Decimal:
-        """In credits: 10 play credits in sandbox mode and nothing in live mode, unless set."""
+        """In credits. Unless set: 10 play credits in sandbox mode, nothing in live mode."""
         if self.signup_credits is not None:
             return self.signup_credits
         return Decimal(10) if self.mode == "sandbox" else Decimal(0)
 
 
 def decode_secret(text: str) -> bytes:
-    """32 bytes out of base64url, padded or not. Raises ValueError with a sentence that does not repeat the
+    """32 bytes from base64url, padded or not. Raises ValueError with a sentence that does not repeat the
     secret.
     """
     try:
@@ -164,71 +161,74 @@ def decode_secret(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The settings as far as they could be read, and what is wrong with them, a sentence each."""
+    """The settings as far as they could be read, and a sentence for each thing that is wrong with them."""
 
     settings: Settings
     problems: tuple[str, ...]
 
 
 def load_configuration() -> Configuration:
-    """Reads the environment and `.env`. Never raises for a wrong value: that is a problem, and its setting
-    takes the default.
+    """Reads the environment and `.env`. A wrong value never raises: it becomes a problem, and all settings
+    take their defaults.
     """
-    problems: list[str] = []
     try:
         settings = Settings()
     except UnicodeDecodeError:
-        problems = [".env is not a text file in UTF-8."]
-        settings = Settings.model_construct()
+        return _unreadable([".env is not a text file in UTF-8."])
     except ValidationError as error:
-        problems = list(
-            dict.fromkeys(
-                f"{_names(found['loc'])}: {predicate(found)}." for found in error.errors(include_input=False)
-            )
-        )
-        settings = Settings.model_construct()
-    return Configuration(settings, (*problems, *(_conflicts(settings) if not problems else ())))
+        # The input is left out: it may be a secret.
+        problems = [
+            f"{_names(finding['loc'])}: {predicate(finding)}."
+            for finding in error.errors(include_input=False)
+        ]
+        return _unreadable(dict.fromkeys(problems))
+    return Configuration(settings, tuple(_conflicts(settings)))
+
+
+def _unreadable(problems: Iterable[str]) -> Configuration:
+    return Configuration(Settings.model_construct(), tuple(problems))
 
 
 def _names(loc: tuple[int | str, ...]) -> str:
     return str(loc[0]).upper() if loc else "settings"
 
 
-def _conflicts(settings: Settings) -> list[str]:
-    found = []
-    if settings.hold_ttl_seconds < settings.request_deadline_seconds + 60:
-        found.append(
-            f"HOLD_TTL_SECONDS ({settings.hold_ttl_seconds}) must be at least REQUEST_DEADLINE_SECONDS + 60 "
-            f"({settings.request_deadline_seconds + 60:g}): a hold must outlive its request."
-        )
+def _conflicts(settings: Settings) -> Iterator[str]:
+    """A sentence for each pair of settings that do not fit together, and for each that is missing."""
+    yield from _deadline_conflicts(settings)
     if settings.gateway_mode == "live" and settings.openrouter_api_key is None:
-        found.append("OPENROUTER_API_KEY is missing: GATEWAY_MODE=live needs it.")
+        yield "OPENROUTER_API_KEY is missing: GATEWAY_MODE=live needs it."
     if bool(settings.supabase_url) != bool(settings.supabase_key):
         missing = "SUPABASE_KEY" if settings.supabase_url else "SUPABASE_URL"
-        found.append(
-            f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key)."
-        )
+        yield f"{missing} is missing: a hosted Supabase needs SUPABASE_URL and SUPABASE_KEY (the secret key)."
     if settings.admin_api_key is not None and len(settings.admin_api_key.get_secret_value()) < 16:
-        found.append("ADMIN_API_KEY is too short: use at least 16 characters.")
+        yield "ADMIN_API_KEY is too short: use at least 16 characters."
     if settings.vercel and settings.database != "hosted":
-        found.append(
-            "SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase."
+        yield "SUPABASE_URL and SUPABASE_KEY are missing: on Vercel the data lives in a hosted Supabase."
+    # The embedded database makes its own secrets; on Vercel it has nowhere to store them.
+    if settings.database != "embedded" or settings.vercel:
+        yield from _missing_secrets(settings)
+
+
+def _deadline_conflicts(settings: Settings) -> Iterator[str]:
+    least = settings.request_deadline_seconds + 60
+    if settings.hold_ttl_seconds < least:
+        yield (
+            f"HOLD_TTL_SECONDS ({settings.hold_ttl_seconds}) must be at least REQUEST_DEADLINE_SECONDS + 60 "
+            f"({least:g}): a hold must outlive its request."
         )
-    return found + (_missing_secrets(settings) if settings.database != "embedded" or settings.vercel else [])
 
 
-def _missing_secrets(settings: Settings) -> list[str]:
+def _missing_secrets(settings: Settings) -> Iterator[str]:
     recipe = "make one with: openssl rand -base64 32 | tr '+/' '-_'"
-    found = []
     if not settings.key_hash_secrets:
-        found.append(f"KEY_HASH_SECRETS is missing: API keys are stored as HMACs under it; {recipe}")
+        yield f"KEY_HASH_SECRETS is missing: API keys are stored as HMACs under it; {recipe}"
     if not settings.encryption_keys:
-        found.append(f"ENCRYPTION_KEYS is missing: secrets at rest are encrypted with it; {recipe}")
+        yield f"ENCRYPTION_KEYS is missing: secrets at rest are encrypted with it; {recipe}"
     if settings.admin_api_key is None:
-        found.append("ADMIN_API_KEY is missing: admin routes need it; choose a long random text.")
+        yield "ADMIN_API_KEY is missing: admin routes need it; choose a long random text."
     if settings.mode is None:
-        found.append(
-            "OPENROUTER_API_KEY is missing. Without it completions are answered by the sandbox, and on this database that must be "
-            "asked for: set GATEWAY_MODE=sandbox."
+        yield (
+            "OPENROUTER_API_KEY is missing. Without it completions are answered by the sandbox, and on this "
+            "database that must be asked for: set GATEWAY_MODE=sandbox."
         )
-    return found

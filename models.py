@@ -1,7 +1,7 @@
-"""Types that request and response bodies share: money, enums, error body. The models of the management API;
-proxied bodies pass through and have none.
+"""What request and response bodies of the management API share: amounts, enums, the error body.
 
-Amounts are credits (US dollars) as exact decimals, written as plain JSON numbers. Texts are bounded.
+Amounts are credits (US dollars) as exact decimals, written as plain JSON numbers. Texts are bounded. Proxied
+bodies pass through, and have no models.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Environment(StrEnum):
 
 
 class FieldError(ValueError):
-    """What is wrong with one field in the light of the others: the message goes on from its name."""
+    """What is wrong with one field in view of the others. The message continues a sentence that begins with
+    the field's name.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -56,7 +58,7 @@ class FieldError(ValueError):
 
 
 class RequestModel(BaseModel):
-    """A request body: unknown fields are refused, so that a misspelt one is not silently without effect."""
+    """A request body. Unknown fields are refused, so that a misspelt one does not silently have no effect."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=True)
 
@@ -79,15 +81,15 @@ ERROR_SCHEMA = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
 
 
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of these statuses. By reference: for a model the framework would build one validator
-    for each of five hundred.
+    """What OpenAPI says about these statuses. By reference: of a model the framework would build five hundred
+    validators, one for each status of each route.
     """
     return {status: {"content": {"application/json": ERROR_SCHEMA}} for status in statuses}
 
 
 def _not_reserved(name: str) -> str:
     if name.lower().startswith("deleted-"):
-        raise ValueError("must not begin with deleted-, which is kept for deleted accounts")
+        raise ValueError("must not begin with deleted-, which is reserved for deleted accounts")
     return name
 
 
@@ -226,7 +228,7 @@ class Transactions(BaseModel):
 
 
 class Target(RequestModel):
-    """Whom an admin means: a user by id, or by one of their API keys in full."""
+    """The user that an administrator means, by id or by one of their API keys in full."""
 
     user_id: Id | None = None
     api_key: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None

@@ -1,7 +1,6 @@
-"""Key format, HMAC, encryption at rest, client address and domain; no request, no database. Key format, HMAC,
-Fernet, and the dependencies of the routes.
+"""API keys (format, checksum, HMACs), encryption at rest, and what a request presents; no database.
 
-A raw key never leaves this module: what goes on to the database is an HMAC of it.
+The database gets HMACs of keys, and a ciphertext of one that can be revealed; never a key in clear.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def key_environment(key: str) -> str | None:
 
 
 def masked(prefix: str, last4: str) -> str:
-    """A key as it may be shown after its creation."""
+    """A key as it is shown after its creation."""
     return f"{prefix}...{last4}"
 
 
@@ -76,7 +75,7 @@ class StoredKey(TypedDict):
 
 
 class Keyring:
-    """HMACs of keys under each of our secrets; the first is the one that new keys are stored under."""
+    """HMACs of keys under each of our secrets. New keys are stored under the first."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._secrets = [decode_secret(text) for text in texts]
@@ -89,18 +88,18 @@ class Keyring:
         return [hmac.digest(secret, key.encode(), "sha256").hex() for secret in self._secrets]
 
     def email_hashes(self, email: str) -> list[str]:
-        """What an email address is remembered by without being kept: hex HMACs, one per secret, the current
+        """Hex HMACs by which an email address is recognised without being stored, one per secret, the current
         first.
         """
         message = b"signup email\0" + email.casefold().encode()
         return [hmac.new(secret, message, hashlib.sha256).hexdigest() for secret in self._secrets]
 
     def pseudonym(self, text: str) -> str:
-        """A name for `text` that nobody without our secret can make or recognise."""
+        """A name for `text` that nobody can make or recognise without our secret."""
         return hmac.digest(self._secrets[0], b"pseudonym\0" + text.encode(), "sha256").hex()[:32]
 
     def stored(self, key: str, environment: str, name: str) -> StoredKey:
-        """What the database keeps of a new key."""
+        """What the database stores of a new key."""
         return {
             "key_name": name,
             "key_prefix": PREFIXES[environment],
@@ -112,11 +111,11 @@ class Keyring:
 
 
 class Vault:
-    """Encryption of what must be readable again; the first key encrypts, all of them decrypt."""
+    """Encryption (Fernet) of what must be readable again. The first key encrypts, all of them decrypt."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._fernet = MultiFernet([Fernet(text + "=" * (-len(text) % 4)) for text in texts])
-        # Which key encrypts, without saying anything of it.
+        # Tells which key encrypts, and nothing about the key itself.
         self.current_id = hashlib.sha256(b"encryption key\0" + texts[0].encode()).hexdigest()
 
     def encrypt(self, text: str) -> str:
@@ -124,8 +123,8 @@ class Vault:
 
     def decrypt(self, token: str) -> str | None:
         """The text, or None when none of our keys made this token."""
-        found = self.decrypt_bytes(token)
-        return None if found is None else found.decode()
+        data = self.decrypt_bytes(token)
+        return None if data is None else data.decode()
 
     def encrypt_bytes(self, data: bytes) -> str:
         return self._fernet.encrypt(data).decode()
@@ -143,7 +142,7 @@ class Vault:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A key as it was presented, in the only form that may go on: hashes, and where it came from."""
+    """A key as it was presented, in the only form that may be passed on: hashes, and where it came from."""
 
     hashes: tuple[str, ...]
     secret_id: str
@@ -154,7 +153,7 @@ class Credential:
     user_agent: str | None
 
     def item(self) -> dict[str, Any]:
-        """The fields of an admission item that say who is asking."""
+        """The fields of an admission item that say whose request it is."""
         return {
             "hashes": self.hashes,
             "secret_id": self.secret_id,
@@ -177,17 +176,18 @@ def presented_key(headers: Headers) -> str:
         raise BadRequest("`Authorization` and `x-api-key` hold different keys. Send one.", param="x-api-key")
     if not (bearer or other):
         raise InvalidKey(
-            f"{'No API key' if not scheme else '`Authorization` has no `Bearer` key'}. Send it as `Authorization: Bearer gw_...`."
+            f"{'`Authorization` has no `Bearer` key' if scheme else 'No API key'}. "
+            "Send it as `Authorization: Bearer gw_...`."
         )
     return bearer or other
 
 
 def printable_header(value: str | None, length: int) -> str | None:
-    """Header text as it may be stored: bounded, and without what PostgreSQL or a log would choke on."""
+    """Header text that may be stored: bounded, and without what PostgreSQL or a log cannot take."""
     return "".join(c for c in value if c.isprintable())[:length] if value else None
 
 
 def address_subject(address: str) -> str:
-    """What registration is limited by: an IPv4 address, or the /64 that one IPv6 host usually owns whole."""
-    found = ipaddress.ip_address(address)
-    return str(ipaddress.ip_network((found, 64), strict=False)) if found.version == 6 else address
+    """What limits by address count: an IPv4 address, or the whole /64 that one IPv6 host usually has."""
+    ip = ipaddress.ip_address(address)
+    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address

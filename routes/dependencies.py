@@ -1,4 +1,7 @@
-"""Caller, Admin and the other dependencies: authentication and scopes."""
+"""What a route needs, as types: the running instance, a caller whose key may do this, an administrator.
+
+Nothing here decides what a key may do: the database does.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
+from db_rows.keys import WrongSecret
 from db_rows.shared import AdminStamp, CallerStamp, Environment, Scopes
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
-from routes.http.client_address import address_of, client_domain
+from routes.http.client_address import address_of, client_domain, user_agent_of
 from routes.schemas.keys import Resource, Verb
 from security import (
     LEGACY,
@@ -23,20 +27,27 @@ from security import (
     key_environment,
     masked,
     presented_key,
-    printable_header,
 )
 
 WRONG_SECRETS_PER_MINUTE = 10
 REGISTRATION_KEYS = (
-    "Registration takes no key, or an administrator's (ADMIN_API_KEY, or the key of an admin user with scope `admin`): "
-    "leave out the one that you sent."
+    "Registration takes no key, or an administrator's (ADMIN_API_KEY, or the key of an admin user with scope "
+    "`admin`): leave out the one that you sent."
 )
 ADMINS_ONLY = "Admin routes need ADMIN_API_KEY, or the key of an admin user with scope `admin`."
+NO_USER_KEY = (
+    "This is not a user's API key of this gateway: the format or the checksum is wrong. "
+    "(The administrator's serves /admin and registration only.)"
+)
+# What a secret may not write once it has been replaced: it may have been replaced because it was stolen.
 NOT_IN_GRACE = ("keys", "account", "profile", "plan", "budgets", "webhooks")
+IN_GRACE = (
+    "This secret was replaced and is only in its grace period: use the new one for keys and the account."
+)
 
 
 def shown_environment(request: Request) -> str | None:
-    """The environment that a key's prefix names, where a request shows a key; for routes that need none."""
+    """The environment that the prefix of a request's key names, or None; for routes without a key."""
     try:
         return key_environment(presented_key(request.headers))
     except GatewayError:
@@ -47,27 +58,23 @@ def read_credential(request: Request, runtime: Runtime) -> Credential:
     """The key of a request, checked for format only. Raises InvalidKey for what cannot be a key of ours."""
     key = presented_key(request.headers)
     environment = key_environment(key)
-    legacy = None
-    if environment is None:
-        if not (runtime.settings.legacy_keys and LEGACY.fullmatch(key)):
-            # The administrator's gets the same words: here nobody counts who guesses it.
-            raise InvalidKey(
-                "This is not a user's API key of this gateway: the format or the checksum is wrong. "
-                "(The administrator's serves /admin and registration only.)"
-            )
-        legacy = hashlib.sha256(key.encode()).hexdigest()
     return Credential(
         hashes=tuple(runtime.keyring.hashes(key)),
         secret_id=runtime.keyring.ids[0],
-        legacy_hash=legacy,
+        legacy_hash=_legacy_hash(key, runtime) if environment is None else None,
         environment=environment,
         address=address_of(request, runtime),
         domain=client_domain(request.headers),
-        user_agent=printable_header(request.headers.get("user-agent"), 512),
+        user_agent=user_agent_of(request),
     )
 
 
-# Dependencies: what a route needs is a type.
+def _legacy_hash(key: str, runtime: Runtime) -> str:
+    """What an imported key is known by. Raises InvalidKey where it cannot be one."""
+    if not (runtime.settings.legacy_keys and LEGACY.fullmatch(key)):
+        # The administrator's key gets the same words: guesses are not counted here, so none may learn more.
+        raise InvalidKey(NO_USER_KEY)
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 async def running(request: Request) -> Runtime:
@@ -147,12 +154,10 @@ async def verify_key(request: Request, runtime: Runtime, verb: Verb, resource: R
     credential = read_credential(request, runtime)
     request_id = request.state.request_id
     row = await runtime.verify(credential, request_id=request_id, verb=verb, resource=resource)
-    # Whatever is answered from here on says what is left of the limits (middleware).
+    # From here on every response says how much of the limits is left (middleware).
     request.state.limits = row["limits"]
     if row["outdated"] and (verb == "admin" or (verb == "write" and resource in NOT_IN_GRACE)):
-        raise MissingScope(
-            "This secret was replaced and is only in its grace period: use the new one for keys and the account."
-        )
+        raise MissingScope(IN_GRACE)
     return Caller(
         user_id=row["user_id"],
         key_id=row["key_id"],
@@ -197,10 +202,10 @@ async def require_admin(request: Request, runtime: Running) -> Admin:
     minute from one address.
     """
     key = presented_key(request.headers)
-    address = address_of(request, runtime)
-    agent = printable_header(request.headers.get("user-agent"), 512)
+    # In constant time: how long a comparison takes must not say how much of a guess is right.
     if hmac.compare_digest(key.encode(), runtime.admin_key.encode()):
-        return Admin("admin", address, agent, request.state.request_id)
+        address = address_of(request, runtime)
+        return Admin("admin", address, user_agent_of(request), request.state.request_id)
     try:
         caller = await verify_key(request, runtime, "admin", "*")
     except MissingScope as refusal:
@@ -208,32 +213,34 @@ async def require_admin(request: Request, runtime: Running) -> Admin:
     except InvalidKey as refusal:
         await refuse_guesses(request, runtime, "INVALID_ADMIN_KEY")
         raise (InvalidKey(ADMINS_ONLY) if key_environment(key) is None else refusal) from refusal
-    return Admin(caller.actor, address, agent, caller.request_id)
+    return Admin(caller.actor, caller.address, caller.user_agent, caller.request_id)
 
 
 async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> None:
     """Audits a wrong secret. Raises RateLimited for an address that has presented too many.
 
-    Only ever called for a wrong one: a right one works whatever others have tried, so nobody can lock the
-    operator out.
+    It must be called for wrong secrets only. The right one works whatever others have tried, so nobody can
+    lock the operator out.
     """
-    address = address_of(request, runtime)
-    result = await runtime.note_wrong_secret(
-        {
-            "action": action,
-            "address": address,
-            "address_subject": address_subject(address),
-            "user_agent": printable_header(request.headers.get("user-agent"), 512),
-            "request_id": request.state.request_id,
-            "limit": WRONG_SECRETS_PER_MINUTE,
-        }
-    )
+    result = await runtime.note_wrong_secret(_attempt(request, runtime, action))
     if result["outcome"] == "limited":
         raise RateLimited(
             "Too many wrong keys came from here.",
             code="too_many_wrong_keys",
             retry_after=result["retry_after"],
         )
+
+
+def _attempt(request: Request, runtime: Runtime, action: str) -> WrongSecret:
+    address = address_of(request, runtime)
+    return {
+        "action": action,
+        "address": address,
+        "address_subject": address_subject(address),
+        "user_agent": user_agent_of(request),
+        "request_id": request.state.request_id,
+        "limit": WRONG_SECRETS_PER_MINUTE,
+    }
 
 
 AdminOnly = Annotated[Admin, Depends(require_admin)]

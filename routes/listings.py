@@ -1,6 +1,4 @@
-"""Usage records, transactions, audit log as lists. Usage records, credit transactions and the audit log;
-one's own or everybody's.
-"""
+"""Usage records, credit transactions and the audit log as lists: a user's own, or everybody's."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from gateway.runtime.instance import Runtime
 from models import AdminTransaction, AdminUsageRecord, Transaction, UsageRecord
 from routes.http.export import Listing, RowT, export
 from routes.http.pagination import BY_ID, BY_MOMENT, NO_NUL, Cursor, MarkT, QueryId
-from routes.http.responses import JsonResponse
+from routes.http.responses import success
 from routes.schemas.keys import AuditLog, Moment
 
 PAGE_ROWS = 100
@@ -58,7 +56,7 @@ def _part(limit: Rows = None, cursor: Cursor = None, format: Form = "json") -> P
 def check_range(
     start: datetime.datetime | None, end: datetime.datetime | None, names: tuple[str, str] = ("start", "end")
 ) -> db.Range:
-    """The two as a range. Raises BadRequest for times in the wrong order."""
+    """Both as a range. Raises BadRequest for times in the wrong order."""
     if start is not None and end is not None and start >= end:
         raise BadRequest(f"`{names[1]}` must be after `{names[0]}`.", param=names[1])
     return start, end
@@ -86,8 +84,8 @@ Events = Annotated[AuditFilter, Depends(_events)]
 async def list_response(
     request: Request, listing: Listing[RowT, MarkT], part: Part, field: str, *, counted: str | None = None
 ) -> Response:
-    """A page of a list as `field`, with how many rows it has as `counted`; or all of it as an export. Raises
-    BadRequest for the cursor.
+    """A page of a list as `field`, with its number of rows as `counted`; or all of the list as an export.
+    Raises BadRequest for the cursor.
     """
     before = listing.order.read(part.cursor)
     if part.form != "json":
@@ -96,9 +94,7 @@ async def list_response(
     rows = await listing.fetch(before, limit)
     count = {} if counted is None else {counted: len(rows)}
     following = listing.order.following(rows, limit)
-    return JsonResponse(
-        {"status": "success", **count, field: [listing.show(row) for row in rows], "next_cursor": following}
-    )
+    return success(**count, **{field: [listing.show(row) for row in rows]}, next_cursor=following)
 
 
 def records(runtime: Runtime, user_id: int, within: db.Range) -> Listing[RecordRow, tuple[str, str]]:
@@ -116,19 +112,13 @@ def all_records(
     """Everybody's records, or one user's, for an administrator."""
 
     async def fetch(before: tuple[str, str] | None, limit: int) -> list[RecordRow]:
-        if user_id is not None:
-            return await db.list_usage_records(
-                runtime.client, user_id, within=within, before=before, limit=limit
-            )
-        return await db.list_all_usage_records(runtime.client, within=within, before=before, limit=limit)
+        client = runtime.client
+        if user_id is None:
+            return await db.list_all_usage_records(client, within=within, before=before, limit=limit)
+        return await db.list_usage_records(client, user_id, within=within, before=before, limit=limit)
 
-    return Listing(
-        "usage-records",
-        AdminUsageRecord,
-        BY_MOMENT,
-        fetch,
-        functools.partial(show_record, kind=AdminUsageRecord),
-    )
+    show = functools.partial(show_record, kind=AdminUsageRecord)
+    return Listing("usage-records", AdminUsageRecord, BY_MOMENT, fetch, show)
 
 
 def transactions(runtime: Runtime, user_id: int, within: db.Range) -> Listing[TransactionRow, int]:
@@ -146,17 +136,12 @@ def all_transactions(runtime: Runtime, user_id: int | None, within: db.Range) ->
     async def fetch(before: int | None, limit: int) -> list[TransactionRow]:
         return await db.list_transactions(runtime.client, user_id, within=within, before=before, limit=limit)
 
-    return Listing(
-        "transactions",
-        AdminTransaction,
-        BY_ID,
-        fetch,
-        functools.partial(show_transaction, kind=AdminTransaction),
-    )
+    show = functools.partial(show_transaction, kind=AdminTransaction)
+    return Listing("transactions", AdminTransaction, BY_ID, fetch, show)
 
 
 def own_audit(runtime: Runtime, events: AuditFilter) -> Listing[AuditEntry, int]:
-    """What happened to one's account; of what others did to it, not from where."""
+    """What happened to a user's own account, without the addresses from which others acted."""
 
     async def fetch(before: int | None, limit: int) -> list[AuditEntry]:
         return await db_security.list_own_audit(runtime.client, events, before=before, limit=limit)
@@ -173,12 +158,11 @@ def audit(runtime: Runtime, events: AuditFilter) -> Listing[AuditEntry, int]:
     return Listing("audit-log", AuditLog, BY_ID, fetch, AuditLog.model_validate)
 
 
-# How a row is shown.
-
-
 def show_record(row: RecordRow, kind: type[UsageRecord] = UsageRecord) -> UsageRecord:
+    """A row as clients see it, with its amounts in credits."""
     return kind.model_validate({**in_credits(row), "held": credits_from_nanos(row["hold_nanos"])})
 
 
 def show_transaction(row: TransactionRow, kind: type[Transaction] = Transaction) -> Transaction:
+    """A row as clients see it, with its amounts in credits."""
     return kind.model_validate(in_credits(row))

@@ -1,4 +1,7 @@
-"""/v1/models. The shapes of OpenAI's and OpenRouter's public answers."""
+"""/v1/models and the paths beside it: which models there are, in OpenAI's and OpenRouter's shapes.
+
+No key is needed. A test key gets the sandbox's models, any other the upstream's.
+"""
 
 from __future__ import annotations
 

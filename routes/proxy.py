@@ -1,7 +1,6 @@
-"""ASGI endpoints of the proxy. Plain ASGI endpoints: the framework's own cost as much as everything else
-together here.
+"""Endpoints of the proxy: they read a body, start an exchange in a task of its own, and watch the client.
 
-They read the body, start an exchange in a task of its own, and watch whether the client is still there.
+They are plain ASGI, because the framework's endpoints would cost as much as everything else together here.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from gateway.proxy.request import IncomingRequest
 from routes.dependencies import read_credential, running
 from routes.http.error_handlers import on_bug
 from routes.http.error_shapes import error_reply
-from security import printable_header
+from security import Credential, printable_header
 
 
 class ClientConnection:
-    """Our client, through ASGI."""
+    """The client at the other end of an ASGI connection; nothing is sent to one that has left."""
 
     def __init__(self, send: Send) -> None:
         self.gone = False
@@ -59,33 +58,29 @@ class ProxyEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(send)
-        request_id = scope["state"]["request_id"]
         try:
             exchange = await self._open(Request(scope, receive), client)
             if exchange is not None:
                 await self._serve(exchange, receive, scope)
         except GatewayError as refusal:
-            scope["state"].setdefault("log", {})["error_code"] = refusal.code
-            if not client.gone:
-                await error_reply(refusal, request_id, scope["path"])(scope, receive, send)
-            # Error, traceback, frames and task hold each other, and with them the body, until the collector
-            # comes by.
-            refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
+            await _refuse(refusal, client, scope, receive, send)
         except Exception as bug:
             if not (client.started or client.gone):
                 await (await on_bug(Request(scope), bug))(scope, receive, send)
             raise
 
     async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
+        """An exchange for this request, or None where the client left before its body was complete."""
         runtime = await running(request)
         credential = read_credential(request, runtime)
         body = await _read_body(request, runtime.settings.deadline_seconds)
-        if body is None:
-            return None
+        return None if body is None else Exchange(runtime, self._incoming(request, credential, body), client)
+
+    def _incoming(self, request: Request, credential: Credential, body: bytes) -> IncomingRequest:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]
         }
-        proxied = IncomingRequest(
+        return IncomingRequest(
             endpoint=self.endpoint,
             credential=credential,
             body=body,
@@ -95,7 +90,6 @@ class ProxyEndpoint:
             scenario=headers.get("x-sandbox-scenario"),
             headers=headers,
         )
-        return Exchange(runtime, proxied, client)
 
     async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
         running = exchange.runtime.start(exchange.run(), f"request {exchange.request.request_id}")
@@ -103,16 +97,27 @@ class ProxyEndpoint:
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
-            exchange.client_left()  # the server gives up on its clients
+            exchange.client_left()  # the server shuts down, and has given up on its clients
             raise
         finally:
             watching.cancel()
             scope["state"]["log"] = _log_fields(exchange)
 
 
+async def _refuse(
+    refusal: GatewayError, client: ClientConnection, scope: Scope, receive: Receive, send: Send
+) -> None:
+    scope["state"].setdefault("log", {})["error_code"] = refusal.code
+    if not client.gone:
+        await error_reply(refusal, scope["state"]["request_id"], scope["path"])(scope, receive, send)
+    # Error, traceback, frames and task refer to each other, and so keep the body in memory until the garbage
+    # collector runs.
+    refusal.__traceback__ = refusal.__context__ = refusal.__cause__ = None
+
+
 async def _read_body(request: Request, seconds: float) -> bytes | None:
     """The whole body, or None where the client left before it was complete. Raises BadRequest where it takes
-    longer.
+    longer than `seconds`.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -157,8 +162,8 @@ ROUTES = {path: ProxyEndpoint(endpoint.at(path)) for endpoint in ENDPOINTS for p
 
 
 class FastPath:
-    """Takes proxied requests past the framework's layers, which cost a seventh of a request. Browsers need
-    CORS: theirs go the long way.
+    """Takes proxied requests past the framework's layers, which cost a seventh of a request. Requests of
+    browsers need CORS, so they pass through all layers.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -20,11 +20,11 @@ from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from models import Health, Registered, Registration, errors_of
 from routes.dependencies import Admin, MaybeAdmin, Running, running, shown_environment
-from routes.http.client_address import address_of
+from routes.http.client_address import address_of, user_agent_of
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import taken
 from routes.http.responses import JsonResponse, utc_now
-from security import DEFAULT_SCOPES, address_subject, new_key, printable_header
+from security import DEFAULT_SCOPES, address_subject, new_key
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 
@@ -222,7 +222,7 @@ def _new_account(
         "address": address,
         # Without a subject no limit counts: an administrator may register many users from one address.
         "address_subject": address_subject(address) if admin is None else None,
-        "user_agent": printable_header(request.headers.get("user-agent"), 512),
+        "user_agent": user_agent_of(request),
         "request_id": request.state.request_id,
         "actor": None if admin is None else admin.actor,
         "key": key,

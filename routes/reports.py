@@ -1,4 +1,4 @@
-"""Usage by time and group. Ranges, time zones, buckets, groups, and the same rows as JSON or CSV."""
+"""Usage reports: usage by time and group, in any time zone, as JSON or CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.money import in_credits
 from db_rows.books import ReportRange, ReportRow
 from gateway.runtime.instance import Runtime
 from routes.http.export import csv_answer
-from routes.http.responses import JsonResponse, utc_now
+from routes.http.responses import success, utc_now
 
 MAX_ROWS = 10_000
 MAX_DAYS = 3660
@@ -36,7 +36,7 @@ Format = Literal["json", "csv"]
 
 @functools.cache
 def _zones() -> frozenset[str]:
-    """Those that PostgreSQL knows as well. Finding them reads hundreds of files."""
+    """The zones that PostgreSQL knows as well. Cached, since finding them reads hundreds of files."""
     return frozenset(available_timezones()) - {"localtime"}
 
 
@@ -48,8 +48,9 @@ def _zone(name: str) -> str:
 
 Zone = Annotated[str, Query(max_length=64, description="IANA name"), AfterValidator(_zone)]
 ABOUT_LATENCY = (
-    "Latencies are counted in buckets (up to 25, 50, 100, 150, 200, 300, ... ms). So the percentiles (`latency_p50_ms`, `latency_p95_ms`, "
-    "`latency_p99_ms`) are estimates within a bucket, and may be off by its width; the average is not, and neither are the usage records."
+    "Latencies are counted in buckets (up to 25, 50, 100, 150, 200, 300, ... ms). So the percentiles "
+    "(`latency_p50_ms`, `latency_p95_ms`, `latency_p99_ms`) are estimates within a bucket, and may be off by "
+    "its width; the average is not, and neither are the usage records."
 )
 COLUMNS = (
     "bucket",
@@ -72,8 +73,8 @@ COLUMNS = (
 def read_range(
     start: datetime.datetime | None, end: datetime.datetime | None
 ) -> tuple[datetime.datetime, datetime.datetime]:
-    """The range that was asked for, widened to quarters of an hour; the last 30 days unless said otherwise.
-    Raises BadRequest.
+    """The range, widened to quarters of an hour, which is how usage is summed up; by default the last 30
+    days. Raises BadRequest.
     """
     until = _round_up(min(end or utc_now(), FAR))
     since = (start or until - datetime.timedelta(days=30)).astimezone(datetime.UTC)
@@ -106,37 +107,41 @@ async def usage_report(
     group: AdminGroup,
     form: Format,
 ) -> Response:
-    """The report as an answer."""
+    """The report as a response. Raises BadRequest for a range or a size that is not served."""
     since, until = read_range(start, end)
-    report: ReportRange = {
+    spans: ReportRange = {
         "start": since.isoformat(),
         "end": until.isoformat(),
         "zone": zone,
         "bucket": bucket,
-        "limit": MAX_ROWS + 1,
+        "limit": MAX_ROWS + 1,  # one more than is served: it shows that there are more
     }
+    rows = [_row(row) for row in await _read_rows(runtime, user_id, group, spans)]
+    if form == "csv":
+        return csv_answer(COLUMNS, rows, "usage.csv")
+    summary = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
+    return success(**summary, total=_total(rows), rows=rows)
+
+
+async def _read_rows(
+    runtime: Runtime, user_id: int | None, group: AdminGroup, report: ReportRange
+) -> list[ReportRow]:
     if group != "end_user":
-        groups = await db.report_usage(runtime.client, user_id=user_id, report=report, group=group)
+        rows = await db.report_usage(runtime.client, user_id=user_id, report=report, group=group)
     elif user_id is None:
         raise BadRequest("`user_id` is missing: end users are one user's.", param="user_id")
     else:
-        groups = await db.report_end_users(runtime.client, user_id=user_id, report=report)
-    if len(groups) > MAX_ROWS:
-        raise BadRequest(
-            f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket.",
-            param="bucket",
-        )
-    rows = [_row(row) for row in groups]
-    if form == "csv":
-        return csv_answer(COLUMNS, rows, "usage.csv")
-    question = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
-    return JsonResponse({"status": "success", **question, "total": _total(rows), "rows": rows})
+        rows = await db.report_end_users(runtime.client, user_id=user_id, report=report)
+    if len(rows) > MAX_ROWS:
+        message = f"The report has more than {MAX_ROWS} rows. Take a shorter range or a larger bucket."
+        raise BadRequest(message, param="bucket")
+    return rows
 
 
 def _row(row: ReportRow) -> dict[str, object]:
     requests = row["requests"]
     average = round(row["latency_ms_total"] / requests) if requests else None
-    # Of one request every percentile is known, and not only its bucket.
+    # Every percentile of a single request is known exactly, not only its bucket.
     latencies = dict.fromkeys(
         (name for name in COLUMNS if name.startswith("latency") and requests == 1), average
     )

@@ -1,29 +1,33 @@
-"""All routers, in the order in which they are asked."""
+"""All routers, in the order in which they are tried: the first route that matches a path serves it."""
 
 from __future__ import annotations
 
-from routes import account as users
-from routes import budgets as spending
-from routes import internal, keys, plans, public, receipts
-from routes import model_catalog as model_listings
-from routes import openrouter_account as account_views
-from routes import webhooks as notifications
-from routes.admin import accounts as admin
-from routes.admin import monitoring as operations
-from routes.admin import reconciliation
+from routes import (
+    account,
+    budgets,
+    internal,
+    keys,
+    model_catalog,
+    openrouter_account,
+    plans,
+    public,
+    receipts,
+    webhooks,
+)
+from routes.admin import accounts, monitoring, reconciliation
 
 AREAS = (
-    model_listings,
+    model_catalog,
     public,
-    account_views,
+    openrouter_account,
     receipts,
-    users,
-    spending,
-    notifications,
+    account,
+    budgets,
+    webhooks,
     keys,
     plans,
-    admin,
-    operations,
+    accounts,
+    monitoring,
     reconciliation,
     internal,
 )

@@ -1,1 +1,1 @@
-"""Plumbing that endpoints share."""
+"""What endpoints share: bodies, errors, pages and exports as HTTP."""

@@ -1,5 +1,6 @@
-"""Where a request comes from: trusted proxies, the platform's header. The client's address and domain, as far
-as what says so can be trusted.
+"""Where a request comes from: the client's address, domain and user agent, as far as they can be trusted.
+
+A header that anybody can send is believed only where a trusted proxy or the platform has set it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from starlette.datastructures import Headers
 
 from config import Network
 from gateway.runtime.instance import Runtime
+from security import printable_header
+
+
+def user_agent_of(request: Request) -> str | None:
+    return printable_header(request.headers.get("user-agent"), 512)
 
 
 def address_of(request: Request, runtime: Runtime) -> str:
@@ -23,10 +29,10 @@ def address_of(request: Request, runtime: Runtime) -> str:
 
 
 def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network], *, on_vercel: bool) -> str:
-    """The client's address: the peer's, or what trusted proxies say of it.
+    """The client's address: the peer's, or the one that trusted proxies report.
 
-    X-Forwarded-For is read from right to left for as long as the address that said so is a trusted proxy. On
-    Vercel the platform overwrites `x-vercel-forwarded-for` itself, and its own peers mean nothing.
+    X-Forwarded-For is read from right to left, as long as the address that reported a hop is a trusted proxy.
+    On Vercel the platform itself overwrites `x-vercel-forwarded-for`, and the peer is its own machine.
     """
     if on_vercel:
         peer = headers.get("x-vercel-forwarded-for", "").split(",")[0].strip() or peer
@@ -34,6 +40,7 @@ def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network
     hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
     networks = tuple(trusted)
     while hops and any(address in network for network in networks):
+        # What the first untrusted address says of those before it is only its word.
         hop = _ip(hops.pop())
         if hop is None:
             break
@@ -43,7 +50,7 @@ def client_address(headers: Headers, peer: str | None, trusted: Iterable[Network
 
 @lru_cache(4096)
 def _ip(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address, which some proxies write with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
+    """An address. Some proxies write it with a port (`192.0.2.1:443`, `[2001:db8::1]:443`) or a zone."""
     text = text or ""
     if text.startswith("["):
         text = text[1:].partition("]")[0]

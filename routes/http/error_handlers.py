@@ -1,4 +1,4 @@
-"""Every error in the one envelope."""
+"""Every error, of ours or of the framework, becomes the one envelope here. No traceback reaches a client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def on_gateway_error(request: Request, error: Exception) -> Response:
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
-    """Pydantic's findings as a 400 that names the first field that is wrong."""
+    """Pydantic's first finding as a 400 that names the field."""
     if not isinstance(error, RequestValidationError):
         raise error
     message, param = describe(error.errors()[0])
@@ -34,30 +34,30 @@ async def on_invalid(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses: unknown paths, wrong methods, bodies it cannot read."""
+    """What the framework itself refuses: unknown paths, wrong methods, bodies that it cannot read."""
     if not isinstance(error, HTTPException):
         raise error
     if isinstance(error.__cause__, GatewayError):
-        return error_reply(error.__cause__, request_id_of(request), request.url.path)
-    not_offered = not_offered_reason(request.url.path)
-    if not_offered is not None:
-        refusal: GatewayError = NotOffered(not_offered)
-    elif error.status_code == 404:
-        refusal = NotFound(
-            f"There is no {request.method} {request.url.path} here. GET / lists what there is."
-        )
-    elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        refusal = MethodNotAllowed(
-            f"{request.url.path} does not take {request.method}.", headers={"allow": allowed}
-        )
+        refusal = error.__cause__
+    elif (reason := not_offered_reason(request.url.path)) is not None:
+        refusal = NotOffered(reason)
     else:
-        refusal = BadRequest(str(error.detail))
+        refusal = _refusal(request, error)
     return error_reply(refusal, request_id_of(request), request.url.path)
 
 
+def _refusal(request: Request, error: HTTPException) -> GatewayError:
+    method, path = request.method, request.url.path
+    if error.status_code == 404:
+        return NotFound(f"There is no {method} {path} here. GET / lists what there is.")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowed(f"{path} does not take {method}.", headers={"allow": allowed})
+    return BadRequest(str(error.detail))
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
-    """A fault of ours: the log gets the traceback, the client the request id to ask about."""
+    """A bug of ours: the log gets the traceback, the client gets the request id to ask about."""
     request_id = request_id_of(request)
     log.error("unhandled", request_id=request_id, path=request.url.path, exc_info=error)
     return error_reply(GatewayError(), request_id, request.url.path)

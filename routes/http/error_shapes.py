@@ -1,4 +1,4 @@
-"""The envelope as OpenAI's, OpenRouter's and Anthropic's clients read it."""
+"""An error in the form that the clients of a path expect: OpenAI's, OpenRouter's or Anthropic's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from routes.http.responses import JsonResponse
 
 
 def error_reply(error: GatewayError, request_id: str, path: str = "") -> JsonResponse:
-    """The answer that an error becomes, in the form that clients of this path expect."""
+    """The response for an error, in the form that clients of this path expect."""
     if is_anthropic(path):
         body = error.anthropic_body(request_id)
     elif is_openrouter(path):

@@ -1,7 +1,7 @@
-"""Lists as CSV and JSON lines. As CSV or JSON lines, page by page from the database, however long it is.
+"""Lists as CSV or JSON lines, streamed page by page from the database, however long they are.
 
-Memory stays at a page: the next one is asked for when the client has taken the last. A client that leaves
-ends it. What the database refuses in mid-stream is visible: CSV ends with a line that says so, JSON lines end
+Only one page is in memory: the next is fetched when the client has taken the last, and never after the client
+has left. An export that breaks off must not look complete: CSV ends with a line that says so, JSON lines end
 with an error and a connection that is cut.
 """
 
@@ -31,7 +31,7 @@ log = structlog.get_logger("exports")
 PAGE = 250
 
 CSV, JSON_LINES = "text/csv; charset=utf-8", "application/x-ndjson"
-# What OpenAPI says of a list that can be exported.
+# What OpenAPI says about a list that can be exported.
 TEXT = {"schema": {"type": "string"}}
 EXPORTED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, JSON_LINES: TEXT}}}
 TABULATED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT}}}
@@ -41,7 +41,7 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True, slots=True)
 class Listing(Generic[RowT, MarkT]):
-    """A list in keyset order: how a page of it is fetched, what marks a row's place, and how a row is shown."""
+    """A list in keyset order: how a page of it is fetched, and how a row becomes what clients see."""
 
     name: str
     model: type[BaseModel]
@@ -53,7 +53,7 @@ class Listing(Generic[RowT, MarkT]):
 async def export(
     request: Request, listing: Listing[RowT, MarkT], form: str, *, before: MarkT | None, most: int | None
 ) -> StreamingResponse:
-    """The whole list. Raises what its first page raises: after that, an error can only be said in the stream."""
+    """The whole list. Raises what the first page raises; a later error can only go into the stream."""
     pages = _pages(listing, before, most)
     first: list[RowT] = await anext(pages, [])
     return Export(listing, form, first, pages, request.state.request_id)
@@ -62,19 +62,19 @@ async def export(
 async def _pages(
     listing: Listing[RowT, MarkT], before: MarkT | None, most: int | None
 ) -> AsyncIterator[list[RowT]]:
-    """Pages until an empty one: a hosted database may have a smaller page than was asked for."""
-    left = most
-    while left is None or left > 0:
-        rows = await listing.fetch(before, PAGE if left is None else min(PAGE, left))
+    """Pages until an empty one: a hosted database may return smaller pages than were asked for."""
+    missing = most
+    while missing is None or missing > 0:
+        rows = await listing.fetch(before, PAGE if missing is None else min(PAGE, missing))
         if not rows:
             return
         before = listing.order.mark(rows[-1])
-        left = None if left is None else left - len(rows)
+        missing = None if missing is None else missing - len(rows)
         yield rows
 
 
 class Export(StreamingResponse, Generic[RowT, MarkT]):
-    """A streamed list that does not pass for complete when it is not."""
+    """A streamed list that cannot be taken for complete when it is not."""
 
     def __init__(
         self,
@@ -116,8 +116,8 @@ class Export(StreamingResponse, Generic[RowT, MarkT]):
                 "export_broken", list=self._listing.name, request_id=self._request_id, reason=error.code
             )
             words = self._last_words(error)
-            # Without an end of the body the server cuts the connection, which every client notices. A
-            # spreadsheet needs the file.
+            # A body without an end makes the server cut the connection, which every client notices. A
+            # spreadsheet would lose the whole file, so CSV ends regularly, with a line that says so.
             await send({"type": "http.response.body", "body": words, "more_body": self._form != "csv"})
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -131,7 +131,7 @@ class Export(StreamingResponse, Generic[RowT, MarkT]):
 
 
 def csv_answer(columns: Iterable[str], rows: Iterable[Mapping[str, Any]], filename: str) -> StreamingResponse:
-    """Rows that are in memory already, as CSV, line by line."""
+    """Rows that are in memory, as CSV, line by line."""
     names = list(columns)
 
     async def lines() -> AsyncIterator[bytes]:
@@ -143,12 +143,12 @@ def csv_answer(columns: Iterable[str], rows: Iterable[Mapping[str, Any]], filena
     return StreamingResponse(lines(), media_type=CSV, headers=headers)
 
 
-# What a spreadsheet would run: a formula's first character, in its wide form too, blanks in front or not.
+# What a spreadsheet would run: a formula's first character, also in full width or after blanks.
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 
 
 def cell(value: Any) -> str:
-    """A value as a spreadsheet reads it. Text that it would run as a formula gets a ' in front (OWASP, "CSV
+    """A value as a spreadsheet reads it. Text that it would run as a formula gets a leading ' (OWASP, "CSV
     Injection").
     """
     if value is None:

@@ -1,5 +1,6 @@
-"""Bodies read with exact decimals. As JSON whatever it says it is, amounts as exact decimals: a float loses
-digits before validation.
+"""Request bodies of the management API, read as JSON whatever their content type, with exact decimals.
+
+A float would have lost digits of an amount before validation sees it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ class ExactRequest(Request):
 
 
 def _untyped(scope: Scope) -> Scope:
-    """Without its content type: `curl -d` says that it sends a form, whatever it sends, and the framework
-    would believe it.
-    """
+    """Without the content type: `curl -d` always claims to send a form, and the framework believes it."""
     return {
         **scope,
         "headers": [(name, value) for name, value in scope["headers"] if name != b"content-type"],
@@ -40,7 +39,7 @@ def _untyped(scope: Scope) -> Scope:
 
 
 class ExactRoute(APIRoute):
-    """A route that reads its body exactly, and as JSON whatever it is called."""
+    """A route that reads its body exactly, and as JSON whatever its content type."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"strict_content_type": False})

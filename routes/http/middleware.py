@@ -1,4 +1,4 @@
-"""Request id, body limit, log line. It gets an id, a bounded body and a line in the log."""
+"""What every request gets, on every path: an id, a bounded body, and a line in the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from routes.http.error_shapes import error_reply
 
 log = structlog.get_logger("http")
 
-MAX_ORDER_BYTES = 512 * 1024
+MAX_MANAGEMENT_BYTES = 512 * 1024
+State = MutableMapping[str, Any]
 PROXIED = ("/v1/", "/api/v1/")
 # What a browser lets the page read of an answer, beside the headers that every page may read.
 EXPOSED_HEADERS = [
@@ -46,8 +47,8 @@ EXPOSED_HEADERS = [
 
 
 class Application(FastAPI):
-    """FastAPI with something in front of all its layers, the outermost included: proxied requests pass none
-    of them.
+    """FastAPI with something in front of all its layers, even the outermost: proxied requests pass none of
+    them.
     """
 
     front: Callable[[ASGIApp], ASGIApp] | None = None
@@ -58,13 +59,13 @@ class Application(FastAPI):
 
 
 class RequestLog:
-    """Gives each request its id, answers with it, and logs how it went. Plain ASGI: it is on the way of every
-    streamed event.
+    """Gives each request its id, answers with it, and logs how it went. Plain ASGI, because every event of a
+    stream passes through it.
     """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, cors: Callable[[ASGIApp], ASGIApp]) -> None:
         self._app = app
-        # What is answered here, a browser must be able to read as well.
+        # A browser must be able to read what is answered here, too.
         self._cors = cors
         self._max_body_bytes = max_body_bytes
         self._log = log.bind()
@@ -73,52 +74,58 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        request_id = state["request_id"] = new_request_id()
-        header = (b"x-request-id", request_id.encode())
-        status = 0
+        state: State = scope.setdefault("state", {})
+        state["request_id"] = new_request_id()
+        identified = IdentifiedSend(send, state)
         started = time.perf_counter()
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = _with_limits([*message.get("headers", ()), header], state)
-            await send(message)
-
         try:
-            await self._serve(scope, receive, send_with_id)
+            await self._serve(scope, receive, identified)
         finally:
             self._log.info(
                 "request",
-                request_id=request_id,
+                request_id=state["request_id"],
                 method=scope["method"],
                 path=scope["path"],
-                status=status,
+                status=identified.status,
                 ms=round((time.perf_counter() - started) * 1000, 1),
                 **state.get("log", {}),
             )
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Orders of the management API are short, and are parsed before anybody knows who sent them.
-        limit = (
-            self._max_body_bytes
-            if scope["path"].startswith(PROXIED)
-            else min(self._max_body_bytes, MAX_ORDER_BYTES)
-        )
+        limit = self._body_limit(scope["path"])
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        # Eighteen digits are more than any limit, and int() of thousands of them would take its time.
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
             reply = error_reply(_too_large(limit), scope["state"]["request_id"], scope["path"])
             await self._cors(reply)(scope, receive, send)
             return
         await self._app(scope, _bounded(receive, limit), send)
 
+    def _body_limit(self, path: str) -> int:
+        """Bytes. Bodies of the management API are short, and are parsed before the key is checked."""
+        proxied = path.startswith(PROXIED)
+        return self._max_body_bytes if proxied else min(self._max_body_bytes, MAX_MANAGEMENT_BYTES)
 
-def _with_limits(
-    headers: list[tuple[bytes, bytes]], state: MutableMapping[str, Any]
-) -> list[tuple[bytes, bytes]]:
-    """Management answers to a user's key say what is left of its limits; proxied ones and refusals say it
-    themselves.
+
+class IdentifiedSend:
+    """Sends a response with its request id and what is left of the limits; remembers the status."""
+
+    def __init__(self, send: Send, state: State) -> None:
+        self.status = 0
+        self._send = send
+        self._state = state
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            header = (b"x-request-id", self._state["request_id"].encode())
+            message["headers"] = _with_limits([*message.get("headers", ()), header], self._state)
+        await self._send(message)
+
+
+def _with_limits(headers: list[tuple[bytes, bytes]], state: State) -> list[tuple[bytes, bytes]]:
+    """Adds what is left of a key's limits to responses of the management API. Proxied responses and refusals
+    have these headers already.
     """
     if "limits" in state and not any(name.startswith(b"x-ratelimit-") for name, _ in headers):
         headers += [
@@ -128,14 +135,14 @@ def _with_limits(
 
 
 def _bounded(receive: Receive, limit: int) -> Receive:
-    """A body without a length is counted as it arrives."""
-    left = limit
+    """Counts a body as it arrives: it may have no length, or a wrong one."""
+    allowed = limit
 
     async def bounded() -> Message:
-        nonlocal left
+        nonlocal allowed
         message = await receive()
-        left -= len(message.get("body", b""))
-        if left < 0:
+        allowed -= len(message.get("body", b""))
+        if allowed < 0:
             raise _too_large(limit)
         return message
 

@@ -1,6 +1,4 @@
-"""The OpenAPI document and /docs. The framework's OpenAPI, with the proxy's endpoints, which it does not
-serve itself.
-"""
+"""The OpenAPI document and /docs: what the framework knows, and the proxy's endpoints, which it does not."""
 
 from __future__ import annotations
 
@@ -17,28 +15,24 @@ from starlette.staticfiles import StaticFiles
 from models import ERROR_SCHEMA, ErrorBody
 from routes.http.proxy_operations import ERRORS, OPENROUTER_ERROR, OPERATIONS
 
-DESCRIPTION = """OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.
-
-Point any OpenAI or OpenRouter SDK at this base URL (`/v1` or `/api/v1`) with a key of this gateway. Every request holds an upper bound of
-its cost before anything is sent, and is charged exactly what it cost. Keys that begin with `gw_test_` are answered by a built-in sandbox,
-free of charge.
-
-What stands here under `/v1` is served under `/api/v1` as well. There errors have OpenRouter's form (`OpenRouterErrorBody`): `code` is the
-status, and our own code `metadata.error_type`."""
+DESCRIPTION = (
+    "OpenAI-compatible access to hundreds of models through OpenRouter, on prepaid credits.\n\n"
+    "Point any OpenAI or OpenRouter SDK at this base URL (`/v1` or `/api/v1`) with a key of this gateway. "
+    "Every request holds an upper bound of its cost before anything is sent, and is charged exactly what it "
+    "cost. Keys that begin with `gw_test_` are answered by a built-in sandbox, free of charge.\n\n"
+    "All that is listed here under `/v1` is served under `/api/v1` as well. Errors there have OpenRouter's "
+    "form (`OpenRouterErrorBody`): `code` is the status, and our own code is `metadata.error_type`."
+)
+ASSETS = "/docs/assets"
 
 
 def _describe_errors(schema: dict[str, Any]) -> None:
-    """Wrong input is answered with 400 and our envelope, not with the framework's 422; an oversized body with
-    413, anywhere.
+    """A wrong input is answered with 400 and our envelope, not with the framework's 422; a body that is too
+    large with 413, everywhere.
     """
-    error = {"application/json": ERROR_SCHEMA}
     for operations in schema["paths"].values():
         for operation in operations.values():
-            answers = operation["responses"]
-            if answers.pop("422", None) is not None:
-                answers["400"] = {"description": ERRORS["400"], "content": error}
-            if "requestBody" in operation:
-                answers.setdefault("413", {"description": ERRORS["413"], "content": error})
+            _describe_refused_bodies(operation)
     known = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)
@@ -46,15 +40,18 @@ def _describe_errors(schema: dict[str, Any]) -> None:
     known |= {**described.pop("$defs"), "ErrorBody": described, "OpenRouterErrorBody": OPENROUTER_ERROR}
 
 
-ASSETS = "/docs/assets"
+def _describe_refused_bodies(operation: dict[str, Any]) -> None:
+    error = {"application/json": ERROR_SCHEMA}
+    responses = operation["responses"]
+    if responses.pop("422", None) is not None:
+        responses["400"] = {"description": ERRORS["400"], "content": error}
+    if "requestBody" in operation:
+        responses.setdefault("413", {"description": ERRORS["413"], "content": error})
 
 
 def add_documentation_page(app: FastAPI) -> None:
-    """/docs without a CDN: its assets come from a package, which is found without being imported."""
-    spec = find_spec("fastapi_offline")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("fastapi-offline is not installed; it stands in requirements.txt")
-    app.mount(ASSETS, StaticFiles(directory=Path(spec.origin).parent / "static"), name="documentation assets")
+    """/docs without a CDN: the browser gets the page's scripts and styles from here."""
+    app.mount(ASSETS, StaticFiles(directory=_assets()), name="documentation assets")
 
     @app.get("/docs", include_in_schema=False)
     async def read_documentation() -> HTMLResponse:
@@ -65,6 +62,14 @@ def add_documentation_page(app: FastAPI) -> None:
             swagger_css_url=f"{ASSETS}/swagger-ui.css",
             swagger_favicon_url=f"{ASSETS}/favicon.png",
         )
+
+
+def _assets() -> Path:
+    """A folder of the package fastapi-offline, which is found without being imported."""
+    spec = find_spec("fastapi_offline")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("fastapi-offline is not installed; requirements.txt lists it")
+    return Path(spec.origin).parent / "static"
 
 
 def document_proxy(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""Cursors. Opaque cursors over the last row seen."""
+"""Pages of lists: opaque cursors that stand for the last row of the page before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi import Path, Query
 
 from common.errors import BadRequest
 
-# PostgreSQL keeps no NUL in a text.
+# PostgreSQL cannot store NUL in a text.
 NO_NUL = r"^[^\x00]*$"
 PathId = Annotated[int, Path(ge=1, le=2**63 - 1)]
 QueryId = Annotated[int | None, Query(ge=1, le=2**63 - 1)]
@@ -40,7 +40,7 @@ def _foreign() -> BadRequest:
 
 
 def moment_and_id_of(cursor: str | None) -> tuple[str, str] | None:
-    """The (time, request id) that a cursor stands for. Raises BadRequest for what is no cursor of ours."""
+    """The (time, request id) that a cursor stands for. Raises BadRequest for one that is not ours."""
     if cursor is None:
         return None
     moment, _, request_id = _text_of(cursor).partition(" ")
@@ -54,7 +54,7 @@ def moment_and_id_of(cursor: str | None) -> tuple[str, str] | None:
 
 
 def request_id_of(cursor: str | None) -> str | None:
-    """The request id that a cursor stands for. Raises BadRequest for what is no cursor of ours."""
+    """The request id that a cursor stands for. Raises BadRequest for one that is not ours."""
     if cursor is None:
         return None
     try:
@@ -64,7 +64,7 @@ def request_id_of(cursor: str | None) -> str | None:
 
 
 def id_of(cursor: str | None) -> int | None:
-    """The row id that a cursor stands for. Raises BadRequest for what is no cursor of ours."""
+    """The row id that a cursor stands for. Raises BadRequest for one that is not ours."""
     if cursor is None:
         return None
     text = _text_of(cursor)
@@ -88,7 +88,7 @@ MarkT = TypeVar("MarkT")
 
 @dataclass(frozen=True, slots=True)
 class Order(Generic[RowT_contra, MarkT]):
-    """A keyset order: what marks a row's place in it, and how a cursor says the mark."""
+    """A keyset order: the mark by which a row is found in it again, and the mark as a cursor."""
 
     mark: Callable[[RowT_contra], MarkT]
     read: Callable[[str | None], MarkT | None]

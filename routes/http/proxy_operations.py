@@ -1,4 +1,4 @@
-"""The proxy's operations in OpenAPI. OpenAPI operations, an example of each, and every status they may have."""
+"""The proxy's operations in the OpenAPI document: an example of each, and every status that they may have."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ANTHROPIC_ERROR: dict[str, Any] = {
 
 OPENROUTER_ERROR: dict[str, Any] = {
     "title": "OpenRouterErrorBody",
-    "description": "Every error under `/api/v1`, but for Anthropic's endpoint.",
+    "description": "Every error under `/api/v1`, except those of Anthropic's endpoint.",
     "type": "object",
     "required": ["error", "gateway"],
     "properties": {
@@ -96,8 +96,8 @@ CHARGE = {
 }
 USAGE = {"prompt_tokens": 12, "completion_tokens": 9, "total_tokens": 21, "cost": 0.0000063}
 CHARGED = (
-    "The answer carries `gateway_usage` (request_id, tokens_charged, cost, user_balance_after), in a stream within the event that ends "
-    "its accounting. With `x-sandbox-scenario` the sandbox plays a failure."
+    "The response carries `gateway_usage` (request_id, tokens_charged, cost, user_balance_after), in a "
+    "stream within the event that reports the usage. With `x-sandbox-scenario` the sandbox plays a failure."
 )
 TEXT, OBJECT, WHOLE = {"type": "string"}, {"type": "object"}, {"type": "integer", "minimum": 1}
 STREAM = {"type": "boolean", "default": False}
@@ -114,54 +114,49 @@ def _operation(
     fields: dict[str, Any],
     required: list[str],
     example: dict[str, Any],
-    answer: dict[str, Any] | None,
+    response: dict[str, Any] | None,
     form: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One operation; `answer` is an example, None for bytes."""
+    """One operation. `response` is an example, None for bytes; `form` the fields of a multipart form."""
     schema = {"type": "object", "required": required, "properties": fields, "additionalProperties": True}
     content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
     if form is not None:
         content["multipart/form-data"] = {
             "schema": {"type": "object", "required": ["file", "model"], "properties": form}
         }
-    error = {"application/json": ANTHROPIC_ERROR if name == "messages" else ERROR_SCHEMA}
-    answers: dict[str, Any] = {
-        status: {"description": text, "content": error} for status, text in ERRORS.items()
-    }
-    answers["200"] = _answer(answer, streams="stream" in fields)
     return {
         "tags": ["proxy"],
         "summary": summary,
-        "description": f"{description} {CHARGED if answer is not None else ''}".strip(),
+        "description": description if response is None else f"{description} {CHARGED}",
         "operationId": f"create_{name.replace('/', '_')}",
         "security": [{"bearer": []}, {"APIKeyHeader": []}],
         "requestBody": {"required": True, "content": content},
-        "responses": dict(sorted(answers.items())),
+        "responses": {"200": _response(response, streams="stream" in fields), **_errors(name)},
     }
 
 
-def _answer(example: dict[str, Any] | None, *, streams: bool) -> dict[str, Any]:
+def _errors(name: str) -> dict[str, Any]:
+    content = {"application/json": ANTHROPIC_ERROR if name == "messages" else ERROR_SCHEMA}
+    return {status: {"description": text, "content": content} for status, text in ERRORS.items()}
+
+
+def _response(example: dict[str, Any] | None, *, streams: bool) -> dict[str, Any]:
     if example is None:
-        return {
-            "description": "The audio, as it is made",
-            "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    content: dict[str, Any] = {
-        "application/json": {"schema": OBJECT, "example": {**example, "gateway_usage": CHARGE}}
-    }
+        audio = {"schema": {"type": "string", "format": "binary"}}
+        return {"description": "The audio, as it is made", "content": {"audio/*": audio}}
+    body = {"schema": OBJECT, "example": {**example, "gateway_usage": CHARGE}}
+    content: dict[str, Any] = {"application/json": body}
     if streams:
         content["text/event-stream"] = {"schema": TEXT}
-    return {
-        "description": "The answer" + (", or server-sent events with `stream: true`" if streams else ""),
-        "content": content,
-    }
+    streamed = ", or server-sent events with `stream: true`" if streams else ""
+    return {"description": f"The response{streamed}", "content": content}
 
 
 OPERATIONS = {
     "chat/completions": _operation(
         "chat/completions",
         "A chat completion, plain or streamed",
-        "OpenAI's and OpenRouter's request and answer, passed through; every field reaches the model.",
+        "OpenAI's and OpenRouter's request and response, passed through; every field reaches the model.",
         fields={
             "model": TEXT,
             "messages": {"type": "array", "minItems": 1, "items": OBJECT},
@@ -170,7 +165,7 @@ OPERATIONS = {
         },
         required=["model", "messages"],
         example={"model": MODEL, "messages": HELLO},
-        answer={
+        response={
             "id": "gen-1790000000-abc",
             "object": "chat.completion",
             "model": MODEL,
@@ -182,7 +177,7 @@ OPERATIONS = {
     ),
     "completions": _operation(
         "completions",
-        "A completion of a text, plain or streamed",
+        "A text completion, plain or streamed",
         "OpenAI's older completions.",
         fields={
             "model": TEXT,
@@ -192,7 +187,7 @@ OPERATIONS = {
         },
         required=["model", "prompt"],
         example={"model": MODEL, "prompt": "Once upon a time", "max_tokens": 20},
-        answer={
+        response={
             "id": "gen-1790000000-abc",
             "object": "text_completion",
             "model": MODEL,
@@ -203,7 +198,7 @@ OPERATIONS = {
     "embeddings": _operation(
         "embeddings",
         "Embeddings of texts",
-        "One vector for each input; there is no stream.",
+        "One vector for each input; never streamed.",
         fields={
             "model": TEXT,
             "input": {"type": ["string", "array"]},
@@ -212,7 +207,7 @@ OPERATIONS = {
         },
         required=["model", "input"],
         example={"model": "openai/text-embedding-3-small", "input": "Hello."},
-        answer={
+        response={
             "object": "list",
             "model": "openai/text-embedding-3-small",
             "data": [{"object": "embedding", "index": 0, "embedding": [0.1, -0.2]}],
@@ -222,7 +217,8 @@ OPERATIONS = {
     "responses": _operation(
         "responses",
         "A response, plain or streamed",
-        "OpenAI's Responses. Nothing is kept: `store` is ignored, `previous_response_id`, `conversation` and `background` are refused.",
+        "OpenAI's Responses. Nothing is stored: `store` is ignored; `previous_response_id`, `conversation` "
+        "and `background` are refused.",
         fields={
             "model": TEXT,
             "input": {"type": ["string", "array"]},
@@ -231,7 +227,7 @@ OPERATIONS = {
         },
         required=["model", "input"],
         example={"model": MODEL, "input": "Say hello.", "max_output_tokens": 50},
-        answer={
+        response={
             "id": "gen-1790000000-abc",
             "object": "response",
             "status": "completed",
@@ -249,7 +245,8 @@ OPERATIONS = {
     "messages": _operation(
         "messages",
         "A message, plain or streamed",
-        "Anthropic's Messages, for any model; its SDKs work with the base URL without `/v1`. Errors have Anthropic's form.",
+        "Anthropic's Messages, for any model; its SDKs take the base URL without `/v1`. Errors have "
+        "Anthropic's form.",
         fields={
             "model": TEXT,
             "max_tokens": WHOLE,
@@ -259,7 +256,7 @@ OPERATIONS = {
         },
         required=["model", "messages", "max_tokens"],
         example={"model": "anthropic/claude-haiku-4.5", "max_tokens": 50, "messages": HELLO},
-        answer={
+        response={
             "id": "gen-1790000000-abc",
             "type": "message",
             "role": "assistant",
@@ -271,12 +268,12 @@ OPERATIONS = {
     ),
     "rerank": _operation(
         "rerank",
-        "Documents in the order of their relevance",
-        "A score for each document; there is no stream.",
+        "Documents in order of relevance",
+        "A score for each document; never streamed.",
         fields={"model": TEXT, "query": TEXT, "documents": {"type": "array", "minItems": 1}, "top_n": WHOLE},
         required=["model", "query", "documents"],
         example={"model": "cohere/rerank-v3.5", "query": "greetings", "documents": ["Hello.", "Goodbye."]},
-        answer={
+        response={
             "id": "gen-rerank-1790000000-abc",
             "model": "cohere/rerank-v3.5",
             "results": [{"index": 0, "relevance_score": 0.98, "document": {"text": "Hello."}}],
@@ -285,21 +282,22 @@ OPERATIONS = {
     ),
     "images": _operation(
         "images",
-        "Images out of a text",
-        "Also at `/v1/images/generations`, where OpenAI's clients look for it.",
+        "Images from a text",
+        "Also at `/v1/images/generations`, where OpenAI's clients expect it.",
         fields={"model": TEXT, "prompt": TEXT, "n": WHOLE, "size": TEXT},
         required=["model", "prompt"],
         example={"model": "google/gemini-2.5-flash-image", "prompt": "A lighthouse at dawn"},
-        answer={"created": 1790000000, "data": [{"b64_json": "iVBORw0KGgo="}], "usage": USAGE},
+        response={"created": 1790000000, "data": [{"b64_json": "iVBORw0KGgo="}], "usage": USAGE},
     ),
     "audio/speech": _operation(
         "audio/speech",
-        "Speech out of a text",
-        "Audio, passed on as it is made. Its cost stands in the usage records, and in `x-gateway-cost` where it comes in one piece.",
+        "Speech from a text",
+        "Audio, passed on as it is made. Its cost is in the usage records, and in `x-gateway-cost` where it "
+        "comes in one piece.",
         fields={"model": TEXT, "input": TEXT, "voice": TEXT, "response_format": TEXT},
         required=["model", "input", "voice"],
         example={"model": "openai/gpt-4o-mini-tts", "input": "Hello.", "voice": "alloy"},
-        answer=None,
+        response=None,
     ),
     "audio/transcriptions": _operation(
         "audio/transcriptions",
@@ -313,7 +311,7 @@ OPERATIONS = {
         },
         required=["model", "input_audio"],
         example={"model": "openai/whisper-1", "input_audio": {"data": "UklGRg==", "format": "wav"}},
-        answer={"text": "Hello.", "usage": {"seconds": 1.5, "cost": 0.00015}},
+        response={"text": "Hello.", "usage": {"seconds": 1.5, "cost": 0.00015}},
         form={
             "file": FILE,
             "model": TEXT,

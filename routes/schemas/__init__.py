@@ -1,1 +1,1 @@
-"""Request and response bodies, by area."""
+"""Request and response bodies of the management API, by area."""

@@ -1,4 +1,4 @@
-"""Accounts, plans, corrections. The same rules as in `models`."""
+"""Bodies about accounts, plans and corrections. Amounts are exact; texts are bounded, and have no NUL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from routes.schemas.keys import ImportedScopes, ModelPattern, Moment
 
 
 def _small(value: dict[str, Any]) -> dict[str, Any]:
-    """As PostgreSQL can keep it: bounded, without NUL and half surrogates, and with plain numbers."""
+    """As PostgreSQL can store it: bounded, without NUL and half surrogates, and with plain numbers."""
     try:
         text = orjson.dumps(value, default=float)
     except TypeError as error:
@@ -36,8 +36,8 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_huge_number(value: object) -> bool:
-    """PostgreSQL writes 1e300 out as an integer, which no strict encoder takes: whatever shows it would fail
-    from then on.
+    """PostgreSQL writes 1e300 out as an integer, which no strict encoder takes: every later response with it
+    would fail.
     """
     if isinstance(value, dict | list):
         return any(map(_has_huge_number, value.values() if isinstance(value, dict) else value))

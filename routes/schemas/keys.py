@@ -1,4 +1,4 @@
-"""API keys, scopes, audit log. The same rules as in `models`."""
+"""Bodies about API keys, their scopes and restrictions, and the audit log. Only `api_key` may hold a key."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pydantic import (
 
 from models import Credits, Environment, FieldError, Id, KeyName, RequestModel
 
-# So far from the calendar's ends that sums of days stay within it.
+# Far enough from the calendar's ends that adding days stays within it.
 EARLIEST, LATEST = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1970, 9999))
 ISO = "must be a time in ISO 8601, such as 2026-01-31T12:00:00Z"
-# What a key may read or write: the endpoints that cost, and the parts of an account.
+# What a key may read or write: the endpoints that cost money, and the parts of an account.
 Resource = Literal[
-    "*", "account", "audio", "audit", "balance", "budgets", "chat", "completions", "embeddings", "images", "keys", "messages", "plan",
-    "profile", "rerank", "responses", "transactions", "usage", "webhooks",
+    "*", "account", "audio", "audit", "balance", "budgets", "chat", "completions", "embeddings", "images",
+    "keys", "messages", "plan", "profile", "rerank", "responses", "transactions", "usage", "webhooks",
 ]  # fmt: skip
 Verb = Literal["read", "write", "admin"]
 Scopes = dict[Verb, Annotated[list[Resource], Field(max_length=64)]]
-# Another system's may have had names of its own: they give nothing here.
+# Imported keys may have another system's names. Those permit nothing here.
 ScopeName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^(\*|[a-z][a-z0-9_-]*)$")]
 ImportedScopes = dict[Verb, Annotated[list[ScopeName], Field(max_length=64)]]
 ModelPattern = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x20*]*\*?$")]
@@ -47,35 +47,32 @@ Domain = Annotated[
 
 
 def _network(text: str) -> str:
-    """An address or network in its usual notation; host bits that are set are a mistake worth a sentence."""
+    """An address or network in its usual notation. Host bits that are set are a mistake worth a sentence."""
     try:
-        network = ipaddress.ip_network(
-            text if "%" not in text else ""
-        )  # a zone means something on one host only
+        # A zone (fe80::1%eth0) means something on one host only.
+        network = ipaddress.ip_network(text if "%" not in text else "")
     except ValueError as error:
         hint = " (bits beyond the prefix are set)" if "host bits" in str(error) else ""
         raise ValueError(f"must be an address or a network such as 203.0.113.0/24{hint}") from None
     mapped = getattr(network.network_address, "ipv4_mapped", None)
-    return (
-        str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
-        if mapped and network.prefixlen >= 96
-        else str(network)
-    )
+    if mapped and network.prefixlen >= 96:
+        return str(ipaddress.ip_network((mapped, network.prefixlen - 96)))
+    return str(network)
 
 
 NetworkText = Annotated[str, StringConstraints(max_length=64), AfterValidator(_network)]
 
 
 def _iso(value: object) -> object:
-    """Texts only, and no bare numbers: pydantic would take them for seconds since 1970."""
+    """Texts only, and no bare numbers: pydantic would read them as seconds since 1970."""
     if not isinstance(value, str) or not re.match(r"\d{4}-", value):
         raise ValueError(ISO)
     return value
 
 
 def _utc(moment: datetime.datetime) -> datetime.datetime:
-    """The moment in UTC: PostgreSQL takes no offset of 16 hours or more. What lies beyond all records is as
-    good as their bounds.
+    """The moment in UTC, since PostgreSQL takes no offset of 16 hours or more. A moment before or after all
+    records becomes the earliest or the latest.
     """
     try:
         return min(max(moment.astimezone(datetime.UTC), EARLIEST), LATEST)
@@ -108,7 +105,8 @@ class KeyRules(RequestModel):
     budget_window: Literal["day", "week", "month", "lifetime"] | None = None
     cache_ttl_seconds: Annotated[int, Field(strict=True, ge=1, le=86_400)] | None = Field(
         default=None,
-        description="Its requests use the response cache, this long, unless they say otherwise; null: only those that ask",
+        description="Seconds for which its requests use the response cache, unless they say otherwise; null: "
+        "only those that ask use it",
     )
 
     @model_validator(mode="after")
@@ -192,7 +190,7 @@ class KeyRevocation(RequestModel):
 
 
 class KeyView(BaseModel):
-    """A key as it may be shown."""
+    """A key as it is shown: masked."""
 
     id: int
     api_key: str = Field(description="Masked")

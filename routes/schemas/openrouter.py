@@ -1,6 +1,6 @@
-"""OpenRouter's shapes. Its shapes (its OpenAPI file, August 2026).
+"""OpenRouter's shapes of keys, credits and generations (its OpenAPI file, August 2026).
 
-The same rules as in `models`. Amounts are credits, which are US dollars.
+Amounts are credits, which are US dollars.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _example(**fields: Any) -> ConfigDict:
 class KeyRateLimit(BaseModel):
     requests: int = Field(description="-1 is unlimited")
     interval: str
-    note: str = Field(description="Where all limits stand")
+    note: str = Field(description="Where all limits are listed")
 
 
 class FreeRequests(BaseModel):
@@ -33,7 +33,7 @@ class FreeRequests(BaseModel):
 
 
 class KeyData(BaseModel):
-    """The key that asks. `usage` is what it was charged; days, weeks and months are UTC."""
+    """The caller's key. `usage` is what it was charged; days, weeks and months are UTC."""
 
     label: str = Field(description="The key, masked")
     limit: Credits | None = Field(description="The key's budget; null: none")
@@ -45,7 +45,7 @@ class KeyData(BaseModel):
     usage_weekly: Credits
     usage_monthly: Credits
     byok_usage: Credits = Field(
-        description="What requests cost at the provider that went out with the user's own upstream key"
+        description="What requests under the user's own upstream key cost at the provider"
     )
     byok_usage_daily: Credits
     byok_usage_weekly: Credits
@@ -114,8 +114,8 @@ class CreditsAnswer(BaseModel):
 
 
 class GenerationData(BaseModel):
-    """A request of the caller's, as OpenRouter tells of a generation. Costs are what was charged; what is not
-    known here is null.
+    """One of the caller's requests, in the form of OpenRouter's generations. Costs are what was charged; what
+    is not known here is null.
     """
 
     id: str = Field(description="`gen-...`; our request id where the upstream gave none")

@@ -1,7 +1,6 @@
-"""Receipts, quotes, provider keys, end users' budgets. Receipts, quotes, users' own upstream keys, budgets of
-end users.
+"""Bodies about receipts, quotes, users' own upstream keys, and budgets of end users.
 
-The same rules as in `models`. Amounts are credits, which are US dollars.
+Amounts are credits, which are US dollars, unless their names end with `_nanos`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from models import Credits, RequestModel
 
 Window = Literal["day", "week", "month", "lifetime"]
-# All that take JSON.
+# All endpoints that take JSON.
 QuotedEndpoint = Literal[
     "chat/completions",
     "completions",
@@ -40,7 +39,8 @@ class ReceiptHold(BaseModel):
     amount: Credits
     granted_output_tokens: int
     price_basis: dict[str, Any] | None = Field(
-        description="Without markup: fixed_nanos and output_nanos (one output token) in nano-dollars, max_price as it was sent"
+        description="Without markup: fixed_nanos and output_nanos (one output token) in nano-dollars, "
+        "max_price as it was sent"
     )
     expires_at: str
 
@@ -90,8 +90,8 @@ class ReceiptRefund(BaseModel):
 
 
 class Receipt(BaseModel):
-    """All that the books hold of one request. While it is `pending` there is no charge yet, and its hold
-    stands.
+    """Everything that the books say about one request. While it is `pending` its hold stays, and there is no
+    charge yet.
     """
 
     model_config = _example(
@@ -169,7 +169,7 @@ class Receipt(BaseModel):
 
 
 class QuoteOrder(RequestModel):
-    """A body as it would be sent to this endpoint."""
+    """A request body, as it would be sent to this endpoint."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -192,13 +192,14 @@ class QuoteOrder(RequestModel):
     body: dict[str, Any]
     output_tokens: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)] | None = Field(
         default=None,
-        description="How long an answer you expect, for the estimate; null: 256 tokens, or the limit where that is less",
+        description="How long an answer you expect, for the estimate; null: 256 tokens, or the limit where "
+        "that is less",
     )
 
 
 class Quote(BaseModel):
-    """An estimate of the moment: nothing is held or counted, prices and balances move, and rate limits are
-    not looked at.
+    """An estimate for this moment: nothing is held or counted, prices and balances move, and rate limits are
+    not checked.
     """
 
     model_config = _example(
@@ -226,10 +227,11 @@ class Quote(BaseModel):
 
     models: list[str] = Field(description="Every model that the body can reach; the dearest of them counts")
     would_hold: Credits = Field(
-        description="Where it would be refused: what it would hold if nothing stood in its way"
+        description="Where the request would be refused: what it would hold if nothing stood in its way"
     )
     needed: Credits = Field(
-        description="The least that has to be available: `would_hold`, or the hold of a short answer where the body sets no output limit"
+        description="The least that has to be available: `would_hold`, or the hold of a short answer where "
+        "the body sets no output limit"
     )
     estimated_cost: Credits = Field(
         description="With `estimated_output_tokens`; never more than `would_hold`"
@@ -238,7 +240,8 @@ class Quote(BaseModel):
     prompt_tokens_estimate: int
     max_output_tokens: int = Field(description="What admission would grant; 0 where it would refuse")
     affordable_max_tokens: int | None = Field(
-        description="Where credits or a budget are short: the largest output limit that they cover, 0 for none. Else null"
+        description="Where credits or a budget are short: the largest output limit that they cover, 0 for "
+        "none; else null"
     )
     affordable: bool
     reason: str | None = Field(description="The code of the refusal, null where it would be let through")
@@ -297,8 +300,8 @@ EndUserName = Annotated[str, StringConstraints(min_length=1, max_length=256), Af
 
 
 class EndUserOrder(RequestModel):
-    """A budget for one of your customers, as requests name them (`user`, or the header `x-end-user`); `*` is
-    each one's who has none.
+    """A budget for one of your customers, as requests name them (`user`, or the header `x-end-user`); `*`
+    stands for each customer without one of their own.
     """
 
     model_config = ConfigDict(
@@ -324,8 +327,8 @@ class EndUserChange(RequestModel):
 
 
 class EndUserView(BaseModel):
-    """A budget and how it stands in the present window. That of `*` is each end user's own: ask for one to
-    see how they stand.
+    """A budget, and what is spent of it in the present window. Under `*` each end user has a budget of their
+    own: ask for one by name to see theirs.
     """
 
     model_config = _example(

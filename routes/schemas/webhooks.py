@@ -1,4 +1,4 @@
-"""Webhooks and budget events. The same rules as in `models`."""
+"""Bodies about webhooks, their deliveries, and budget events. A secret is only ever in `secret`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 from openai import RateLimitError
 from openai._constants import MAX_RETRY_AFTER_DELAY
 
-from routes.http.middleware import MAX_ORDER_BYTES
+from routes.http.middleware import MAX_MANAGEMENT_BYTES
 from security import new_key
 from tests.support.database import Database
 from tests.support.database_link import DatabaseLink, database_link
@@ -421,9 +421,9 @@ async def assert_dead(gateway: Gateway, link: DatabaseLink) -> None:
 async def test_a_browser_may_read_that_its_body_was_too_large(
     start_gateway: Start, origins: str, path: str
 ) -> None:
-    gateway = await start_gateway(cors_origins=origins, max_body_bytes=MAX_ORDER_BYTES)
+    gateway = await start_gateway(cors_origins=origins, max_body_bytes=MAX_MANAGEMENT_BYTES)
     answer = await gateway.http.post(
-        path, headers={"origin": "https://app.example"}, content=b"x" * (MAX_ORDER_BYTES + 1)
+        path, headers={"origin": "https://app.example"}, content=b"x" * (MAX_MANAGEMENT_BYTES + 1)
     )
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert answer.headers["access-control-allow-origin"] == origins
