@@ -55,10 +55,7 @@ def price_candidate(
     """What the model of this name can charge. Raises ModelNotFound, UnboundedCost, or Forbidden (it is free,
     and free models are off).
     """
-    model = models.resolve(name, more_suffixes=more_suffixes)
-    if model is None:
-        message = f"The model {name!r} does not exist. GET /v1/models lists those that do."
-        raise ModelNotFound(message, param="model")
+    model = _require_model(models.resolve(name, more_suffixes=more_suffixes), name)
     if model.is_router and endpoint in ROUTED_ENDPOINTS and drivers.client_caps:
         return _price_router(model, drivers, models)
     price = _require_price(endpoint, name, model)
@@ -72,14 +69,16 @@ def price_candidate(
             f"{name!r} costs nothing, and free models are switched off on this gateway. Use a priced one."
         )
         raise Forbidden(message, param="model", code="free_models_disabled")
-    return Candidate(
-        model,
-        rates,
-        prompt_tokens,
-        _search_nanos(rates, drivers, rates.web_search if model.searches else ZERO),
-        _max_output(model, rates, drivers),
-        _makes_images(model, drivers),
-    )
+    searches = _search_nanos(rates, drivers, rates.web_search if model.searches else ZERO)
+    output = _max_output(model, rates, drivers)
+    return Candidate(model, rates, prompt_tokens, searches, output, _makes_images(model, drivers))
+
+
+def _require_model(model: Model | None, name: str) -> Model:
+    if model is None:
+        message = f"The model {name!r} does not exist. GET /v1/models lists those that do."
+        raise ModelNotFound(message, param="model")
+    return model
 
 
 def _require_price(endpoint: str, name: str, model: Model) -> Price:

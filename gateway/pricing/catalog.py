@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -69,7 +69,7 @@ class ModelIndex:
 
     def __init__(self, raw: list[dict[str, Json]], models: Iterable[Model]) -> None:
         self.raw = raw
-        self.json = upstream_json({"data": [*raw], "total_count": len(raw), "links": {"next": None}})
+        self.json = _list_json(raw, len(raw), None)
         self._by_id = {model.id: model for model in models}
         self._markups: Markups | None = None
 
@@ -101,9 +101,7 @@ class ModelIndex:
         """A page of the list as JSON, with the path and query of the next one, if there is one."""
         end = len(self.raw) if limit is None else offset + limit
         following = f"{path}?offset={end}&limit={limit}" if end < len(self.raw) else None
-        return upstream_json(
-            {"data": [*self.raw[offset:end]], "total_count": len(self.raw), "links": {"next": following}}
-        )
+        return _list_json(self.raw[offset:end], len(self.raw), following)
 
     def entry(self, model_id: str) -> dict[str, Json] | None:
         """The model of exactly this id, as the upstream wrote it."""
@@ -126,13 +124,7 @@ class ModelIndex:
         model = self._by_id.get(name)
         if model is not None or ":" not in name:
             return model
-        base, *suffixes = name.split(":")
-        naming = [
-            suffix
-            for suffix in suffixes
-            if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes
-        ]
-        return self._by_id.get(":".join((base, *naming)))
+        return self._by_id.get(_without_routing(name, more_suffixes))
 
 
 class Catalog:
@@ -254,7 +246,7 @@ def read_models(payload: bytes) -> ModelIndex:
     return ModelIndex(raw, models)
 
 
-def upstream_json(value: JsonObject) -> bytes:
+def upstream_json(value: Mapping[str, object]) -> bytes:
     """JSON of values that an upstream wrote. orjson would refuse lone surrogates and long integers, and then
     one odd entry would hide all others.
     """
@@ -269,8 +261,7 @@ def parse_model(entry: JsonObject) -> Model | None:
     if not isinstance(model_id, str) or not model_id:
         return None
     provider = _object(entry.get("top_provider"))
-    lengths = [_tokens(part.get("context_length")) for part in (entry, provider)]
-    context = max(filter(None, lengths), default=None)
+    context = _context_length(entry, provider)
     parameters = _strings(entry.get("supported_parameters")) or frozenset()
     price = parse_price(entry.get("pricing"))
     return Model(
@@ -282,6 +273,26 @@ def parse_model(entry: JsonObject) -> Model | None:
         output_modalities=_strings(_object(entry.get("architecture")).get("output_modalities")),
         searches="web_search_options" in parameters and price is not None and price.base.web_search > 0,
     )
+
+
+def _context_length(entry: JsonObject, provider: JsonObject) -> int | None:
+    """The longer of the model's and its top provider's, of those that are known."""
+    lengths = [_tokens(part.get("context_length")) for part in (entry, provider)]
+    return max(filter(None, lengths), default=None)
+
+
+def _without_routing(name: str, more_suffixes: frozenset[str]) -> str:
+    base, *suffixes = name.split(":")
+    naming = [
+        suffix
+        for suffix in suffixes
+        if suffix not in ROUTING_SUFFIXES and suffix.partition(";")[0] not in more_suffixes
+    ]
+    return ":".join((base, *naming))
+
+
+def _list_json(entries: Sequence[JsonObject], total: int, following: str | None) -> bytes:
+    return upstream_json({"data": entries, "total_count": total, "links": {"next": following}})
 
 
 def _puts_out_text_and_more(model: Model) -> bool:

@@ -112,8 +112,6 @@ def refuse_foreign(body: JsonObject, *params: str) -> None:
 
 def refuse_unbounded(body: JsonObject, reasons: Mapping[str, str]) -> None:
     """Refuses the fields that are named, each for its reason."""
-    if reasons.keys().isdisjoint(body):
-        return
     for param, reason in reasons.items():
         if body.get(param) is not None:
             raise UnboundedCost(reason, param=param)
@@ -125,6 +123,14 @@ def list_of(body: JsonObject, name: str, prefix: str = "") -> list[Json]:
     if value is not None and not isinstance(value, list):
         raise wrong(prefix + name, "a list")
     return value or []
+
+
+def require_list(body: JsonObject, name: str, element: str) -> list[Json]:
+    """The list in a required field, with at least one element."""
+    elements = list_of(body, name)
+    if not elements:
+        raise wrong(name, f"a list of at least one {element}")
+    return elements
 
 
 def object_of(value: Json, param: str) -> dict[str, Json]:

@@ -1,6 +1,17 @@
 """OpenRouter's `pricing` object as exact rates, at the dearest reading.
 
-No float must ever pass through here, and no price that is not understood may ever be taken for free.
+No float must ever pass through here, and no price that is not understood may ever be taken for free. Units
+and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as decimal
+strings. Where that leaves room, the dearest reading is taken:
+
+- `discount` lowers nothing (listed prices may or may not contain it); a negative one raises every price.
+- `overrides` by time of day or week count at any time, since a request may run across the boundary and clocks
+  differ; so do those under conditions that are not known here. Those by prompt length count where the prompt
+  may be that long. An override never makes anything cheaper here.
+- Price components that OpenRouter adds later must neither be free nor take every model offline. One named
+  like an input or output rate joins the dearest of that side. One named after a medium, file or search can
+  only be met by bodies that use such a feature: these are refused (`unknown_features`), plain text is not.
+  Any other one that is not zero leaves the model without a bound, until this module knows it.
 """
 
 from __future__ import annotations
@@ -49,6 +60,9 @@ _STAND_INS = (
     (("input", "prompt", "cache"), "input_cache_write"),
     (("output", "completion", "reasoning"), "internal_reasoning"),
 )
+# From nano-dollars per unit to the dollars of `provider.max_price`, as powers of ten: tokens are counted by
+# the million there, everything else one by one.
+_CAP_SCALES = {"prompt": -3, "completion": -3}
 _NUMBER_LIKE = re.compile(r"\d|nan|inf", re.IGNORECASE)
 
 
@@ -85,14 +99,9 @@ class Price:
     unknown_features: bool = False  # media, files or searches have a price that we cannot read
 
     def rates_for(self, prompt_tokens: int) -> Rates:
-        """The dearest rates that a prompt of at most this many tokens can meet. A tier applies above its
-        threshold, not at it.
-        """
-        rates = self.base
-        for threshold, tier_rates in self.tiers:
-            if prompt_tokens > threshold:
-                rates = tier_rates
-        return rates
+        """The dearest rates for prompts up to this length. A tier applies above its threshold, not at it."""
+        tiers = [rates for threshold, rates in self.tiers if prompt_tokens > threshold]
+        return tiers[-1] if tiers else self.base
 
     @property
     def dearest(self) -> Rates:
@@ -102,21 +111,8 @@ class Price:
 
 def parse_price(pricing: Json) -> Price | None:
     """The price of a model out of its `pricing` (JSON parsed with `parse_float=Decimal`), or None: it has no
-    bound.
-
-    Units and conditions are those of https://openrouter.ai/docs/guides/overview/models: dollars per unit as
-    decimal strings. There is no bound where `prompt` or `completion` is missing, or where any price is
-    negative ("-1" marks routers), not a number or absurd (above a million dollars a unit). Where the
-    documentation leaves room, the dearest reading is taken:
-
-    - `discount` lowers nothing (listed prices may or may not contain it); a negative one raises every price.
-    - `overrides` by time of day or week count at any time, since a request may run across the boundary and
-      clocks differ; so do those under conditions that are not known here. Those by prompt length count where
-      the prompt may be that long. An override never makes anything cheaper here.
-    - Price components that OpenRouter adds later must neither be free nor take every model offline. One named
-      like an input or output rate joins the dearest of that side. One named after a medium, file or search
-      can only be met by bodies that use such a feature: these are refused (`unknown_features`), plain text is
-      not. Any other one that is not zero leaves the model without a bound, until this module knows it.
+    bound. That is so where `prompt` or `completion` is missing, or where any price is negative ("-1" marks
+    routers), not a number or absurd (above a million dollars a unit).
     """
     if not isinstance(pricing, dict):
         return None
@@ -160,16 +156,12 @@ def caps_of(rates: Rates, *, images: bool, audio: bool) -> dict[str, Decimal]:
     for the unit of the model list, a token). Source:
     https://openrouter.ai/docs/guides/routing/provider-selection#max-price
     """
-    caps = {
-        "prompt": rates.prompt.scaleb(-3, EXACT),
-        "completion": rates.completion.scaleb(-3, EXACT),
-        "request": rates.request.scaleb(-9, EXACT),
-    }
+    nanos = {"prompt": rates.prompt, "completion": rates.completion, "request": rates.request}
     if images:
-        caps["image"] = rates.image.scaleb(-9, EXACT)
+        nanos["image"] = rates.image
     if audio and rates.audio is not None:
-        caps["audio"] = rates.audio.scaleb(-9, EXACT)
-    return caps
+        nanos["audio"] = rates.audio
+    return {name: price.scaleb(_CAP_SCALES.get(name, -9), EXACT) for name, price in nanos.items()}
 
 
 def max_price(held: Mapping[str, Decimal], client_caps: Mapping[str, Decimal]) -> dict[str, str]:
@@ -337,24 +329,25 @@ def _merged(first: Mapping[str, Decimal], second: Mapping[str, Decimal]) -> dict
 
 
 def _rates(prices: Mapping[str, Decimal]) -> Rates:
-    def dearest_of(*names: str) -> Decimal:
-        return max(prices.get(name, ZERO) for name in names)
-
-    # What is priced as text may be billed for sound and images, too, so that neither is cheaper here.
-    audio = dearest_of(*_INPUT, "audio", "input_audio_cache") if "audio" in prices else None
+    # What is priced as text may be billed for sound and images, too, so neither is ever cheaper than text.
+    audio = _dearest_of(prices, *_INPUT, "audio", "input_audio_cache") if "audio" in prices else None
     return Rates(
         prompt=prices["prompt"],
         completion=prices["completion"],
-        input=dearest_of(*_INPUT),
-        output=dearest_of(*_OUTPUT),
-        request=dearest_of("request"),
-        image=dearest_of("image"),
-        image_token=dearest_of(*_INPUT, "image_token"),
-        web_search=dearest_of("web_search"),
+        input=_dearest_of(prices, *_INPUT),
+        output=_dearest_of(prices, *_OUTPUT),
+        request=prices.get("request", ZERO),
+        image=prices.get("image", ZERO),
+        image_token=_dearest_of(prices, *_INPUT, "image_token"),
+        web_search=prices.get("web_search", ZERO),
         audio=audio,
         image_output=prices.get("image_output"),
         audio_output=prices.get("audio_output"),
     )
+
+
+def _dearest_of(prices: Mapping[str, Decimal], *names: str) -> Decimal:
+    return max(prices.get(name, ZERO) for name in names)
 
 
 def _dearer(first: Decimal | None, second: Decimal | None) -> Decimal | None:

@@ -112,25 +112,18 @@ class Bound:
 
     @property
     def client_limit_field(self) -> str | None:
-        """The field in which the client has set the output limit; None where less than `max_output` may be
-        granted.
-        """
+        """The field of the client's own output limit; None where less than `max_output` may be granted."""
         if self.min_output < self.max_output:
             return None
         return next((name for name, limit in self.limits if limit is not None), "max_tokens")
 
     def apply(self, granted_output: int) -> dict[str, Json]:
         """The top-level fields to set in the body, so that the upstream keeps to what was granted."""
-        caps = {
-            name: granted_output if limit is None else min(limit, granted_output)
-            for name, limit in self.limits
-        }
+        caps = {name: min(limit or granted_output, granted_output) for name, limit in self.limits}
         return {**self.patch, **caps}
 
     def typical_nanos(self, output_tokens: int) -> Decimal:
-        """Roughly what a request costs with so much output, for a quote: listed prices, no cache, no media,
-        no searches, one turn.
-        """
+        """A rough cost with so much output, for a quote: listed prices, one turn, no cache, no media."""
         prompt = EXACT.multiply(self.rates.prompt, Decimal(self.prompt_estimate))
         output = EXACT.multiply(self.rates.completion, Decimal(self.choices * output_tokens))
         fees = EXACT.multiply(self.rates.request, Decimal(self.requests))
@@ -162,10 +155,14 @@ def bound_request(
         price_candidate(endpoint, name, drivers, models, more_suffixes=more, free_models=free)
         for name in names
     ]
+    _refuse_stray_routing(candidates, drivers)
+    return _bound(names, candidates, drivers, policy)
+
+
+def _refuse_stray_routing(candidates: list[Candidate], drivers: CostDrivers) -> None:
     if drivers.routing is not None and not any(candidate.model.is_router for candidate in candidates):
         message = "The plugin `auto-router` is bounded together with the model `openrouter/auto` only."
         raise UnboundedCost(message, param="plugins")
-    return _bound(names, candidates, drivers, policy)
 
 
 def _bound(
@@ -288,9 +285,7 @@ def _held_caps(rates: Rates, drivers: CostDrivers) -> dict[str, Decimal]:
 
 
 def _client_caps_price(candidates: list[Candidate], drivers: CostDrivers) -> bool:
-    """Whether a cap of the client's own is what goes out for some model: it is no higher than what is held,
-    or nothing is held for it. A router has no other caps.
-    """
+    """Whether a cap of the client's own is what goes out for some model. A router has no other caps."""
     return bool(drivers.client_caps) and any(
         candidate.model.is_router or _is_capped(_held_caps(candidate.rates, drivers), drivers.client_caps)
         for candidate in candidates
@@ -298,6 +293,7 @@ def _client_caps_price(candidates: list[Candidate], drivers: CostDrivers) -> boo
 
 
 def _is_capped(held: Mapping[str, Decimal], client_caps: Mapping[str, Decimal]) -> bool:
+    """Whether a cap of the client's is no higher than what is held, or nothing is held for what it caps."""
     return any(name not in held or cap <= held[name] for name, cap in client_caps.items())
 
 
@@ -332,9 +328,7 @@ def _require_max_output(candidate: Candidate) -> int:
 
 
 def _wanted_output(models: Sequence[Model], drivers: CostDrivers, policy: BoundPolicy) -> int:
-    """The client's limit as far as one of the models can reach it, else what all of them can and the default
-    allows.
-    """
+    """The client's limit as far as a model can reach it, else what all of them can and the default allows."""
     maxima = [model.max_output or MAX_TOKENS for model in models]
     if drivers.limits:
         return min(max(drivers.limits.values()), max(maxima))

@@ -212,6 +212,7 @@ def test_wrong_fields_of_an_image_are_named(fields: dict[str, Any], param: str) 
         (drawing("boundless/model"), "model"),
         (drawing(input_references=[{"type": "video_url"}]), "input_references"),
         (drawing(input_references=[5]), "input_references"),
+        (drawing(input_references=[{"type": ["image_url"]}]), "input_references"),
         (drawing(provider={"options": {"fal": {"num_images": 100}}}), "provider.options"),
     ],
 )

@@ -25,6 +25,7 @@ from gateway.pricing.cost_drivers import (
     price_of,
     refuse_foreign,
     refuse_unbounded,
+    require_list,
     wrong,
 )
 from gateway.pricing.readers.content_parts import read_part, read_parts
@@ -109,9 +110,7 @@ def _growth_of_numbers(body: JsonObject) -> int:
 
 def _read_chat(body: JsonObject, drivers: CostDrivers) -> None:
     refuse_foreign(body, "prompt")
-    messages = list_of(body, "messages")
-    if not messages:
-        raise wrong("messages", "a list of at least one message")
+    messages = require_list(body, "messages", "message")
     drivers.allowance += MESSAGE_TOKENS * len(messages)
     for message in messages:
         _read_message(message, drivers)

@@ -12,6 +12,7 @@ from gateway.pricing.cost_drivers import CostDrivers, object_of
 TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"))
 IMAGE_PARTS = frozenset(("image_url", "input_image"))
 FILE_PARTS = frozenset(("file", "input_file"))
+NO_FILES = "`file_id`: the gateway keeps no files. Send the file itself, in `file_data` or `image_url`."
 
 
 def read_parts(parts: Json, param: str, drivers: CostDrivers) -> None:
@@ -60,10 +61,7 @@ def _read_file(part: JsonObject, param: str, drivers: CostDrivers) -> None:
 def _refuse_stored(part: JsonObject, within: JsonObject, param: str) -> None:
     """Refuses an id: the file would be in the operator's account, among those of every tenant."""
     if part.get("file_id") is not None or within.get("file_id") is not None:
-        raise BadRequest(
-            "`file_id`: the gateway keeps no files. Send the file itself, in `file_data` or `image_url`.",
-            param=param,
-        )
+        raise BadRequest(NO_FILES, param=param)
 
 
 def size_of(data: Json, prefix: str = "") -> int:

@@ -20,6 +20,7 @@ from gateway.pricing.cost_drivers import (
     list_of,
     object_of,
     refuse_foreign,
+    require_list,
     text_of,
     wrong,
 )
@@ -48,9 +49,7 @@ def read_rerank(body: JsonObject, drivers: CostDrivers) -> None:
     drivers.has_output = drivers.is_text = False
     query = text_of(body, "query")
     integer(body, "top_n")
-    documents = list_of(body, "documents")
-    if not documents:
-        raise wrong("documents", "a list of at least one document")
+    documents = require_list(body, "documents", "document")
     for document in documents:
         _read_document(document)
     chunks = len(documents) + (drivers.raw_size + len(documents) * _bytes(query)) // CHUNK_TOKENS
@@ -59,11 +58,10 @@ def read_rerank(body: JsonObject, drivers: CostDrivers) -> None:
 
 
 def _read_document(document: Json) -> None:
-    if isinstance(document, dict):
-        if document.get("image") is not None:
-            raise UnboundedCost("No price is known for images among the documents.", param="documents")
-        document = document.get("text")
-    if not isinstance(document, str):
+    if isinstance(document, dict) and document.get("image") is not None:
+        raise UnboundedCost("No price is known for images among the documents.", param="documents")
+    text = document.get("text") if isinstance(document, dict) else document
+    if not isinstance(text, str):
         raise wrong("documents", "a list of strings, or of objects with a `text`")
 
 
@@ -74,15 +72,24 @@ def read_image(body: JsonObject, drivers: CostDrivers) -> None:
     drivers.modalities = frozenset(("text", "image"))
     drivers.choices = drivers.requests = drivers.made_images = integer(body, "n", MAX_IMAGES) or 1
     drivers.image_tokens = max(_image_tokens(body, "size"), _image_tokens(body, "resolution"))
+    references = _references(body)
+    refuse_foreign(body, "image", "images", "mask", "image_config")
+    for reference in references:
+        _read_reference(reference, drivers)
+
+
+def _references(body: JsonObject) -> list[Json]:
     references = list_of(body, "input_references")
     if len(references) > MAX_REFERENCES:
         raise wrong("input_references", f"a list of at most {MAX_REFERENCES} images")
-    refuse_foreign(body, "image", "images", "mask", "image_config")
-    for reference in references:
-        kind = reference.get("type") if isinstance(reference, dict) else reference
-        if not isinstance(reference, dict) or kind not in IMAGE_PARTS:
-            raise unknown_kind(kind, "input_references")
-        read_part(reference, "input_references", drivers)
+    return references
+
+
+def _read_reference(reference: Json, drivers: CostDrivers) -> None:
+    kind = reference.get("type") if isinstance(reference, dict) else reference
+    if not isinstance(kind, str) or kind not in IMAGE_PARTS or not isinstance(reference, dict):
+        raise unknown_kind(kind, "input_references")
+    read_part(reference, "input_references", drivers)
 
 
 def _image_tokens(body: JsonObject, param: str) -> int:

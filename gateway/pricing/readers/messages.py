@@ -16,6 +16,7 @@ from gateway.pricing.cost_drivers import (
     object_of,
     refuse_foreign,
     refuse_unbounded,
+    require_list,
     wrong,
 )
 from gateway.pricing.readers.content_parts import size_of, unknown_kind
@@ -46,19 +47,21 @@ def read_messages(body: JsonObject, drivers: CostDrivers) -> None:
     refuse_unbounded(body, UNBOUNDED)
     _read_context_edits(body)
     _read_thinking(body)
-    # `output_format` is its name under the beta feature that passes (structured outputs).
-    output_format = object_of(body.get("output_config"), "output_config").get("format")
-    if output_format is not None or body.get("output_format") is not None:
-        drivers.allowance += SCHEMA_TOKENS
+    _read_schema(body, drivers)
     _read_blocks(body.get("system"), "system", SYSTEM_BLOCKS, drivers)
-    messages = list_of(body, "messages")
-    if not messages:
-        raise wrong("messages", "a list of at least one message")
+    messages = require_list(body, "messages", "message")
     drivers.allowance += MESSAGE_TOKENS * len(messages)
     for message in messages:
         if not isinstance(message, dict):
             raise wrong("messages", "a list of objects")
         _read_blocks(message.get("content"), "messages", BLOCKS, drivers)
+
+
+def _read_schema(body: JsonObject, drivers: CostDrivers) -> None:
+    # `output_format` is its name under the beta feature that passes (structured outputs).
+    output_format = object_of(body.get("output_config"), "output_config").get("format")
+    if output_format is not None or body.get("output_format") is not None:
+        drivers.allowance += SCHEMA_TOKENS
 
 
 def _read_context_edits(body: JsonObject) -> None:

@@ -7,7 +7,7 @@ items hold.
 from __future__ import annotations
 
 from common.errors import UnboundedCost
-from common.json_types import Json, JsonObject
+from common.json_types import JsonObject
 from gateway.pricing.cost_drivers import (
     MESSAGE_TOKENS,
     SCHEMA_TOKENS,
@@ -57,31 +57,32 @@ def read_responses(body: JsonObject, drivers: CostDrivers) -> None:
         raise wrong("instructions", "a string")
     if object_of(body.get("text"), "text").get("format") is not None:
         drivers.allowance += SCHEMA_TOKENS
-    items = body.get("input")
-    if isinstance(items, str):
-        return
-    if not items:
+    if not isinstance(body.get("input"), str):
+        _read_items(body, drivers)
+
+
+def _read_items(body: JsonObject, drivers: CostDrivers) -> None:
+    if not body.get("input"):
         raise wrong("input", "a string or a list of at least one item")
     for item in list_of(body, "input"):
+        if not isinstance(item, dict):
+            raise wrong("input", "a list of objects")
+        drivers.allowance += MESSAGE_TOKENS
         _read_item(item, drivers)
 
 
-def _read_item(item: Json, drivers: CostDrivers) -> None:
-    if not isinstance(item, dict):
-        raise wrong("input", "a list of objects")
-    drivers.allowance += MESSAGE_TOKENS
+def _read_item(item: JsonObject, drivers: CostDrivers) -> None:
     kind = item.get("type", "message")
     if not isinstance(kind, str):
         raise unknown_kind(kind, "input")
     if kind == "message" and not isinstance(item.get("role"), str):
         raise unknown_kind("item_reference", "input")  # an item that is only an id stands for a stored one
-    if kind in PARTS_OF_ITEMS:
-        for name in PARTS_OF_ITEMS[kind]:
-            read_parts(item.get(name), "input", drivers)
-    elif kind in HIDDEN_ITEMS:
+    for name in PARTS_OF_ITEMS.get(kind, ()):
+        read_parts(item.get(name), "input", drivers)
+    if kind in HIDDEN_ITEMS:
         drivers.fills_context = True
     elif kind == "image_generation_call":
         drivers.images += 1
         drivers.media_bytes += size_of(item.get("result"))
-    elif kind not in TEXT_ITEMS:
+    elif kind not in TEXT_ITEMS and kind not in PARTS_OF_ITEMS:
         raise unknown_kind(kind, "input")

@@ -43,6 +43,10 @@ ANTHROPIC_TOOL_TOKENS = 1_024
 HARMLESS_PLUGINS = frozenset(("response-healing", "context-compression", "moderation"))
 SEARCH_ENGINES = frozenset(("exa", "parallel", "perplexity"))  # search once a call, at a documented price
 PDF_ENGINES = frozenset(("native", "cloudflare-ai", "pdf-text"))  # without a fee per page
+NO_PARSER = (
+    "Files may be billed by the page. Choose a parser without a fee: "
+    '`plugins: [{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}]`, or the engine "native".'
+)
 
 
 def read_tools(endpoint: str, body: JsonObject, drivers: CostDrivers) -> None:
@@ -171,24 +175,19 @@ def _engine(value: Json, param: str) -> str:
 
 
 def read_plugins(body: JsonObject, drivers: CostDrivers, suffixes: set[str]) -> None:
-    """The plugins of a body, the search that `:online` stands for, and what files need."""
+    """The plugins of a body, the search that `:online` stands for, and the parser that files need."""
     for plugin in [object_of(plugin, "plugins") for plugin in list_of(body, "plugins")]:
         if plugin.get("id") == "auto-router":
             drivers.routing = plugin
-        elif plugin.get("enabled") is False:
-            drivers.plugins.append(plugin)
         else:
-            drivers.plugins.append(_read_plugin(plugin, drivers))
+            is_off = plugin.get("enabled") is False
+            drivers.plugins.append(plugin if is_off else _read_plugin(plugin, drivers))
     if "online" in suffixes and not drivers.search_results:
         drivers.plugins.append(_read_search({"id": "web"}, drivers))
     if drivers.search_results:
         drivers.patch["plugins"] = drivers.plugins
     if drivers.has_files and drivers.pdf_engine is None:
-        parser = (
-            '`plugins: [{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}]`, or the engine "native"'
-        )
-        message = f"Files may be billed by the page. Choose a parser without a fee: {parser}."
-        raise UnboundedCost(message, param="plugins")
+        raise UnboundedCost(NO_PARSER, param="plugins")
 
 
 def _read_plugin(plugin: dict[str, Json], drivers: CostDrivers) -> dict[str, Json]:
