@@ -23,6 +23,7 @@ from routes import proxy
 from routes.http.error_handlers import HANDLERS
 from routes.http.middleware import EXPOSED_HEADERS, Application, RequestLog
 from routes.http.openapi import DESCRIPTION, add_documentation_page, document_proxy
+from routes.public import UserCount
 from routes.routers import ROUTERS
 
 
@@ -52,6 +53,7 @@ def create_app(configuration: Configuration) -> FastAPI:
         exception_handlers=dict(HANDLERS),
     )
     app.state.service = Service(configuration)
+    app.state.user_count = UserCount()
     add_routes(app)
     add_layers(app, settings)
     return app

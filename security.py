@@ -98,6 +98,10 @@ class Keyring:
         """A name for `text` that nobody can make or recognise without our secret."""
         return hmac.digest(self._secrets[0], b"pseudonym\0" + text.encode(), "sha256").hex()[:32]
 
+    def tenant_pseudonym(self, user_id: int, text: str) -> str:
+        """A stable name for what belongs to one tenant; it tells the upstream nothing about the tenant."""
+        return self.pseudonym(f"{user_id}\0{text}")
+
     def stored(self, key: str, environment: str, name: str) -> StoredKey:
         """What the database stores of a new key."""
         return {

@@ -65,7 +65,16 @@ class VerificationItem(TypedDict):
     byok: bool
 
 
-class AdmissionItem(VerificationItem, BoundItem):
+class AdmissionOptions(TypedDict):
+    """What only some requests ask of admission; absent where they do not."""
+
+    end_user: NotRequired[str]
+    price_basis: NotRequired[PriceBasis]
+    idempotency: NotRequired[SlotItem | None]
+    cache: NotRequired[SlotItem]
+
+
+class AdmissionItem(VerificationItem, BoundItem, AdmissionOptions):
     """A request that is to be admitted; `holds` True."""
 
     client_request_id: str | None
@@ -73,10 +82,6 @@ class AdmissionItem(VerificationItem, BoundItem):
     streamed: bool
     models: Sequence[str]
     prompt_estimate: int
-    end_user: NotRequired[str]
-    price_basis: NotRequired[PriceBasis]
-    idempotency: NotRequired[SlotItem | None]
-    cache: NotRequired[SlotItem]
 
 
 class LimitsLeft(TypedDict, total=False):
@@ -261,7 +266,8 @@ AdmissionRefusal = (
     | WrongMode
     | Failed
 )
-AdmissionAnswer = Verified | Admitted | Cached | Replayed | AdmissionRefusal | Busy
+AdmissionVerdict = Verified | Admitted | Cached | Replayed | AdmissionRefusal
+AdmissionAnswer = AdmissionVerdict | Busy
 
 
 # A running request: a larger hold, the id of its generation, its end.
@@ -285,23 +291,19 @@ class GenerationNote(TypedDict):
     generation_id: str
 
 
-RaiseAnswer = Raised | MoneyRefused | UnknownRequest | Busy | Failed
+RaiseVerdict = Raised | MoneyRefused | UnknownRequest | Failed
+RaiseAnswer = RaiseVerdict | Busy
 NoteAnswer = RequestOutcome[Literal["noted", "settled", "busy", "failed"]]
 SettlementStatus = Literal["completed", "failed", "cancelled", "expired"]
 SettlementSource = Literal["usage", "generation", "none"]
 
 
-class SettlementItem(TypedDict):
-    """The end of a request. `stored_answer` (sealed) is kept for its idempotency key, and at `cache`."""
+class SettlementDetails(TypedDict):
+    """What is known of a request's end beside its usage; absent where it is not known or not asked for.
 
-    request_id: str
-    status: SettlementStatus
-    source: SettlementSource
-    billable_nanos: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cached_tokens: int | None
-    reasoning_tokens: int | None
+    `stored_answer` (sealed) is stored for the request's idempotency key, and at `cache`.
+    """
+
     model_used: NotRequired[str | None]
     provider: NotRequired[str | None]
     finish_reason: NotRequired[str | None]
@@ -311,6 +313,19 @@ class SettlementItem(TypedDict):
     generation_id: NotRequired[str | None]
     stored_answer: NotRequired[str]
     cache: NotRequired[SlotItem | None]
+
+
+class SettlementItem(SettlementDetails):
+    """The end of a request."""
+
+    request_id: str
+    status: SettlementStatus
+    source: SettlementSource
+    billable_nanos: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
 
 
 class Settled(TypedDict):
@@ -325,4 +340,5 @@ class Settled(TypedDict):
     balance_nanos: int
 
 
-SettlementAnswer = Settled | UnknownRequest | Busy | Failed
+SettlementVerdict = Settled | UnknownRequest | Failed
+SettlementAnswer = SettlementVerdict | Busy

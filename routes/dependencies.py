@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
+import db_security
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
 from db_rows.keys import WrongSecret
 from db_rows.shared import AdminStamp, CallerStamp, Environment, Scopes
@@ -222,7 +223,7 @@ async def refuse_guesses(request: Request, runtime: Runtime, action: str) -> Non
     It must be called for wrong secrets only. The right one works whatever others have tried, so nobody can
     lock the operator out.
     """
-    result = await runtime.note_wrong_secret(_attempt(request, runtime, action))
+    result = await db_security.note_wrong_secret(runtime.client, _attempt(request, runtime, action))
     if result["outcome"] == "limited":
         raise RateLimited(
             "Too many wrong keys came from here.",

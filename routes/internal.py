@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from common.errors import InvalidKey, Misconfigured
+from gateway.runtime import maintenance
 from gateway.runtime.instance import Runtime
 from models import Swept, errors_of
 from routes.dependencies import Declared, Running, refuse_guesses
@@ -26,8 +27,8 @@ router = APIRouter(
 @router.post("/sweep", include_in_schema=False)
 async def sweep(request: Request, runtime: Running) -> Response:
     await _require_secret(request, runtime)
-    swept = await runtime.sweep()
-    await runtime.sum_up()
+    swept = await maintenance.sweep(runtime)
+    await maintenance.sum_up(runtime)
     return success(**swept)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.routing import Route
@@ -17,6 +16,8 @@ from common.errors import BadRequest, GatewayError
 from gateway.proxy.endpoints import ENDPOINTS, Endpoint
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.request import IncomingRequest
+from gateway.proxy.services import Services
+from gateway.runtime.instance import Runtime
 from routes.dependencies import read_credential, running
 from routes.http.error_handlers import on_bug
 from routes.http.error_shapes import error_reply
@@ -59,9 +60,12 @@ class ProxyEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(send)
         try:
-            exchange = await self._open(Request(scope, receive), client)
+            request = Request(scope, receive)
+            runtime = await running(request)
+            exchange = await self._open(runtime, request, client)
             if exchange is not None:
-                await self._serve(exchange, receive, scope)
+                task = runtime.start(exchange.run(), f"request {request.state.request_id}")
+                await self._serve(exchange, task, receive, scope)
         except GatewayError as refusal:
             await _refuse(refusal, client, scope, receive, send)
         except Exception as bug:
@@ -69,12 +73,14 @@ class ProxyEndpoint:
                 await (await on_bug(Request(scope), bug))(scope, receive, send)
             raise
 
-    async def _open(self, request: Request, client: ClientConnection) -> Exchange | None:
+    async def _open(self, runtime: Runtime, request: Request, client: ClientConnection) -> Exchange | None:
         """An exchange for this request, or None where the client left before its body was complete."""
-        runtime = await running(request)
         credential = read_credential(request, runtime)
         body = await _read_body(request, runtime.settings.deadline_seconds)
-        return None if body is None else Exchange(runtime, self._incoming(request, credential, body), client)
+        if body is None:
+            return None
+        services = Services.for_environment(runtime, credential.environment)
+        return Exchange(services, self._incoming(request, credential, body), client)
 
     def _incoming(self, request: Request, credential: Credential, body: bytes) -> IncomingRequest:
         headers = {
@@ -91,11 +97,12 @@ class ProxyEndpoint:
             headers=headers,
         )
 
-    async def _serve(self, exchange: Exchange, receive: Receive, scope: Scope) -> None:
-        running = exchange.runtime.start(exchange.run(), f"request {exchange.request.request_id}")
-        watching = asyncio.create_task(_watch(receive, exchange, running))
+    async def _serve(
+        self, exchange: Exchange, task: asyncio.Task[None], receive: Receive, scope: Scope
+    ) -> None:
+        watching = asyncio.create_task(_watch(receive, exchange, task))
         try:
-            await asyncio.shield(running)
+            await asyncio.shield(task)
         except asyncio.CancelledError:
             exchange.client_left()  # the server shuts down, and has given up on its clients
             raise
@@ -138,23 +145,26 @@ async def _collect(request: Request) -> bytes | None:
             return b"".join(parts)
 
 
-async def _watch(receive: Receive, exchange: Exchange, running: asyncio.Task[None]) -> None:
+async def _watch(receive: Receive, exchange: Exchange, task: asyncio.Task[None]) -> None:
     """Tells the exchange when its client leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    if not running.done():
+    if not task.done():
         exchange.client_left()
 
 
-def _log_fields(exchange: Exchange) -> dict[str, Any]:
-    outcome, hold, settled = exchange.outcome, exchange.hold, exchange.settled
-    fields: dict[str, Any] = {"model": outcome.model, "client_gone": exchange.client.gone or None}
-    if hold is not None:
+def _log_fields(exchange: Exchange) -> dict[str, object]:
+    fields: dict[str, object] = {"client_gone": exchange.client.gone or None}
+    if exchange.replayed is not None:
+        reply = exchange.replayed
+        fields |= {"cost_nanos": reply.cost_nanos, "settlement": reply.source}
+    if exchange.admitted is not None:
+        hold, charge = exchange.admitted.request.hold, exchange.admitted.charging.charge
+        outcome = exchange.admitted.forwarding.outcome
         fields |= {"user_id": hold.user_id, "key_id": hold.key_id, "hold_nanos": hold.hold_nanos}
-    if settled is not None:
-        fields |= {"cost_nanos": settled["cost_nanos"], "settlement": settled["status"]}
-    if outcome.failure is not None:
-        fields["error_code"] = outcome.failure.code
+        fields |= {"model": outcome.model, "error_code": outcome.failure and outcome.failure.code}
+        if charge is not None:
+            fields |= {"cost_nanos": charge["cost_nanos"], "settlement": charge["status"]}
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -25,12 +26,14 @@ from routes.http.json_body import ExactRoute
 from routes.http.outcomes import taken
 from routes.http.responses import JsonResponse, utc_now
 from security import DEFAULT_SCOPES, address_subject, new_key
+from supabase_config import AsyncClient
 
 router = APIRouter(tags=["public"], route_class=ExactRoute, responses=errors_of(503))
 
 JSON = "application/json"
 WRONG_MODE = "The database and this instance disagree on live or sandbox mode; restart the instance."
 TOO_MANY = "Five registrations an hour may be tried from one network address. Try again later."
+COUNT_SECONDS = 10.0
 DESCRIPTION = "Hundreds of models for OpenAI's, OpenRouter's and Anthropic's clients, on prepaid credits."
 FEATURES = [
     "chat, responses, messages, text completions, embeddings, images, speech, transcriptions and rerank, "
@@ -86,7 +89,7 @@ def _by_area(schema: dict[str, Any]) -> dict[str, dict[str, str]]:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether it can serve, and if not why", response_model=Health)
 async def read_health(request: Request) -> Response:
-    health = await _health(request.app.state.service)
+    health = await _health(request.app.state.service, request.app.state.user_count)
     return JsonResponse(health, status_code=200 if health.status == "healthy" else 503)
 
 
@@ -101,7 +104,23 @@ async def read_ready(runtime: Running) -> Response:
     return JsonResponse({"status": "ready"})
 
 
-async def _health(service: Service) -> Health:
+class UserCount:
+    """How many accounts there are, counted every ten seconds at most: a health check must not count a large table
+    each time.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._counted_at, self._counting = 0, float("-inf"), asyncio.Lock()
+
+    async def read(self, client: AsyncClient) -> int:
+        async with self._counting:
+            if time.monotonic() - self._counted_at >= COUNT_SECONDS:
+                self._count = await db.count_users(client)
+                self._counted_at = time.monotonic()
+        return self._count
+
+
+async def _health(service: Service, user_count: UserCount) -> Health:
     health = Health(
         status="healthy",
         database="unknown",
@@ -113,7 +132,7 @@ async def _health(service: Service) -> Health:
         timestamp=utc_now(),
     )
     try:
-        await _examine(service, health)
+        await _examine(service, user_count, health)
     except GatewayError as problem:
         health.problem = problem.message
     if health.problem is not None:
@@ -121,12 +140,12 @@ async def _health(service: Service) -> Health:
     return health
 
 
-async def _examine(service: Service, health: Health) -> None:
+async def _examine(service: Service, user_count: UserCount, health: Health) -> None:
     """Fills in what it finds out. Raises GatewayError at the first part that does not work."""
     runtime = await service.ready()
     health.database = "unavailable"
     await runtime.check()
-    health.user_count = await runtime.count_users()
+    health.user_count = await user_count.read(runtime.client)
     health.database = "connected"
     health.openrouter = _catalog_health(runtime)
     if health.openrouter == "unavailable":

@@ -1,27 +1,32 @@
-"""OpenAI's and the IETF's headers of the tightest limits."""
+"""The tightest limits of a key in OpenAI's response headers and in those of the IETF's draft."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from db_rows.requests import LimitsLeft
 
 
-def limit_headers(limits: Mapping[str, Any]) -> dict[str, str]:
-    """The tightest limits in OpenAI's headers and in those of the IETF draft
-    (draft-ietf-httpapi-ratelimit-headers).
+def limit_headers(limits: LimitsLeft) -> dict[str, str]:
+    """Headers for requests and tokens; {} where nothing is limited.
+
+    OpenAI's are `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; `RateLimit` and `RateLimit-Policy` follow
+    draft-ietf-httpapi-ratelimit-headers.
     """
-    found: dict[str, str] = {}
+    units = {
+        "requests": (limits.get("request_limit"), limits.get("request_left"), limits.get("request_reset")),
+        "tokens": (limits.get("token_limit"), limits.get("token_left"), limits.get("token_reset")),
+    }
+    headers: dict[str, str] = {}
     states, policies = [], []
-    for unit, name in (("requests", "request"), ("tokens", "token")):
-        limit, left, reset = (limits.get(f"{name}_{part}") for part in ("limit", "left", "reset"))
-        if limit is None or left is None:
+    for unit, (limit, remaining, reset) in units.items():
+        if limit is None or remaining is None:
             continue
-        found[f"x-ratelimit-limit-{unit}"] = str(limit)
-        found[f"x-ratelimit-remaining-{unit}"] = str(max(0, left))
-        found[f"x-ratelimit-reset-{unit}"] = f"{reset}s"
-        states.append(f'"{unit}";r={max(0, left)};t={reset}')
+        remaining = max(0, remaining)  # a limit that was lowered may be overdrawn
+        headers[f"x-ratelimit-limit-{unit}"] = str(limit)
+        headers[f"x-ratelimit-remaining-{unit}"] = str(remaining)
+        headers[f"x-ratelimit-reset-{unit}"] = f"{reset}s"
+        states.append(f'"{unit}";r={remaining};t={reset}')
         policies.append(f'"{unit}";q={limit}')
     if states:
-        found["RateLimit"] = ", ".join(states)
-        found["RateLimit-Policy"] = ", ".join(policies)
-    return found
+        headers["RateLimit"] = ", ".join(states)
+        headers["RateLimit-Policy"] = ", ".join(policies)
+    return headers

@@ -20,6 +20,7 @@ import orjson
 import structlog
 
 from common.errors import BadRequest
+from db_rows.requests import SlotItem
 from security import Vault
 
 log = structlog.get_logger("answers")
@@ -45,12 +46,14 @@ class AnswerSlot:
     ttl_seconds: int | None = None
     clear: bool = False
 
-    def item(self) -> dict[str, Any]:
+    def item(self) -> SlotItem:
         """The field of an admission item."""
-        found: dict[str, Any] = {"place": self.place, "fingerprint": self.fingerprint}
+        item: SlotItem = {"place": self.place, "fingerprint": self.fingerprint}
         if self.ttl_seconds is not None:
-            found["ttl_seconds"] = self.ttl_seconds
-        return {**found, "clear": True} if self.clear else found
+            item["ttl_seconds"] = self.ttl_seconds
+        if self.clear:
+            item["clear"] = True
+        return item
 
 
 def fingerprint(raw: bytes) -> str:

@@ -51,6 +51,7 @@ from typing import TypeAlias
 from common.errors import BadRequest, ModelNotFound, UnboundedCost
 from common.json_types import Json, JsonObject
 from common.money import EXACT, plain
+from db_rows.requests import PriceBasis
 from gateway.pricing.candidates import Candidate, price_candidate
 from gateway.pricing.catalog import MAX_TOKENS, Model, ModelIndex
 from gateway.pricing.cost_drivers import CHAT_LIMITS, CostDrivers, list_of, wrong
@@ -105,7 +106,7 @@ class Bound:
     limits: LimitFields = ()  # the output limit fields to send
 
     @property
-    def price_basis(self) -> dict[str, Json]:
+    def price_basis(self) -> PriceBasis:
         """What the hold was computed from, for a receipt: decimals as plain text."""
         fixed, output = plain(self.fixed_nanos), plain(self.output_nanos)
         return {"fixed_nanos": fixed, "output_nanos": output, "max_price": {**self.max_price}}

@@ -12,7 +12,7 @@ import orjson
 
 from common.errors import BadRequest, GatewayError
 from common.money import EXACT, credits_from_nanos, plain
-from db_rows.requests import QuoteItem
+from db_rows.requests import IdentityRefused, MoneyRefused, QuoteItem
 from gateway.billing.refusals import MONEY, error_for_refusal
 from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
@@ -98,10 +98,18 @@ def _charged(nanos: Decimal, markup: Decimal) -> int:
     return int(EXACT.multiply(nanos, markup).to_integral_value(rounding=ROUND_CEILING))
 
 
-def _refusal(found: Mapping[str, Any], bound: Bound, needed: int) -> GatewayError:
+def _refusal(answer: Mapping[str, Any], bound: Bound, needed: int) -> GatewayError:
     """What the request would be told instead of an answer."""
-    outcome = "INVALID_KEY" if found["outcome"] == "not_found" else found["outcome"]
-    amounts = {"needed_nanos": needed, "held_nanos": 0, "affordable_output": found.get("granted_output")}
-    return error_for_refusal(
-        {**found, **amounts, "outcome": outcome}, "chat", client_limit_field=bound.client_limit_field
-    )
+    outcome: Any = "INVALID_KEY" if answer["outcome"] == "not_found" else answer["outcome"]
+    refusal: MoneyRefused | IdentityRefused = {"outcome": outcome, "request_id": ""}
+    if outcome in MONEY:
+        refusal = {
+            "outcome": outcome,
+            "request_id": "",
+            "needed_nanos": needed,
+            "available_nanos": answer["available_nanos"],
+            "balance_nanos": answer["available_nanos"],
+            "held_nanos": 0,
+            "affordable_output": answer["granted_output"],
+        }
+    return error_for_refusal(refusal, "chat", client_limit_field=bound.client_limit_field)

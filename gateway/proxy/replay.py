@@ -1,9 +1,8 @@
-"""Idempotency-Key and cache headers; sends a stored answer. Reads what a request says of it, and sends what
-was kept.
+"""Reads Idempotency-Key and the cache headers, and sends and seals stored answers.
 
-`Idempotency-Key` asks for one run, however often it is sent; the cache headers for an answer that somebody of
-this account has had. OpenRouter's own cache headers are taken for ours: its cache is the operator's
-account's, and would be shared by all tenants.
+`Idempotency-Key` asks for one run, however often it is sent; the cache headers ask for an answer that this account
+has had before. OpenRouter's own cache headers are read as ours: its cache belongs to the operator's account, and would
+be shared by all tenants.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import orjson
 import structlog
@@ -25,7 +23,7 @@ from gateway.proxy.beta_headers import beta_headers
 from gateway.proxy.charge_report import charge_headers, gateway_usage
 from gateway.proxy.outcome import Client
 from gateway.proxy.request import IncomingRequest, ParsedRequest
-from gateway.runtime.instance import Runtime
+from gateway.proxy.services import Services
 from security import Vault
 
 log = structlog.get_logger("keeping")
@@ -41,8 +39,8 @@ EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """Where this request's answer may be found, and is to be kept. `default_cache`: where its key uses the
-    cache by default.
+    """Where this request's answer may be found, and is to be stored. `default_cache` makes the slot in case its key
+    uses the cache by default.
     """
 
     idempotency: AnswerSlot | None = None
@@ -50,92 +48,85 @@ class ReplayOptions:
     default_cache: Callable[[], AnswerSlot] | None = None
 
 
-def read_replay_options(request: IncomingRequest, asked: ParsedRequest, runtime: Runtime) -> ReplayOptions:
+def read_replay_options(request: IncomingRequest, parsed: ParsedRequest, services: Services) -> ReplayOptions:
     """What the request's headers ask for. Raises BadRequest."""
-    headers, environment = request.headers, request.credential.environment
-    key = headers.get("idempotency-key")
-    idempotency = (
-        None
-        if key is None
-        else idempotency_slot(
-            runtime.mode, environment, request.endpoint.name, key, _repeated_content(request, asked)
-        )
-    )
-    wanted = _switch(headers, CACHE)
-    if wanted is False:
+    headers = request.headers
+    idempotency = _idempotency_slot(request, parsed, services.mode)
+    wants_cache = _switch(headers, CACHE)
+    if wants_cache is False:
         return ReplayOptions(idempotency)
-    place = partial(_cache_place, request, asked, runtime)
-    if wanted is None:
-        return ReplayOptions(
-            idempotency, default_cache=partial(place, clear=_switch(headers, CACHE_CLEAR) or False)
-        )
-    return ReplayOptions(
-        idempotency, cache=place(ttl_seconds=_ttl(headers), clear=_switch(headers, CACHE_CLEAR) or False)
-    )
+    slot = partial(_cache_slot, request, parsed, services)
+    clear = _switch(headers, CACHE_CLEAR) or False
+    if wants_cache is None:
+        return ReplayOptions(idempotency, default_cache=partial(slot, clear=clear))
+    return ReplayOptions(idempotency, cache=slot(ttl_seconds=_ttl(headers), clear=clear))
 
 
-def _repeated_content(request: IncomingRequest, asked: ParsedRequest) -> bytes:
-    """What must be the same where a request is repeated: of a form its contents, as clients part it anew each
-    time they send it.
+def _idempotency_slot(request: IncomingRequest, parsed: ParsedRequest, mode: str) -> AnswerSlot | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    environment, content = request.credential.environment, _repeatable_content(request, parsed)
+    return idempotency_slot(mode, environment, request.endpoint.name, key, content)
+
+
+def _repeatable_content(request: IncomingRequest, parsed: ParsedRequest) -> bytes:
+    """What is the same when a request is repeated. Of a form these are its contents: clients make a new boundary
+    each time they send it.
     """
-    if asked.file is None:
+    if parsed.file is None:
         return request.body
-    return orjson.dumps(
-        [
-            asked.fields,
-            asked.file.name,
-            asked.file.content_type,
-            hashlib.sha256(asked.file.content).hexdigest(),
-        ],
-        option=orjson.OPT_SORT_KEYS,
-    )
+    file = parsed.file
+    contents = [parsed.fields, file.name, file.content_type, hashlib.sha256(file.content).hexdigest()]
+    return orjson.dumps(contents, option=orjson.OPT_SORT_KEYS)
 
 
-def _cache_place(
+def _cache_slot(
     request: IncomingRequest,
-    asked: ParsedRequest,
-    runtime: Runtime,
+    parsed: ParsedRequest,
+    services: Services,
     *,
     ttl_seconds: int | None = None,
     clear: bool = False,
 ) -> AnswerSlot:
-    variant = hashlib.sha256(asked.file.content).hexdigest() if asked.file is not None else ""
-    name, environment = request.endpoint.name, request.credential.environment
-    # What decides the answer, too: the scenario of the sandbox, and features that stand in no body.
-    also = "\0".join((request.scenario or "", *beta_headers(request.headers).values()))
+    file_hash = hashlib.sha256(parsed.file.content).hexdigest() if parsed.file is not None else ""
+    # These decide the answer too: the sandbox's scenario, and features that are asked for in headers.
+    variant = "\0".join((file_hash, request.scenario or "", *beta_headers(request.headers).values()))
     return cache_slot(
-        runtime.mode,
-        environment,
-        name,
-        asked.fields,
-        runtime.vault,
-        variant=f"{variant}\0{also}",
+        services.mode,
+        request.credential.environment,
+        request.endpoint.name,
+        parsed.fields,
+        services.vault,
+        variant=variant,
         ttl_seconds=ttl_seconds,
         clear=clear,
     )
 
 
-def _named(headers: Mapping[str, str], names: tuple[str, str]) -> tuple[str, str] | None:
-    return next(
-        ((name, value.strip().lower()) for name in names if (value := headers.get(name)) is not None), None
-    )
+def _header(headers: Mapping[str, str], names: tuple[str, str]) -> tuple[str, str] | None:
+    """The first of these headers that was sent: its name, and its value in lower case."""
+    for name in names:
+        if (value := headers.get(name)) is not None:
+            return name, value.strip().lower()
+    return None
 
 
 def _switch(headers: Mapping[str, str], names: tuple[str, str]) -> bool | None:
-    found = _named(headers, names)
-    if found is None:
+    header = _header(headers, names)
+    if header is None:
         return None
-    name, value = found
+    name, value = header
     if value not in ("true", "false"):
         raise BadRequest(f"`{name}` is `true` or `false`.", param=name)
     return value == "true"
 
 
 def _ttl(headers: Mapping[str, str]) -> int:
-    found = _named(headers, CACHE_TTL)
-    if found is None:
+    header = _header(headers, CACHE_TTL)
+    if header is None:
         return DEFAULT_CACHE_SECONDS
-    name, value = found
+    name, value = header
     seconds = int(value) if value.isascii() and value.isdigit() and len(value) < 7 else 0
     if not 1 <= seconds <= MAX_CACHE_SECONDS:
         raise BadRequest(f"`{name}` is a number of seconds from 1 to {MAX_CACHE_SECONDS}.", param=name)
@@ -143,7 +134,7 @@ def _ttl(headers: Mapping[str, str]) -> int:
 
 
 async def send_stored_answer(stored: StoredReply, client: Client, more_headers: Mapping[str, str]) -> None:
-    """Sends an answer that was kept, with what it was charged then (a cached one: nothing)."""
+    """Sends an answer that was stored, with what it was charged then (a cached one: nothing)."""
     answer = stored.answer
     body = answer.body(gateway_usage(stored.request_id, stored.tokens, stored.charge))
     headers = {**limit_headers(stored.limits), **more_headers, **answer.headers}
@@ -161,16 +152,16 @@ async def send_stored_answer(stored: StoredReply, client: Client, more_headers: 
 
 async def seal_answer(
     recording: Recording, content_type: str, generation_id: str | None, vault: Vault
-) -> dict[str, Any]:
-    """The answer as a settlement item carries it to be kept; empty where it is too large, or cannot be
-    sealed.
-    """
+) -> str | None:
+    """The recorded answer, sealed for the database; None where it is too large, or cannot be sealed."""
     pieces = recording.pieces()
     if pieces is None:
-        return {}
-    headers = {"content-type": content_type, **({"x-generation-id": generation_id} if generation_id else {})}
+        return None
+    headers = {"content-type": content_type}
+    if generation_id:
+        headers["x-generation-id"] = generation_id
     try:
-        return {"stored_answer": await StoredAnswer(200, headers, pieces).seal(vault)}
+        return await StoredAnswer(200, headers, pieces).seal(vault)
     except Exception as error:  # whatever it was, the charge must not be lost with it
         log.error("answer_not_sealed", exc_info=error)
-        return {}
+        return None

@@ -1,5 +1,5 @@
-"""Sends headers and body to the client, with keep-alives. Its head once, its body as it comes, and a sign of
-life while a stream is silent.
+"""Sends the response to the client: its headers once, its body as it comes, and keep-alives while a stream is
+silent.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gateway.billing.stored_answers import Recording
 from gateway.proxy.outcome import Client
@@ -17,10 +16,10 @@ from gateway.proxy.sse import KEEP_ALIVE
 
 @dataclass(slots=True)
 class ResponseWriter:
-    """One answer on its way to the client; for a client that is gone it does nothing."""
+    """One response on its way to the client; for a client that is gone it sends nothing, but still records."""
 
     client: Client
-    spawn: Callable[[Coroutine[Any, Any, Any], str], None]
+    spawn: Callable[[Coroutine[object, None, object], str], None]
     keep_alive_seconds: float
     recording: Recording | None = None
     started: bool = False
@@ -28,18 +27,19 @@ class ResponseWriter:
     _timer: asyncio.TimerHandle | None = None
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:
-        """Sends the head of a stream of events, which from now on is never silent for long."""
+        """Sends the headers of a stream of events, which from now on is never silent for long."""
         self._silent_since = time.monotonic()
         self._wait()
         await self.start({**headers, "content-type": "text/event-stream", "cache-control": "no-cache"})
 
     async def start(self, headers: Mapping[str, str]) -> None:
+        """Sends the status and the headers."""
         self.started = True
         if not self.client.gone:
             await self.client.start(200, headers)
 
     async def send(self, data: bytes) -> None:
-        """A part of the body."""
+        """Sends a part of the body."""
         if self.recording is not None:
             self.recording.add(data)
         if data and not self.client.gone:
@@ -47,25 +47,23 @@ class ResponseWriter:
             await self.client.send(data, more=True)
 
     async def end(self, data: bytes) -> None:
-        """The last part."""
-        self.quiet()
+        """Sends the last part."""
+        self.stop_keep_alives()
         if not self.client.gone:
             await self.client.send(data, more=False)
 
-    def quiet(self) -> None:
-        """No more signs of life: the end is near."""
+    def stop_keep_alives(self) -> None:
+        """To be called before the last part: a comment after it would follow the end of the stream."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _wait(self) -> None:
-        left = self._silent_since + self.keep_alive_seconds - time.monotonic()
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._tick)
+        due = self._silent_since + self.keep_alive_seconds - time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, due), self._tick)
 
     def _tick(self) -> None:
-        """A comment after so many seconds of silence, so that nothing between us and the client takes the
-        stream for dead.
-        """
+        """Sends a comment after so many seconds of silence: a proxy in between would take the stream for dead."""
         if self.client.gone:
             return
         if time.monotonic() - self._silent_since >= self.keep_alive_seconds:

@@ -1,4 +1,4 @@
-"""Service: starts the runtime when it can, retries, sweeps, shuts down."""
+"""The instance as the app holds it, whether it can serve or not: starts when it can, says why it cannot, shuts down."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from common.errors import GatewayError, Misconfigured
 from config import Configuration, Settings
 from gateway.runtime.instance import Runtime
 from gateway.runtime.local_secrets import Secrets, keep_secrets
+from gateway.runtime.maintenance import maintain_for_ever
 from gateway.runtime.startup_checks import check_database, for_operator
 from supabase_config import open_database
 
 log = structlog.get_logger("runtime")
 
 RETRY_START_SECONDS = 1.0
-SWEEP_SECONDS = 60.0
 
 
 class Service:
@@ -34,7 +34,7 @@ class Service:
         self._stack = AsyncExitStack()
         self._starting = asyncio.Lock()
         self._tried_at = float("-inf")
-        self._sweeper: asyncio.Task[None] | None = None
+        self._maintenance: asyncio.Task[None] | None = None
 
     @property
     def settings(self) -> Settings:
@@ -68,19 +68,23 @@ class Service:
         try:
             client = await stack.enter_async_context(open_database(self.settings))
             runtime = Runtime(self.settings, client, self._secrets())
+            stack.push_async_callback(runtime.aclose)
             await check_database(runtime)
-        except GatewayError as found:
-            problem = for_operator(found, self.settings)
-            if problem.message != (self.problem.message if self.problem else None):
-                log.error("cannot_serve", reason=problem.message)
-            self.problem = problem
+        except GatewayError as error:
+            self._note_problem(for_operator(error, self.settings))
             await stack.aclose()
             return
         self.problem, self._stack, self.runtime = None, stack, runtime
         runtime.settlements.replay_journal()
         if not self.settings.vercel:
-            self._sweeper = asyncio.create_task(self._sweep_for_ever(runtime), name="sweep")
+            self._maintenance = asyncio.create_task(maintain_for_ever(runtime), name="maintenance")
         tune_garbage_collection()
+
+    def _note_problem(self, problem: GatewayError) -> None:
+        # Requests try again every second: the same problem is logged once.
+        if self.problem is None or problem.message != self.problem.message:
+            log.error("cannot_serve", reason=problem.message)
+        self.problem = problem
 
     def _secrets(self) -> Secrets | None:
         if self.settings.database != "embedded":
@@ -96,27 +100,16 @@ class Service:
                 f"The data folder {self.settings.gateway_data_dir} cannot be used: {error.strerror}."
             ) from error
 
-    async def _sweep_for_ever(self, runtime: Runtime) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await runtime.sweep()
-                await runtime.sum_up()
-            except Exception as error:
-                log.error("sweep_failed", exc_info=error)
-
     async def aclose(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.wait([self._sweeper])
-        if self.runtime is not None:
-            await self.runtime.aclose()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            await asyncio.wait([self._maintenance])
         await self._stack.aclose()
         self.runtime = None
 
 
 def tune_garbage_collection() -> None:
-    """Everything made at start-up stays: collections need not look at it."""
+    """Exempts what start-up made from collections: it stays, and looking through it costs a fifth of the speed."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 10, 20)

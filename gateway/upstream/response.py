@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import aiohttp
@@ -44,7 +44,7 @@ class UpstreamResponse:
     def is_stream(self) -> bool:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it arrives, decoded where it is encoded. Raises UpstreamTimeout or UpstreamError when
         it breaks off.
         """

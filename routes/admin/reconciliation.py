@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 import db_security
 from common.money import credits_from_nanos
+from db_rows.requests import Settled
 from gateway.billing import reconciliation
 from gateway.runtime.instance import Runtime
 from models import errors_of
@@ -87,7 +88,7 @@ async def list_items(
     cursor: Cursor = None,
 ) -> Response:
     items = await reconciliation.open_items(runtime.client, kind, before=request_id_of(cursor), limit=limit)
-    following = cursor_of(items[-1]["request_id"]) if len(items) == limit else None
+    following = cursor_of(str(items[-1]["request_id"])) if len(items) == limit else None
     return success(kind=kind, items=items, next_cursor=following)
 
 
@@ -98,23 +99,27 @@ async def resolve(
     request_id: Annotated[UUID, Path(description="Of a request that was settled without a known cost")],
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
-    resolution = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
-    await _record(runtime, admin, request_id, resolution)
-    now = resolution["outcome"] == "settled"
+    charge, generation_id = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
+    await _record(runtime, admin, charge, generation_id)
+    now = charge["outcome"] == "settled"
     return success(
         message="Charged what the upstream says" if now else "Was resolved before",
         request_id=str(request_id),
-        charged=credits_from_nanos(resolution["cost_nanos"]),
-        overrun=credits_from_nanos(resolution["overrun_nanos"]),
+        charged=credits_from_nanos(charge["cost_nanos"]),
+        overrun=credits_from_nanos(charge["overrun_nanos"]),
     )
 
 
-async def _record(runtime: Runtime, admin: Admin, request_id: UUID, resolution: dict[str, Any]) -> None:
+async def _record(runtime: Runtime, admin: Admin, charge: Settled, generation_id: str) -> None:
     await db_security.write_audit(
         runtime.client,
         admin.stamp(),
         action="resolve_request",
-        target=f"request:{request_id}",
-        user_id=resolution["user_id"],
-        details={name: resolution[name] for name in ("generation_id", "cost_nanos", "outcome")},
+        target=f"request:{charge['request_id']}",
+        user_id=charge["user_id"],
+        details={
+            "generation_id": generation_id,
+            "cost_nanos": charge["cost_nanos"],
+            "outcome": charge["outcome"],
+        },
     )

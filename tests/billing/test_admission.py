@@ -35,6 +35,7 @@ from gateway.billing.stored_answers import (
 from gateway.pricing.prices import Rates
 from gateway.pricing.upper_bound import Bound
 from gateway.runtime.instance import Runtime
+from gateway.runtime.maintenance import sweep
 from gateway.upstream.usage import Usage
 from security import Credential
 from tests.support.gateway import SECRET, Gateway, User, live
@@ -300,7 +301,9 @@ async def test_a_hold_is_raised_and_refused_as_an_admission_is(gateway: Gateway)
     available = user["credits_nanos"]
     hold = await caller.hold(fixed=str(available - 2_000), least=1)
     raised = await caller.runtime.admission.raise_hold(
-        hold, bound_of(str(available - 1_500), "10", 1, 100), price_basis={"a": 1}
+        hold,
+        bound_of(str(available - 1_500), "10", 1, 100),
+        price_basis={"fixed_nanos": "1", "output_nanos": "1", "max_price": {}},
     )
     assert (raised.request_id, raised.granted_output) == (hold.request_id, 100)
     with pytest.raises(InsufficientCredits) as refusal:
@@ -316,7 +319,7 @@ async def test_the_sweep_deletes_answers_whose_time_is_over(caller: Caller) -> N
     await caller.settle(await caller.hold(idempotency=caller.key()))
     database = caller.user.gateway.database
     await database.value("update public.stored_answers set expires_at = now() - interval '1 second'")
-    await caller.runtime.sweep()
+    await sweep(caller.runtime)
     assert await database.value("select count(*) from public.stored_answers") == 0
 
 
@@ -331,12 +334,12 @@ async def own_lookup(gateway: Gateway, upstream: Upstream, provider_key: str | N
     insert = "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, $2, 'own')"
     await gateway.database.value(insert, caller.user.id, provider_key or "gone")
     hold = await caller.hold()
-    await caller.runtime.keep_generation(hold.request_id, "gen-1")
+    await caller.runtime.settlements.keep_generation(hold.request_id, "gen-1")
     if provider_key is None:
         await gateway.database.value("delete from public.provider_keys")
     await gateway.database.value("update public.usage_records set expires_at = now() - interval '1 second'")
     upstream.forget()
-    await caller.runtime.sweep()
+    await sweep(caller.runtime)
     assert await gateway.database.rows(
         "select status, settlement_source, cost_nanos from public.usage_records"
     ) == [{"status": "expired", "settlement_source": "none", "cost_nanos": 0}]

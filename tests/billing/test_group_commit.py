@@ -54,7 +54,7 @@ def item(number: int | str) -> Item:
     return {"request_id": str(number)}
 
 
-async def flying(queue: GroupCommit, server: Server) -> asyncio.Task[Item]:
+async def flying(queue: GroupCommit[Item, Item], server: Server) -> asyncio.Task[Item]:
     """Holds the server's answer back, with one item of its own in flight."""
     server.gate.clear()
     server.arrived.clear()
@@ -64,7 +64,7 @@ async def flying(queue: GroupCommit, server: Server) -> asyncio.Task[Item]:
 
 
 async def submitted(
-    queue: GroupCommit, numbers: range | list[int], group: Callable[[int], Any] = lambda n: n
+    queue: GroupCommit[Item, Item], numbers: range | list[int], group: Callable[[int], Any] = lambda n: n
 ) -> list[asyncio.Task[Item]]:
     tasks = [asyncio.create_task(queue.submit(item(n), group=group(n))) for n in numbers]
     await asyncio.sleep(0)  # each runs as far as its wait
@@ -200,7 +200,7 @@ async def test_a_cancelled_sender_leaves_no_caller_waiting() -> None:
 async def test_a_lost_reply_is_asked_for_again_as_resent() -> None:
     server = Server()
     server.failures.append(DatabaseUnavailable())
-    queue = GroupCommit(server)
+    queue: GroupCommit[Item, Item] = GroupCommit(server, mark_resent=lambda item: {**item, "resent": True})
     assert (await queue.submit({"request_id": "1", "resent": False}, group=1))["outcome"] == "admitted"
     assert [[item["resent"] for item in batch] for batch in server.batches] == [[False], [True]]
 

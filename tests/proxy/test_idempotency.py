@@ -126,7 +126,7 @@ async def test_the_second_time_it_is_the_first_answer(
 async def test_twenty_at_once_are_one_request(
     gateway: Gateway, upstream: Upstream, user: User, streamed: bool
 ) -> None:
-    upstream.scenario = "slow-first-token;seconds=0.3"
+    upstream.scenario = "slow-first-token;seconds=2"
     answers = await asyncio.gather(*(ask(user, stream=streamed) for _ in range(20)))
     assert Counter(answer.status_code for answer in answers) == {200: 1, 409: 19}
     for refused in (answer for answer in answers if answer.status_code == 409):
@@ -143,7 +143,7 @@ async def test_twenty_at_once_are_one_request(
 async def test_the_sdk_waits_for_the_first_and_gets_its_answer(
     gateway: Gateway, upstream: Upstream, user: User
 ) -> None:
-    upstream.scenario = "slow-first-token;seconds=1"
+    upstream.scenario = "slow-first-token;seconds=3"
     first = asyncio.create_task(ask(user))
     await running(upstream)
     patient = user.sdk(max_retries=5)
@@ -438,7 +438,7 @@ async def test_instances_share_it(start_gateway: Start, upstream: Upstream) -> N
     one, other = await start_gateway(**live(upstream.url)), await start_gateway(**live(upstream.url))
     user = await one.register(credits=10)
     elsewhere = User(other, user.id, user.key)
-    upstream.scenario = "slow-first-token;seconds=0.3"
+    upstream.scenario = "slow-first-token;seconds=2"
     waiting = asyncio.create_task(ask(user))
     await running(upstream)
     assert code_of(await ask(elsewhere)) == (409, "idempotency_request_running")
@@ -454,7 +454,7 @@ async def test_a_database_gone_at_settlement_loses_neither_charge_nor_answer(
 ) -> None:
     gateway = await start_gateway(database_url=link.url, **live(upstream.url))
     user = await gateway.register(credits=10)
-    upstream.scenario = "slow-first-token;seconds=0.3"
+    upstream.scenario = "slow-first-token;seconds=2"
     waiting = asyncio.create_task(ask(user, stream=streamed))
     await running(upstream)
     link.cut()
@@ -495,7 +495,7 @@ async def test_an_answer_is_kept_even_where_its_request_is_stopped_as_it_is_seal
     busy = asyncio.create_task(asyncio.to_thread(free.wait, 10))  # and there is none to be had
 
     async def sealing() -> bool:
-        return any(getattr(task.get_coro(), "__name__", "") == "keep" for task in asyncio.all_tasks())
+        return any(getattr(task.get_coro(), "__name__", "") == "seal_answer" for task in asyncio.all_tasks())
 
     try:
         await eventually(sealing, lambda found: found, seconds=5)
