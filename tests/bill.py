@@ -1,4 +1,4 @@
-"""Do all charges together equal the upstream's own bill? Random requests with random endings, on two workers.
+"""All charges together equal the upstream's own bill: random requests with random endings, on two workers.
 
 `make bill` sends 2,000 (`ARGS="REQUESTS SEED"` as many as it is told). Not collected by pytest:
 `billing/test_bill.py` runs a few.
@@ -120,7 +120,8 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
                 pass
             return f"{kind.path} {'stream ' if streamed else ''}{answer.status_code}"
     except (TimeoutError, httpx.HTTPError) as error:
-        return f"{kind.path} {'stream ' if streamed else ''}{'left' if isinstance(error, TimeoutError) else 'broken'}"
+        ending = "left" if isinstance(error, TimeoutError) else "broken"
+        return f"{kind.path} {'stream ' if streamed else ''}{ending}"
 
 
 async def run(
@@ -156,7 +157,10 @@ async def run(
 
 async def compare(database: Database, upstream: Upstream, result: Result) -> None:
     """Each record against the generation that it paid for, then the sums."""
-    query = "select request_id, endpoint, status, settlement_source, generation_id, cost_nanos, overrun_nanos from public.usage_records"
+    query = (
+        "select request_id, endpoint, status, settlement_source, generation_id, cost_nanos, "
+        "overrun_nanos from public.usage_records"
+    )
     generations = dict(upstream.sandbox.state.generations)
     for record in await database.rows(query):
         due = Decimal(record["cost_nanos"] + record["overrun_nanos"]).scaleb(-9)

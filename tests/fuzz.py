@@ -1,8 +1,7 @@
-"""Does any input make the API answer with a 5xx, or with a status that its OpenAPI does not name?
-Schemathesis against a running gateway.
+"""Looks for input that makes the API answer with a 5xx or a status that its OpenAPI document does not name.
 
-`make fuzz`; `python -m tests.fuzz EXAMPLES` bounds the number of examples an operation. Not collected by
-pytest.
+Schemathesis against a running gateway: `make fuzz`; `python -m tests.fuzz EXAMPLES` limits the examples an
+operation. Not collected by pytest.
 """
 
 from __future__ import annotations
@@ -90,8 +89,9 @@ def _post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
 def fuzz(url: str, key: str, paths: str, examples: int) -> int:
     """Runs Schemathesis over the paths that match; its exit status."""
     command = [
-        str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "-H", f"Authorization: Bearer {key}",
-        "--include-path-regex", paths, "--checks", CHECKS, "--max-examples", str(examples), "--phases", "examples,coverage,fuzzing",
+        str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json",
+        "-H", f"Authorization: Bearer {key}", "--include-path-regex", paths, "--checks", CHECKS,
+        "--max-examples", str(examples), "--phases", "examples,coverage,fuzzing",
         "--seed", "1", "--generation-database", "none",
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, check=False).returncode

@@ -1,6 +1,4 @@
-"""What the structure of the code promises: imports point one way, foreign packages have one owner, and documents
-and code agree.
-"""
+"""The code's structure: imports point one way, foreign things have one owner, documents and code agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request gets its hold, or the answer that was given before, from one real round trip; refusals say what
+"""A request gets its hold, or the stored answer of an earlier one, in one real round trip; refusals say what
 to do.
 """
 
@@ -262,7 +262,8 @@ async def test_after_a_change_of_the_encryption_key_answers_are_found_only_where
 
 async def test_an_end_users_budget_is_a_402_that_says_whose(caller: Caller) -> None:
     await caller.user.gateway.database.value(
-        "insert into public.end_user_budgets (user_id, end_user, budget_nanos, budget_window) values ($1, 'ann', 1500, 'day')",
+        "insert into public.end_user_budgets (user_id, end_user, budget_nanos, budget_window) "
+        "values ($1, 'ann', 1500, 'day')",
         caller.user.id,
     )
     with pytest.raises(EndUserBudgetExceeded) as refusal:

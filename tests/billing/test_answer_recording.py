@@ -1,6 +1,4 @@
-"""Only whole answers are kept to be given again, and nothing that goes wrong with keeping costs a hold or a
-second run.
-"""
+"""Only whole answers are stored for replay, and no failure to store one costs a hold or a second run."""
 
 from __future__ import annotations
 

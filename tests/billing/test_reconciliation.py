@@ -1,5 +1,5 @@
-"""What we charged beside what the upstream says, what is open in the books, and the one more look at what
-nobody knew.
+"""What we charged beside what the upstream says, what is open in the books, and the second look at costs that
+were unknown.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ async def test_a_hold_whose_time_is_up_is_listed(gateway: Gateway) -> None:
     async with gateway.database.owner() as owner:
         await owner.execute("alter table public.usage_records disable trigger usage_records_frozen")
         await owner.execute(
-            "update public.usage_records set status = 'pending', settled_at = null, settlement_source = null, cost_nanos = 0, "
+            "update public.usage_records set status = 'pending', settled_at = null, "
+            "settlement_source = null, cost_nanos = 0, "
             "expires_at = now() - interval '1 minute'"
         )
     (item,) = (await reconciled(gateway))["open"]["expired"]

@@ -1,4 +1,4 @@
-"""A request costs two round trips to the database, whatever is switched on; an answer that is given again
+"""A request costs two round trips to the database, whatever is switched on; one that is answered from storage
 costs one.
 """
 
@@ -32,7 +32,8 @@ RESTRICTED = {
     "cache_ttl_seconds": 600,
 }
 KEY_LIMITS = """
-insert into public.rate_limit_configs (subject, subject_id, requests_per_minute, requests_per_hour, requests_per_day,
+insert into public.rate_limit_configs (subject, subject_id, requests_per_minute, requests_per_hour,
+requests_per_day,
                                        tokens_per_minute, tokens_per_hour, tokens_per_day)
 select 'key', id, 500, 5000, 50000, 500000, 5000000, 50000000 from public.api_keys_new where user_id = $1
 """

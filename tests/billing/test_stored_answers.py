@@ -1,4 +1,6 @@
-"""Answers are kept whole, unreadable to the database, and found by what decides them and nothing else."""
+"""Answers are stored whole and sealed against the database, and are found by what decides them and nothing
+else.
+"""
 
 from __future__ import annotations
 

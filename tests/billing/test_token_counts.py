@@ -1,4 +1,4 @@
-"""Which tokens count towards the limits? Those that the answer names, of every endpoint."""
+"""The tokens that count towards the limits are those that the answer of an endpoint names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A key that does not exist makes the next ones from its address be looked up before anything of the request
+"""After a key that does not exist, the next keys from its address are verified before anything of the request
 is read.
 """
 

@@ -1,1 +1,3 @@
-"""Other people's clients against a running gateway; `python` and `node` have environments of their own and are no packages."""
+"""Other people's clients against a running gateway; `python` and `node` have environments of their own and
+are no packages.
+"""

@@ -1,9 +1,8 @@
-"""Do other people's clients work unchanged against a running gateway? Starts one, and runs each client's
-program against it.
+"""Runs the programs of other people's clients, unchanged, against a gateway that it starts.
 
 `make clients`, or `make clients ARGS="langchain openai-node"` for some of them. The programs know the gateway
-by its address and an admin key alone; what they need of Python lies in a virtual environment of its own, what
-they need of Node in `node/node_modules`.
+by its address and an admin key alone. Their Python packages are in a virtual environment of their own, their
+Node packages in `node/node_modules`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CLIENTS_PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 ADMIN_KEY = "admin-key-for-clients"
-SECONDS_TO_START = 60
+SECONDS_TO_START = 120
 AT_ONCE = 2  # programs; most of them wait most of the time
 
 PROGRAMS: Mapping[str, tuple[str, ...]] = {
@@ -132,7 +131,8 @@ def require_absent(url: str) -> None:
     present = sorted(wanted for wanted in AWAITED if is_there(url, wanted))
     if present:
         sys.exit(
-            f"The gateway has these; take them off AWAITED in {Path(__file__).relative_to(ROOT)}: {', '.join(present)}"
+            f"The gateway has these; take them off AWAITED in {Path(__file__).relative_to(ROOT)}: "
+            f"{', '.join(present)}"
         )
 
 
@@ -147,7 +147,8 @@ def require_node() -> None:
         subprocess.run(["npm", "--version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         sys.exit(
-            "The Node clients need node 20 or newer and npm, and they are not on the PATH (https://nodejs.org)."
+            "The Node clients need node 20 or newer and npm, "
+            "and they are not on the PATH (https://nodejs.org)."
         )
     if int(version.removeprefix("v").split(".")[0]) < 20:
         sys.exit(f"The Node clients need node 20 or newer; this is {version}.")

@@ -1,4 +1,4 @@
-"""Prices: exact, at the dearest, and never free for want of understanding."""
+"""Prices are exact, taken at the dearest reading, and never zero because they were not understood."""
 
 from __future__ import annotations
 

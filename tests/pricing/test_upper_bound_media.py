@@ -1,4 +1,4 @@
-"""Bounds of /rerank, /images, /audio/speech and /audio/transcriptions: by unit, image, character and second."""
+"""Bounds of /rerank, /images, /audio/speech and /audio/transcriptions: by unit, image, character, second."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How long a recording lasts at most, as its bytes say: what is plain counts, what a decoder could take for
-more does not.
+"""An upper bound of a recording's length, read from its bytes: what is plain counts as it is, what a decoder
+could take for more does not.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def transcription(body: bytes, content_type: str = "application/json") -> tuple[
 
 
 def form(content: bytes, model: str = "scribe/model", name: str = "a.wav") -> bytes:
-    head = f'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n{model}\r\n--x\r\nContent-Disposition: form-data; name="file"; '
+    part = "--x\r\nContent-Disposition: form-data; name="
+    head = f'{part}"model"\r\n\r\n{model}\r\n{part}"file"; '
     return f'{head}filename="{name}"\r\nContent-Type: audio/wav\r\n\r\n'.encode() + content + b"\r\n--x--\r\n"
 
 

@@ -1,4 +1,4 @@
-"""Do beta features reach the upstream, and only those that cost nothing and reach nobody else's data?"""
+"""Beta features reach the upstream only where they cost nothing and reach nobody else's data."""
 
 from __future__ import annotations
 

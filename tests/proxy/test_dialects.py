@@ -1,5 +1,5 @@
-"""Do the streams and errors of each API pass through as its clients expect them? Byte by byte, however they
-are cut.
+"""The streams and errors of each API reach its clients in the form that they expect, byte by byte, wherever a
+stream is cut into pieces.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def run(
 
 def facts(stream: Stream) -> tuple[Any, ...]:
     return (
-        stream.usage, stream.error, stream.body_id, stream.model, stream.provider, stream.finish_reason, stream.is_whole, stream.has_failed,
+        stream.usage, stream.error, stream.body_id, stream.model, stream.provider, stream.finish_reason,
+        stream.is_whole, stream.has_failed,
     )  # fmt: skip
 
 
@@ -398,7 +399,10 @@ def test_a_message_that_breaks_off_ends_with_an_error_of_anthropic_s_form() -> N
 
 # Errors in the streams of OpenRouter's clients.
 
-CHUNK = b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"a/b","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+CHUNK = (
+    b'data: {"id":"gen-1","object":"chat.completion.chunk","created":1,"model":"a/b",'
+    b'"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+)
 FOR_CLIENTS = FOR_OPENROUTER[CHAT]
 
 
@@ -700,6 +704,8 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "[" * 300 + "]" * 300], ids=["half a surrogate", "deep"])
 def test_what_cannot_be_written_anew_goes_as_it_came(value: str) -> None:
-    blocks = f'{{"type":"text","text":"a","citations":null}},{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
-    raw = f'{{"id":"gen-1","type":"message","content":[{blocks}],"usage":{{"input_tokens":1,"output_tokens":1}}}}'.encode()
+    tool = f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
+    content = f'[{{"type":"text","text":"a","citations":null}},{tool}]'
+    usage = '{"input_tokens":1,"output_tokens":1}'
+    raw = f'{{"id":"gen-1","type":"message","content":{content},"usage":{usage}}}'.encode()
     assert read_answer(raw, MESSAGES, Outcome(), RequestOrigin()) == raw

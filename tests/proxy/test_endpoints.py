@@ -1,5 +1,5 @@
-"""Does every endpoint go through the same gate? Key, scope, hold, upstream, answer, charge; and its errors,
-in its own form.
+"""Every billable endpoint goes through the same steps: key, scope, hold, upstream, answer, charge. Its errors
+have the form of its own API.
 """
 
 from __future__ import annotations

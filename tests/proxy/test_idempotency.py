@@ -1,5 +1,5 @@
-"""An Idempotency-Key runs once and pays once, over HTTP: whatever happens to the first request, and whoever
-asks again.
+"""A request with an Idempotency-Key runs once and is paid once, over HTTP, whatever happens to the first
+attempt and whoever repeats it.
 """
 
 from __future__ import annotations

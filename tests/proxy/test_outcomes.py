@@ -1,6 +1,4 @@
-"""How does a request end when it does not end well? Each ending leaves one record, no hold, and the right
-charge.
-"""
+"""A request that does not end well leaves one record, no hold, and the right charge."""
 
 from __future__ import annotations
 
@@ -184,7 +182,8 @@ async def test_a_client_that_leaves_during_admission_has_nothing_sent_and_nothin
 
         async def lock_waiters() -> Any:
             return await database.value(
-                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+                "select count(*) from pg_stat_activity where datname = current_database() "
+                "and wait_event_type = 'Lock'"
             )
 
         await eventually(lock_waiters, lambda found: found == 1)
@@ -207,7 +206,10 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_no_trace(
     user = await live_gateway.register(credits=1)
     host, port = live_gateway.url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {user.key}\r\ncontent-length: 1000\r\n\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer "
+        f"{user.key}\r\ncontent-length: 1000\r\n\r\n"
+    )
     writer.write(head.encode() + b'{"model":')
     await writer.drain()
     writer.close()

@@ -1,8 +1,6 @@
-"""Every billable endpoint times every ending: one record, nothing held, and the charge is the upstream's
-bill.
+"""Every billable endpoint with every ending: one record, nothing held, and the charge is the upstream's bill.
 
-What each ending means for one endpoint in detail stands in test_outcomes, test_faults and test_processes; here
-is the whole table.
+Here is the whole table; test_outcomes, test_faults and test_processes look at single endings in detail.
 """
 
 from __future__ import annotations
@@ -101,7 +99,7 @@ async def asked(upstream: Upstream, kind: Kind) -> None:
 
 
 async def settled(user: User, upstream: Upstream, kind: Kind) -> dict[str, Any]:
-    """The one record of the one call, charged what the upstream billed; nothing held, and the books add up."""
+    """One call has one record, charged what the upstream billed; nothing is held, and the books balance."""
     record = await user.settled_record()
     (call,) = calls(upstream, kind)
     bill = (call.cost or Decimal(0)).quantize(Decimal("1e-9"), ROUND_CEILING)

@@ -1,5 +1,5 @@
-"""Under a user's own upstream key the user pays upstream: nothing is charged here, and neither key is ever in
-the other's place.
+"""A user with an OpenRouter key of their own pays OpenRouter: nothing is charged here, and neither key is
+ever sent in place of the other.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ async def leave(user: User) -> None:
 async def test_a_killed_process_is_swept_under_it_or_not_at_all(
     database: Database, upstream: Upstream, tmp_path: Path, removed: bool
 ) -> None:
-    """A key that was removed meanwhile is gone: nobody else's knows of that generation, so nobody is asked."""
+    """A key that was removed meanwhile is gone: no other key knows that generation, so nobody is asked."""
     async with running_workers(database, upstream.url, tmp_path) as (gateway, pid):
         user = await owner_of_a_key(gateway)
         upstream.forget().scenario = "slow;ms=100;tokens=300"

@@ -1,5 +1,5 @@
-"""What if prices rise between the hold and the answer? The list is read anew, the hold raised, and the
-request sent once more.
+"""When prices rise between the hold and the answer, the model list is read again, the hold is raised, and the
+request is sent once more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What goes out of a request, and what is refused before anything is held? JSON and forms, for each endpoint."""
+"""What is sent upstream for a request, as JSON and as a form, for each endpoint; and what is refused before
+anything is held.
+"""
 
 from __future__ import annotations
 

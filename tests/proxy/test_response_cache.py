@@ -1,4 +1,4 @@
-"""A cached answer costs nothing, is found by what was asked, and never by anybody else."""
+"""A cached answer costs nothing, is found by the request that it answers, and never by another user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do server-sent events pass through unchanged? Whatever the pieces they arrive in, but for what must change."""
+"""Server-sent events pass through unchanged, in whatever pieces they arrive, except for what must change."""
 
 from __future__ import annotations
 
@@ -94,9 +94,8 @@ def test_any_splitting_gives_the_same_output_as_none(data: bytes, places: list[i
     whole, one = run([data])
     parts, other = run(split(data, places))
     assert parts == whole
-    assert (one.usage, one.error, one.done, one.held, one.finish_reason, one.body_id, one.model, one.provider) == (
-        other.usage, other.error, other.done, other.held, other.finish_reason, other.body_id, other.model, other.provider,
-    )  # fmt: skip
+    names = ("usage", "error", "done", "held", "finish_reason", "body_id", "model", "provider")
+    assert {name: getattr(one, name) for name in names} == {name: getattr(other, name) for name in names}
 
 
 @given(st.binary(max_size=300), PLACES)

@@ -1,5 +1,5 @@
-"""Does anything of one tenant, or of the operator, reach another? Whose key goes upstream, and what keys that
-are worth less may not do.
+"""Nothing of one tenant, or of the operator, reaches another: whose key goes upstream, and what a key of
+lower rank may not do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def keys_sent(upstream: Upstream) -> list[str]:
 async def test_a_users_own_key_is_sent_with_nobody_elses_request(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
-    """A request builds on the first of its kind: what was put into one for a user must not stay for the next."""
+    """A request builds on the first of its kind: what one user put into it must not reach the next."""
     one, other, third = [await live_gateway.register(credits=1) for _ in range(3)]
     await keep_own_key(one, OWN_KEYS[0])
     await keep_own_key(other, OWN_KEYS[1])

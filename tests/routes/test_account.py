@@ -169,7 +169,8 @@ async def test_a_plan_that_has_ended_applies_no_more(gateway: Gateway) -> None:
     await gateway.admin("POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan["id"]})
     assert (await user.chat()).status_code == 429
     await gateway.database.value(
-        "update public.user_plans set start_date = now() - interval '2 days', end_date = now() - interval '1 second' where user_id = $1",
+        "update public.user_plans set start_date = now() - interval '2 days', "
+        "end_date = now() - interval '1 second' where user_id = $1",
         user.id,
     )
     assert (await user.chat()).status_code == 200

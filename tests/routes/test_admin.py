@@ -1,4 +1,4 @@
-"""What administrators do: find and correct, once, and leave a trace of it."""
+"""Administrators find and correct things, once each, and leave a trace of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ async def test_an_admin_users_key_needs_the_scope_too(gateway: Gateway) -> None:
     await gateway.admin("PUT", f"/admin/users/{user.id}", json={"role": "admin"})
     assert (await gateway.http.get("/admin/users", headers=user.headers)).status_code == 403
     await gateway.database.value(
-        """update public.api_keys_new set scope_permissions = '{"read": ["*"], "write": ["*"], "admin": ["*"]}' where user_id = $1""",
+        """update public.api_keys_new
+           set scope_permissions = '{"read": ["*"], "write": ["*"], "admin": ["*"]}' where user_id = $1""",
         user.id,
     )
     assert (await gateway.http.get("/admin/users", headers=user.headers)).status_code == 200

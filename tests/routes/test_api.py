@@ -139,7 +139,8 @@ async def test_scopes_are_asked_for_by_name(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     async with live_gateway.database.owner() as owner:
         await owner.execute(
-            """update public.api_keys_new set scope_permissions = '{"read": ["balance"]}' where user_id = $1""",
+            """update public.api_keys_new
+               set scope_permissions = '{"read": ["balance"]}' where user_id = $1""",
             user.id,
         )
     assert (await live_gateway.http.get("/user/balance", headers=user.headers)).status_code == 200

@@ -1,7 +1,9 @@
-"""Does any field of any order take what it should not? Generated from the OpenAPI document: each field of
-each management body, with wrong types, null, emptiness, length, signs, sizes, NUL and half surrogates, and
-each parameter of a path or query. The answer is a 4xx that names the field and changes nothing, never a 5xx.
-`make fuzz` looks for what nobody thought of.
+"""No field of any request body takes what it should not.
+
+The cases are made from the OpenAPI document: each field of each management body, with wrong types, null,
+emptiness, length, signs, sizes, NUL and half surrogates, and each parameter of a path or query. The answer is
+a 4xx that names the field and changes nothing, never a 5xx. `make fuzz` looks for cases that nobody thought
+of.
 """
 
 from __future__ import annotations
@@ -137,8 +139,10 @@ async def send(world: World, endpoint: Endpoint, content: bytes) -> httpx.Respon
 STATE = """
 select md5(string_agg(t, '|' order by t)) from (
     select to_jsonb(u)::text from public.users u union all select to_jsonb(k)::text from public.api_keys_new k
-    union all select to_jsonb(o)::text from public.api_keys o union all select to_jsonb(p)::text from public.plans p
-    union all select to_jsonb(a)::text from public.user_plans a union all select to_jsonb(l)::text from public.rate_limit_configs l
+    union all select to_jsonb(o)::text from public.api_keys o union all select to_jsonb(p)::text
+    from public.plans p
+    union all select to_jsonb(a)::text from public.user_plans a union all select to_jsonb(l)::text
+    from public.rate_limit_configs l
     union all select to_jsonb(c)::text from public.credit_transactions c) as x (t)
 """
 
@@ -164,8 +168,8 @@ async def test_no_field_takes_what_it_should_not(
 @pytest.mark.parametrize("endpoint", [*WITH_BODY, REGISTER], ids=str)
 async def test_no_body_is_taken_that_is_no_order(world: World, endpoint: Endpoint) -> None:
     bodies = (
-        b"", b"null", b"[]", b"5", b'"x"', b"{", b"\x00", b"\xff\xfe", b'{"a":NaN}', b"[" * 20_000, b'{"a":' * 20_000, b"1" * 10_000,
-        b'{"\\ud800": 1}', b'{"\\u0000": 1}',
+        b"", b"null", b"[]", b"5", b'"x"', b"{", b"\x00", b"\xff\xfe", b'{"a":NaN}', b"[" * 20_000,
+        b'{"a":' * 20_000, b"1" * 10_000, b'{"\\ud800": 1}', b'{"\\u0000": 1}',
     )  # fmt: skip
     optional = endpoint.path.endswith("/rotate")  # takes no body as well
     for body in bodies:
@@ -200,7 +204,8 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
             (
                 b"name=value",
                 None,
-                'is not valid JSON (Expecting value: line 1 column 1 (char 0)). Send a JSON object, such as {"name"',
+                "is not valid JSON (Expecting value: line 1 column 1 (char 0)). Send a JSON object, "
+                'such as {"name"',
             ),
             (b"[1]", None, 'The request body must be a JSON object, such as {"name": "value"}.'),
         ):

@@ -245,7 +245,8 @@ async def test_the_default_stands_for_each_who_has_no_budget(gateway: Gateway) -
     await ask(user, "POST", "/user/end-users", ORDER)
     async with gateway.database.owner() as owner:
         await owner.execute(
-            "insert into public.end_user_usage (user_id, end_user, budget_since, budget_spent_nanos, budget_held_nanos) values "
+            "insert into public.end_user_usage (user_id, end_user, budget_since, budget_spent_nanos, "
+            "budget_held_nanos) values "
             "($1, 'stranger', date_trunc('day', now(), 'UTC'), 500000000, 250000000),"
             "($1, 'customer-17', date_trunc('month', now(), 'UTC') - interval '1 day', 4000000000, 0)",
             user.id,
@@ -346,7 +347,8 @@ async def test_budget_events_are_listed_by_page_and_for_their_owner_only(gateway
     async with gateway.database.owner() as owner:
         for level in (50, 80):
             await owner.execute(
-                "insert into public.budget_events (user_id, key_id, level, budget_nanos, spent_nanos, budget_window, window_start, "
+                "insert into public.budget_events (user_id, key_id, level, budget_nanos, spent_nanos, "
+                "budget_window, window_start, "
                 "request_id) values ($1, $2, $3, 1000000000, 800000001, 'lifetime', '-infinity', $4)",
                 user.id,
                 record["key_id"],

@@ -1,5 +1,5 @@
 """A tenant's customers spend what the tenant allows each, to the last and not one more, and the tenant is
-told before it is gone.
+told before it is spent.
 """
 
 from __future__ import annotations

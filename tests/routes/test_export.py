@@ -1,5 +1,5 @@
-"""Lists that leave whole: streamed page by page, stopped by who leaves, and never passing for complete when
-they are not.
+"""Whole lists are streamed page by page, stop when the client leaves, and never look complete when they are
+not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MANY = 12 * PAGE + 7
 # Settled records, two to a moment so that a page may end between two of the same time; ids and times grow
 # together.
 RECORDS = """
-insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, status,
+insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model,
+hold_nanos, markup, status,
                                   settlement_source, created_at, expires_at, settled_at)
 select (lpad(to_hex((extract(epoch from t) * 1000)::bigint), 12, '0') || '7' || lpad(to_hex(n % 4096), 3, '0')
         || '8' || lpad(to_hex(k.user_id), 3, '0')
@@ -61,7 +62,8 @@ async def test_every_record_is_exported_once_in_every_form(gateway: Gateway) -> 
     ]
     table = rows_of(await text(user, "/user/usage/records?format=csv"))
     ids = [row["request_id"] for row in await gateway.database.rows(
-        "select request_id::text from public.usage_records where user_id = $1 order by created_at desc, request_id desc", user.id
+        "select request_id::text from public.usage_records where user_id = $1 "
+        "order by created_at desc, request_id desc", user.id
     )]  # fmt: skip
     assert len(ids) == MANY
     assert [line["request_id"] for line in lines] == ids
@@ -223,8 +225,9 @@ class Reader:
         headers = [(name.encode(), value.encode()) for name, value in self._user.headers.items()]
         await self._app(
             {
-                "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "GET", "path": path,
-                "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": headers, "scheme": "http",
+                "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+                "method": "GET", "path": path, "raw_path": path.encode(), "query_string": query.encode(),
+                "root_path": "", "headers": headers, "scheme": "http",
                 "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
             },
             self._receive, self._send,

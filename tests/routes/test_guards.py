@@ -1,5 +1,5 @@
-"""What stands between strangers and the gateway: limits shown to every key, guesses counted, credits given
-once, rows that stay.
+"""What protects the gateway from strangers: every key sees its limits, guesses are counted, credits are given
+once, and rows stay.
 """
 
 from __future__ import annotations
@@ -297,8 +297,10 @@ async def test_who_had_no_signup_credits_may_have_them_later(start_gateway: Star
 async def test_a_user_has_at_most_five_hundred_keys_in_all(gateway: Gateway) -> None:
     user = await gateway.register()
     await gateway.database.value(
-        """insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, is_active)
-           select $1, 'idle ' || n, 'gw_live_', '0000', lpad(to_hex(n), 64, '0'), 'x', false from generate_series(1, 498) as n""",
+        """insert into public.api_keys_new
+               (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id, is_active)
+           select $1, 'idle ' || n, 'gw_live_', '0000', lpad(to_hex(n), 64, '0'), 'x', false
+           from generate_series(1, 498) as n""",
         user.id,
     )
     makes = [

@@ -1,4 +1,4 @@
-"""A user's keys: made, changed, rotated and revoked, and never broader than the key that does it."""
+"""A user's keys are made, changed, rotated and revoked, and are never broader than the key that does it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller sees of their key, account and requests: OpenRouter's shapes, receipts and quotes, out of our
+"""What a caller sees of their key, account and requests: OpenRouter's shapes, receipts and quotes, from our
 own books.
 """
 
@@ -422,7 +422,10 @@ async def test_every_endpoint_that_takes_json_can_be_quoted(
 
 async def test_a_body_with_fractions_is_quoted_as_it_would_be_held(gateway: Gateway) -> None:
     user = await gateway.register()
-    body = b'{"model":"openai/gpt-4o-mini","messages":[{"role":"user","content":"Hi"}],"max_tokens":20,"temperature":0.70,"top_p":0.5}'
+    body = (
+        b'{"model":"openai/gpt-4o-mini","messages":[{"role":"user","content":"Hi"}],'
+        b'"max_tokens":20,"temperature":0.70,"top_p":0.5}'
+    )
     headers = {**user.headers, "content-type": "application/json"}
     found = await gateway.http.post("/v1/quote", headers=headers, content=b'{"body":' + body + b"}")
     assert found.status_code == 200, found.text

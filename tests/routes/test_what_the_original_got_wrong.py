@@ -1,5 +1,5 @@
-"""Is each thing that the original system got wrong impossible here? Every one by name: with its test here, or
-where its test stands.
+"""Everything that the original system got wrong, each by name, with the tests that would fail if it were
+wrong here.
 """
 
 from __future__ import annotations
@@ -32,14 +32,24 @@ WRONG = {
         "routes/test_api.py::test_a_user_s_key_opens_no_admin_route",
         "routes/test_every_endpoint.py::test_nobody_is_told_to_send_a_key",
     ],
-    "clients chose their own initial credits": ["routes/test_api.py::test_credits_never_come_from_who_registers"],
+    "clients chose their own initial credits": [
+        "routes/test_api.py::test_credits_never_come_from_who_registers"
+    ],
     "expired keys worked": ["test_an_expired_key_does_not_work"],
     "a deleted primary key still worked": ["routes/test_keys.py::test_a_deleted_primary_key_no_longer_works"],
-    "rotation reported success and did nothing": ["routes/test_keys.py::test_rotation_changes_the_secret_and_keeps_id_and_settings"],
-    "update changed the caller's key": ["routes/test_keys.py::test_an_update_changes_the_key_of_the_path_and_no_other"],
-    "authentication loaded whole tables": ["sql/test_admission.py::test_one_admission_reads_no_table_from_end_to_end"],
+    "rotation reported success and did nothing": [
+        "routes/test_keys.py::test_rotation_changes_the_secret_and_keeps_id_and_settings"
+    ],
+    "update changed the caller's key": [
+        "routes/test_keys.py::test_an_update_changes_the_key_of_the_path_and_no_other"
+    ],
+    "authentication loaded whole tables": [
+        "sql/test_admission.py::test_one_admission_reads_no_table_from_end_to_end"
+    ],
     "past a row cap an inactive key passed": ["test_an_inactive_key_behind_a_thousand_others_does_not_pass"],
-    "keys were compared as plaintext": ["common/test_security.py::test_a_key_is_known_by_its_hmac_under_every_secret_the_current_first"],
+    "keys were compared as plaintext": [
+        "common/test_security.py::test_a_key_is_known_by_its_hmac_under_every_secret_the_current_first"
+    ],
     "full keys in logs, lists and usage rows": ["test_no_full_key_in_logs_lists_or_any_row"],
     "hard-coded HMAC salt": ["test_two_installations_store_one_key_differently"],
     "a new Fernet key per process": ["test_what_one_process_encrypted_another_can_read"],
@@ -47,35 +57,53 @@ WRONG = {
     "a key could mint a broader key": ["routes/test_keys.py::test_a_key_cannot_mint_a_broader_key"],
     "referer matched as substring": ["test_a_referer_is_not_matched_as_a_substring"],
     "no CIDR": ["sql/test_accounts.py::test_an_address_allowlist_admits_its_networks_only"],
-    "X-Forwarded-For ignored or trusted blindly": ["test_x_forwarded_for_is_neither_ignored_nor_trusted_blindly"],
-    "suspended users still served": ["routes/test_account.py::test_a_suspended_user_is_refused_and_a_restored_one_served"],
-    "ended trials still served": ["routes/test_account.py::test_an_ended_trial_is_refused_until_credits_are_granted"],
+    "X-Forwarded-For ignored or trusted blindly": [
+        "test_x_forwarded_for_is_neither_ignored_nor_trusted_blindly"
+    ],
+    "suspended users still served": [
+        "routes/test_account.py::test_a_suspended_user_is_refused_and_a_restored_one_served"
+    ],
+    "ended trials still served": [
+        "routes/test_account.py::test_an_ended_trial_is_refused_until_credits_are_granted"
+    ],
     # Money
-    "402 was decided after the upstream answered": ["runtime/test_faults.py::test_no_credits_is_402_which_nobody_retries"],
+    "402 was decided after the upstream answered": [
+        "runtime/test_faults.py::test_no_credits_is_402_which_nobody_retries"
+    ],
     "zero-token usage unrecorded": ["test_usage_of_zero_tokens_is_recorded"],
-    "deduction not atomic": ["sql/test_admission.py::test_credits_for_k_requests_admit_exactly_k_of_many_at_once"],
+    "deduction not atomic": [
+        "sql/test_admission.py::test_credits_for_k_requests_admit_exactly_k_of_many_at_once"
+    ],
     "one flat price for all models": ["test_models_have_prices_of_their_own"],
     "a failed deduction only logged": [
         "runtime/test_faults.py::test_a_database_gone_at_settlement_costs_the_client_nothing_but_certainty",
         "runtime/test_faults.py::test_the_next_start_takes_up_what_the_journal_holds",
     ],
     # Limits
-    "failed open": ["runtime/test_faults.py::test_without_a_database_nothing_is_sent_and_the_answer_says_why"],
+    "failed open": [
+        "runtime/test_faults.py::test_without_a_database_nothing_is_sent_and_the_answer_says_why"
+    ],
     "compared timestamps as strings": ["sql/test_limits.py::test_no_window_of_any_history_exceeds_a_limit"],
     "the admin's limits ignored for new keys": ["test_the_admin_s_limits_hold_for_new_keys"],
-    "a lifetime max_requests reused as an hourly limit": ["sql/test_limits.py::test_max_requests_bounds_a_keys_life"],
+    "a lifetime max_requests reused as an hourly limit": [
+        "sql/test_limits.py::test_max_requests_bounds_a_keys_life"
+    ],
     # Proxy
     "two chats froze every other request": ["test_two_chats_freeze_nothing"],
     "upstream 429 became 500 with upstream text": [
         "proxy/test_completions.py::test_an_error_of_the_upstream_is_one_call_upstream_and_the_sdk_s_own_class",
     ],
-    "stream: true returned one JSON body": ["proxy/test_streamed_completions.py::test_a_stream_ends_with_usage_and_what_was_charged"],
+    "stream: true returned one JSON body": [
+        "proxy/test_streamed_completions.py::test_a_stream_ends_with_usage_and_what_was_charged"
+    ],
     "tools, stop, seed, response_format, multimodal content dropped": [
         "proxy/test_completions.py::test_every_field_reaches_the_upstream_but_those_that_cross_tenants",
         "proxy/test_completions.py::test_an_image_is_seen_and_priced",
     ],
     # Rest
-    "32 database round trips for one chat": ["runtime/test_faults.py::test_a_request_takes_two_round_trips_to_the_database"],
+    "32 database round trips for one chat": [
+        "runtime/test_faults.py::test_a_request_takes_two_round_trips_to_the_database"
+    ],
     "whole tables summed in Python": ["test_no_table_is_summed_in_python"],
     "duplicate names answered 500": ["routes/test_keys.py::test_a_name_is_unique_among_a_users_keys"],
     "missing plans answered 500": ["routes/test_api.py::test_a_plan_is_assigned_or_said_to_be_missing"],
@@ -83,7 +111,7 @@ WRONG = {
     "/health could not report a dead database": ["test_health_reports_a_dead_database"],
     "configuration unchecked on Vercel": ["test_the_configuration_is_checked_on_vercel_too"],
     "tests that did not even import": ["test_every_test_is_run_before_a_change_lands"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("item", WRONG)
@@ -117,7 +145,8 @@ async def test_an_inactive_key_behind_a_thousand_others_does_not_pass(gateway: G
     user = await gateway.register(credits=1)
     await gateway.database.value(
         """insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id)
-           select $1, 'key ' || n, 'gw_live_', '0000', lpad(to_hex(n), 64, '0'), 'x' from generate_series(1, 3000) as n""",
+           select $1, 'key ' || n, 'gw_live_', '0000', lpad(to_hex(n), 64, '0'), 'x'
+           from generate_series(1, 3000) as n""",
         user.id,
     )
     last = await gateway.register(credits=1)
@@ -140,8 +169,9 @@ async def test_no_full_key_in_logs_lists_or_any_row(
     pages = [
         (await gateway.http.get(path, headers=headers)).text
         for path, headers in (
-            ("/user/api-keys", user.headers), ("/user/api-keys/usage", user.headers), ("/user/api-keys/audit-logs", user.headers),
-            ("/user/usage/records", user.headers), ("/user/profile", second.headers), ("/admin/keys", ADMIN), ("/admin/balance", ADMIN),
+            ("/user/api-keys", user.headers), ("/user/api-keys/usage", user.headers),
+            ("/user/api-keys/audit-logs", user.headers), ("/user/usage/records", user.headers),
+            ("/user/profile", second.headers), ("/admin/keys", ADMIN), ("/admin/balance", ADMIN),
             ("/admin/usage/records?format=csv", ADMIN), ("/admin/audit-logs?format=csv", ADMIN),
         )
     ]  # fmt: skip
@@ -288,9 +318,12 @@ async def test_two_chats_freeze_nothing(gateway: Gateway) -> None:
 # Rest.
 
 MANY_RECORDS = """
-insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, status,
-                                  settlement_source, prompt_tokens, completion_tokens, created_at, expires_at, settled_at)
-select gen_random_uuid(), k.user_id, k.id, 'sandbox', 'live', 'chat/completions', 'openai/gpt-4o-mini', 1, 1, 'completed', 'usage', 3, 4,
+insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model,
+    hold_nanos, markup, status,
+                                  settlement_source, prompt_tokens, completion_tokens, created_at,
+                                      expires_at, settled_at)
+select gen_random_uuid(), k.user_id, k.id, 'sandbox', 'live', 'chat/completions', 'openai/gpt-4o-mini', 1, 1,
+    'completed', 'usage', 3, 4,
        t, t, t
 from public.api_keys_new k, generate_series(1, 3000), lateral (select now() as t) as at where k.user_id = $1
 """

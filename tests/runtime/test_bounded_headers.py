@@ -1,4 +1,4 @@
-"""A request's head is bounded, and so is what one connection can make the server remember."""
+"""The headers of a request are limited, and so is what one connection can make the server remember."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What if something is missing: the database, the upstream, the configuration, a right request? Each gets its
-own plain answer.
+"""When the database, the upstream, the configuration or a valid request is missing, each case has a plain
+answer of its own.
 """
 
 from __future__ import annotations

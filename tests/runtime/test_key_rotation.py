@@ -1,5 +1,5 @@
-"""Can the secret that keys are stored under be replaced while two instances serve? The steps of
-docs/key-rotation.md, one by one.
+"""The secret that keys are stored under can be replaced while two instances serve, by the steps of
+docs/key-rotation.md.
 """
 
 from __future__ import annotations

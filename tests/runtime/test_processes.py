@@ -1,4 +1,6 @@
-"""Do several processes share one truth? Two workers of a real server, killed where it hurts."""
+"""Several processes agree on credits, keys and limits: two workers of a real server, killed at the worst
+moments.
+"""
 
 from __future__ import annotations
 

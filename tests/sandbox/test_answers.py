@@ -1,4 +1,4 @@
-"""Are whole answers what the request asked for, in the upstream's shape, and priced by its own prices?"""
+"""Whole answers are what the request asked for, in the upstream's shape, at the model's own prices."""
 
 from __future__ import annotations
 

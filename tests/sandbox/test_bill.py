@@ -1,5 +1,5 @@
-"""Is the operator's bill exact, the same from every side, and told of every generation under every scenario
-and ending?
+"""The operator's bill is exact, the same wherever it is read, and knows every generation, whatever the
+scenario and the ending.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One model costs what its request can cost at most, for those who test what they hold."""
+"""One model costs as much as its request can cost at most, for tests of holds."""
 
 from __future__ import annotations
 

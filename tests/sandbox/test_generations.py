@@ -1,4 +1,6 @@
-"""Does `/generation` know the truth: after aborts, late, from another instance, and not for foreign ids?"""
+"""`/generation` knows the true cost: after aborts, late, and from another instance; and it knows nothing of
+foreign ids.
+"""
 
 from __future__ import annotations
 

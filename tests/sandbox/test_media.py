@@ -1,5 +1,5 @@
-"""Rankings, images, speech and transcripts: do clients read them, and do they cost what units and prices say,
-never more?
+"""Clients can read rankings, images, speech and transcripts, which cost what units and prices say and never
+more.
 """
 
 from __future__ import annotations

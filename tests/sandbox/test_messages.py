@@ -1,4 +1,4 @@
-"""Does `/messages` speak Anthropic's protocol, and say what it costs?"""
+"""`/messages` speaks Anthropic's protocol and says what it costs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whatever stands in a field of a body, there is an answer: a simulator that breaks off would look like a
-provider that does.
+"""Whatever a field of a body holds, there is an answer: a simulator that broke off would look like a provider
+that does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does `/responses` speak OpenAI's protocol, to its SDK, with OpenRouter's usage and its failures?"""
+"""`/responses` speaks OpenAI's protocol to OpenAI's SDK, with OpenRouter's usage and failures."""
 
 from __future__ import annotations
 

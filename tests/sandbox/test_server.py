@@ -1,4 +1,6 @@
-"""Does the simulator behave the same behind a real server: streaming, aborts, cuts, and after a kill?"""
+"""The simulator behaves the same behind a real server: it streams, is aborted, cuts connections, and is
+itself killed.
+"""
 
 from __future__ import annotations
 

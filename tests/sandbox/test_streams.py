@@ -1,4 +1,4 @@
-"""Do streams have the upstream's events, and every quirk that was asked for?"""
+"""Streams have the upstream's events, and every oddity that a scenario asks for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Are keys required, failures and catalog in shape, limits kept, calls observable, and every scenario
-documented?
+"""Keys are required, failures and catalog have the right shape, limits are kept, calls can be observed, and
+every scenario is documented.
 """
 
 from __future__ import annotations

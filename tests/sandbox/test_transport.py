@@ -1,4 +1,4 @@
-"""Does the in-process transport stream, wait, time out, abort and fail as a connection does?"""
+"""The in-process transport streams, waits, times out, aborts and fails as a connection does."""
 
 from __future__ import annotations
 

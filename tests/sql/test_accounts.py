@@ -1,4 +1,4 @@
-"""Who may use a key, from where, for what; and how accounts and keys of older formats come into being."""
+"""Who may use a key, from where and for what; and how accounts and keys of older formats are taken over."""
 
 from __future__ import annotations
 
@@ -263,7 +263,8 @@ async def test_registration_makes_a_user_a_key_counters_and_signup_credits(clien
         "trial",
     )
     rows = await client.rows(
-        "select subject from public.rate_limit_usage where (subject, subject_id) in (('user', $1), ('key', $2))",
+        "select subject from public.rate_limit_usage where (subject, subject_id) in (('user', $1), "
+        "('key', $2))",
         answer["user_id"],
         answer["key_id"],
     )

@@ -1,5 +1,5 @@
-"""A request is admitted only if its bound could be held; whatever the order, the number of callers, or the
-neighbours in the batch.
+"""A request is admitted only if its upper bound could be held, whatever the order, the number of callers, or
+the neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ async def test_the_grant_is_the_largest_that_credits_cover(client_18: Client, ma
             "markup": markup,
         }
         granted = await client_18.ask(
-            "select public.affordable_output(jsonb_populate_record(null::public.admission_item, $1::jsonb), $2)",
+            "select public.affordable_output(jsonb_populate_record(null::public.admission_item, "
+            "$1::jsonb), $2)",
             item,
             available,
         )
@@ -461,18 +462,22 @@ async def test_one_admission_reads_no_table_from_end_to_end(client_18: Client) -
     account = await client.register(credits_nanos=10**12)
     owner = client.owner
     await owner.execute(
-        "insert into public.users (username, email) select 'u' || n, 'u' || n || '@example.com' from generate_series(1, 3000) n"
+        "insert into public.users (username, email) select 'u' || n, 'u' || n || '@example.com' "
+        "from generate_series(1, 3000) n"
     )
     await owner.execute(
         "insert into public.api_keys_new (user_id, key_name, key_prefix, last4, key_hash, hash_secret_id) "
         "select id, 'k', 'gw_live_', 'abcd', encode(sha256(('x' || id)::bytea), 'hex'), 's' from public.users"
     )
     await owner.execute(
-        "insert into public.rate_limit_usage (subject, subject_id) select 'user', id from public.users on conflict do nothing"
+        "insert into public.rate_limit_usage (subject, subject_id) select 'user', id "
+        "from public.users on conflict do nothing"
     )
     await owner.execute(
-        "insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, status, "
-        "settlement_source, settled_at, created_at, expires_at) select gen_random_uuid(), $1, $2, 'sandbox', 'live', 'chat', 'm', 0, 1, "
+        "insert into public.usage_records (request_id, user_id, key_id, mode, environment, endpoint, "
+        "model, hold_nanos, markup, status, "
+        "settlement_source, settled_at, created_at, expires_at) "
+        "select gen_random_uuid(), $1, $2, 'sandbox', 'live', 'chat', 'm', 0, 1, "
         "'completed', 'usage', now(), now(), now() from generate_series(1, 20000)",
         account.id,
         account.key_id,
@@ -487,7 +492,8 @@ async def test_one_admission_reads_no_table_from_end_to_end(client_18: Client) -
 async def _sequential_scans(client: Client) -> dict[str, int]:
     await _flush_statistics(client)
     rows = await client.rows(
-        "select relname, seq_scan from pg_stat_user_tables where relname in ('users', 'usage_records', 'api_keys_new', 'rate_limit_usage')"
+        "select relname, seq_scan from pg_stat_user_tables "
+        "where relname in ('users', 'usage_records', 'api_keys_new', 'rate_limit_usage')"
     )
     return {row["relname"]: row["seq_scan"] for row in rows}
 
@@ -505,7 +511,8 @@ async def test_updates_of_the_hot_tables_are_heap_only(client_18: Client) -> Non
         await client.settle(*(settlement(answer["request_id"]) for answer in admitted))
     await _flush_statistics(client)
     rows = await client.rows(
-        "select relname, n_tup_hot_upd::float / n_tup_upd as hot from pg_stat_user_tables where relname in ('users', 'usage_records')"
+        "select relname, n_tup_hot_upd::float / n_tup_upd as hot from pg_stat_user_tables "
+        "where relname in ('users', 'usage_records')"
     )
     assert len(rows) == 2
     assert {row["relname"]: row["hot"] for row in rows if row["hot"] < 0.95} == {}

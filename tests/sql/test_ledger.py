@@ -1,4 +1,4 @@
-"""What was written stays written, and credits change only together with the entry that explains it."""
+"""Entries of the ledger are never changed, and credits change only with the entry that explains it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ WINDOWS = {"burst_ring": 1_000, "minute_ring": 60_000, "hour_ring": 3_600_000, "
 # One statement plays a whole history: events are [ms, requests' limit, tokens' limit, tokens, correction of
 # an earlier event or null].
 PLAY = """
-create or replace function pg_temp.play(p_size int, p_width bigint, p_requests bigint, p_tokens bigint, p_events jsonb) returns jsonb
+create or replace function pg_temp.play(p_size int, p_width bigint, p_requests bigint, p_tokens bigint,
+p_events jsonb) returns jsonb
 language plpgsql as $$
 declare
     v_ring bigint[] := public.empty_ring(p_size);
@@ -35,20 +36,24 @@ begin
     for v_event in select e from jsonb_array_elements(p_events) as e loop
         v_at := (v_event ->> 'at')::bigint;
         if v_event ? 'delta' then
-            v_ring := public.correct_ring(v_ring, p_size, (v_event ->> 'admitted')::bigint / p_width, v_at / p_width,
+            v_ring := public.correct_ring(v_ring, p_size, (v_event ->> 'admitted')::bigint / p_width,
+            v_at / p_width,
                                           (v_event ->> 'delta')::bigint);
             v_out := v_out || jsonb_build_object('sum', v_ring[2 * p_size + 2]);
             continue;
         end if;
         v_ring := public.advance_ring(v_ring, p_size, v_at / p_width);
-        v_state := public.check_window(null, 'w', v_ring, p_size, p_width, p_requests, p_tokens, (v_event ->> 'tokens')::bigint);
+        v_state := public.check_window(null, 'w', v_ring, p_size, p_width, p_requests, p_tokens,
+        (v_event ->> 'tokens')::bigint);
         if v_state.refused_window is null then
             v_ring := public.count_in_ring(v_ring, p_size, null, 1, (v_event ->> 'tokens')::bigint);
         end if;
         v_out := v_out || jsonb_build_object(
-            'ok', v_state.refused_window is null, 'frees_at', v_state.frees_at_ms, 'never', coalesce(v_state.never, false),
+            'ok', v_state.refused_window is null, 'frees_at', v_state.frees_at_ms, 'never',
+            coalesce(v_state.never, false),
             'sound', v_ring[2 * p_size + 1] = (select sum(v_ring[i]) from generate_series(1, p_size) i)
-                 and v_ring[2 * p_size + 2] = (select sum(v_ring[i]) from generate_series(p_size + 1, 2 * p_size) i));
+                 and v_ring[2 * p_size + 2] = (select sum(v_ring[i])
+                 from generate_series(p_size + 1, 2 * p_size) i));
     end loop;
     return v_out;
 end $$
@@ -343,7 +348,8 @@ async def advanced(
     """Counters as of `now`."""
     query = (
         "select to_jsonb(public.advance_usage(jsonb_populate_record(null::public.rate_limit_usage, "
-        "jsonb_build_object('burst_ring', public.empty_ring(11), 'minute_ring', public.empty_ring(7), 'hour_ring', public.empty_ring(13), "
+        "jsonb_build_object('burst_ring', public.empty_ring(11), 'minute_ring', public.empty_ring(7), "
+        "'hour_ring', public.empty_ring(13), "
         "'day_ring', public.empty_ring(25)) || $1::jsonb), $2::text::timestamptz, $3))"
     )
     return dict(await client.ask(query, usage, now, window))
@@ -453,7 +459,8 @@ async def test_a_hold_that_is_settled_after_its_budgets_window_counts_in_the_new
     await client.change_key(account, budget_nanos=5_000, budget_window="day")
     running = await client.admit_one(account)
     await client.value(
-        "update public.rate_limit_usage set budget_since = budget_since - interval '1 day', budget_spent_nanos = 4000 "
+        "update public.rate_limit_usage set budget_since = budget_since - interval '1 day', "
+        "budget_spent_nanos = 4000 "
         "where subject = 'key' and subject_id = $1",
         account.key_id,
     )

@@ -15,20 +15,25 @@ from tests.support.sql_client import Client
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 STRANGERS = """
-with strangers as (select 0::oid as id union select oid from pg_roles where rolname in ('anon', 'authenticated')),
+with strangers as (select 0::oid as id union select oid from pg_roles
+where rolname in ('anon', 'authenticated')),
 objects as (
     select c.oid::regclass::text as name,
-           coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner)) as acl
-    from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+           coalesce(c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char",
+           c.relowner)) as acl
+    from pg_class c where c.relnamespace = 'public'::regnamespace
+    and c.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
     union all
-    select c.oid::regclass::text || '.' || a.attname, a.attacl from pg_attribute a join pg_class c on c.oid = a.attrelid
+    select c.oid::regclass::text || '.' || a.attname, a.attacl from pg_attribute a
+    join pg_class c on c.oid = a.attrelid
     where c.relnamespace = 'public'::regnamespace and a.attacl is not null
     union all
     select p.oid::regprocedure::text, coalesce(p.proacl, acldefault('f', p.proowner)) from pg_proc p
     where p.pronamespace = 'public'::regnamespace
     union all
     -- A table's row type comes and goes with the table, and is of no use without it.
-    select t.oid::regtype::text, coalesce(t.typacl, acldefault('T', t.typowner)) from pg_type t left join pg_class c on c.oid = t.typrelid
+    select t.oid::regtype::text, coalesce(t.typacl, acldefault('T', t.typowner)) from pg_type t left
+    join pg_class c on c.oid = t.typrelid
     where t.typnamespace = 'public'::regnamespace and t.typelem = 0 and (c.oid is null or c.relkind = 'c')
 )
 select o.name, g.privilege_type from objects o, aclexplode(o.acl) g join strangers s on s.id = g.grantee
@@ -41,8 +46,10 @@ async def test_strangers_have_no_privilege_on_anything(client: Client) -> None:
 
 async def test_the_audit_of_strangers_would_see_a_forgotten_revoke(fresh: Client) -> None:
     await fresh.owner.execute(
-        "create table public.forgotten (id bigint generated always as identity); create view public.seen as select 1 as one;"
-        "create function public.open_to_all() returns int language sql as 'select 1'; create type public.shape as (a int)"
+        "create table public.forgotten (id bigint generated always as identity); create view public.seen "
+        "as select 1 as one;"
+        "create function public.open_to_all() returns int language sql as 'select 1'; create type "
+        "public.shape as (a int)"
     )
     found = {row["name"] for row in await fresh.rows(STRANGERS)}
     assert found == {"forgotten", "forgotten_id_seq", "seen", "open_to_all()", "shape"}
@@ -65,26 +72,34 @@ async def test_strangers_are_refused_when_they_try(client: Client, role: str) ->
 
 
 async def test_every_table_has_row_level_security_and_no_policy(client: Client) -> None:
-    query = "select relname from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relrowsecurity"
+    query = (
+        "select relname from pg_class where relnamespace = 'public'::regnamespace "
+        "and relkind in ('r', 'p') and not relrowsecurity"
+    )
     assert await client.rows(query) == []
     assert await client.rows("select policyname from pg_policies where schemaname = 'public'") == []
 
 
 # Called by other functions of ours only, whose empty search_path they inherit (docs/decisions/0005).
 INNER = {
-    "admission_users", "admit_checked", "admit_one", "advance_ring", "advance_usage", "affordable_output", "budget_level",
-    "budget_start", "cached_json", "check_all_limits", "check_idempotency", "check_limits", "check_plan", "check_plan_counter",
-    "check_window", "claim_idempotency", "correct_ring", "count_in_ring", "counted_tokens", "current_plan", "domain_allowed",
-    "end_user_budget", "end_user_left", "expire_play_rest", "find_cached", "find_key", "finish_idempotency", "hold_for_end_user",
-    "hold_json", "is_sound_record", "is_sound_user", "keep_in_cache", "limits_json", "models_allowed", "move_legacy_key",
-    "note_budget_level", "raise_one", "record_admission", "recount_user", "refusal", "refuse_for_limits", "refuse_for_money",
-    "refuse_identity", "refuse_until", "release_counters", "release_end_user", "repeat_admission", "retry_after_seconds",
-    "ring_frees_at", "scope_allows", "settle_one", "settlement_answer", "settlement_users", "verified_limits",
+    "admission_users", "admit_checked", "admit_one", "advance_ring", "advance_usage", "affordable_output",
+    "budget_level", "budget_start", "cached_json", "check_all_limits", "check_idempotency", "check_limits",
+    "check_plan", "check_plan_counter", "check_window", "claim_idempotency", "correct_ring", "count_in_ring",
+    "counted_tokens", "current_plan", "domain_allowed", "end_user_budget", "end_user_left",
+    "expire_play_rest", "find_cached", "find_key", "finish_idempotency", "hold_for_end_user", "hold_json",
+    "is_sound_record", "is_sound_user", "keep_in_cache", "limits_json", "models_allowed", "move_legacy_key",
+    "note_budget_level", "raise_one", "record_admission", "recount_user", "refusal", "refuse_for_limits",
+    "refuse_for_money", "refuse_identity", "refuse_until", "release_counters", "release_end_user",
+    "repeat_admission", "retry_after_seconds", "ring_frees_at", "scope_allows", "settle_one",
+    "settlement_answer", "settlement_users", "verified_limits",
 }  # fmt: skip
 
 
 async def test_every_function_runs_as_its_caller(client: Client) -> None:
-    query = "select oid::regprocedure::text as name from pg_proc where pronamespace = 'public'::regnamespace and prosecdef"
+    query = (
+        "select oid::regprocedure::text as name from pg_proc "
+        "where pronamespace = 'public'::regnamespace and prosecdef"
+    )
     assert await client.rows(query) == []
 
 

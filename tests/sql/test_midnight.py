@@ -1,5 +1,5 @@
-"""What happens at midnight UTC? Counters begin anew, and plans begin and end, to the microsecond and whatever
-the session's time zone.
+"""At midnight UTC counters begin anew, and plans begin and end, to the microsecond and whatever the session's
+time zone.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ async def test_a_plan_replaced_at_midnight_leaves_no_moment_with_both_or_neither
     assert await plan_at(client, account, MIDNIGHT - TICK) == str(strict)
     await assign(client, account, generous, MIDNIGHT)
     rows = await client.rows(
-        "select plan_id, start_date, end_date, is_active from public.user_plans where user_id = $1 order by id",
+        "select plan_id, start_date, end_date, is_active from public.user_plans "
+        "where user_id = $1 order by id",
         account.id,
     )
     assert [(row["plan_id"], row["start_date"], row["end_date"], row["is_active"]) for row in rows] == [
@@ -225,7 +226,10 @@ async def test_the_limits_of_a_verified_key_begin_anew_at_midnight_too(client: C
     account = await funded(client)
     await assign(client, account, await plan(client, daily_request_limit=3), MIDNIGHT - timedelta(days=1))
     assert await admits(client, account, MIDNIGHT - TICK)
-    query = """select public.verified_limits(k, u, $2) from public.api_keys_new k join public.users u on u.id = k.user_id where k.id = $1"""
+    query = (
+        "select public.verified_limits(k, u, $2) from public.api_keys_new k "
+        "join public.users u on u.id = k.user_id where k.id = $1"
+    )
     for at, left in ((MIDNIGHT - TICK, 2), (MIDNIGHT, 3)):
         shown = await client.ask(query, account.key_id, at)
         assert (shown["request_limit"], shown["request_left"]) == (3, left)

@@ -32,8 +32,10 @@ async def give_budget(
     client: Client, account: Account, end_user: str, nanos: int, window: str = "month"
 ) -> None:
     await client.ask(
-        "insert into public.end_user_budgets (user_id, end_user, budget_nanos, budget_window) values ($1, $2, $3, $4)"
-        " on conflict (user_id, end_user) do update set budget_nanos = excluded.budget_nanos, budget_window = excluded.budget_window"
+        "insert into public.end_user_budgets (user_id, end_user, budget_nanos, budget_window) "
+        "values ($1, $2, $3, $4)"
+        " on conflict (user_id, end_user) do update set budget_nanos = excluded.budget_nanos, "
+        "budget_window = excluded.budget_window"
         " returning 1",
         account.id,
         end_user,
@@ -44,7 +46,8 @@ async def give_budget(
 
 async def give_provider_key(client: Client, account: Account) -> None:
     await client.ask(
-        "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, 'sealed key', 'sk-or-...42') returning 1",
+        "insert into public.provider_keys (user_id, encrypted_key, label) "
+        "values ($1, 'sealed key', 'sk-or-...42') returning 1",
         account.id,
     )
 
@@ -327,7 +330,8 @@ async def test_the_levels_of_a_new_window_are_told_anew(client: Client) -> None:
     await give_budget(client, account, "ann", 1_000, "day")
     await spend(client, account, 600, end_user="ann")
     for table in (
-        "rate_limit_usage set budget_since = budget_since - interval '1 day' where subject = 'key' and subject_id",
+        "rate_limit_usage set budget_since = budget_since - interval '1 day' where subject = 'key' "
+        "and subject_id",
         "end_user_usage set budget_since = budget_since - interval '1 day' where user_id",
     ):
         number = account.key_id if "key" in table else account.id
@@ -345,7 +349,8 @@ async def test_a_window_that_ends_while_a_request_runs_starts_its_levels_anew(cl
     await spend(client, account, 900)
     running = await client.admit_one(account)
     await client.value(
-        "update public.rate_limit_usage set budget_since = budget_since - interval '1 day' where subject = 'key' and subject_id = $1",
+        "update public.rate_limit_usage set budget_since = budget_since - interval '1 day' "
+        "where subject = 'key' and subject_id = $1",
         account.key_id,
     )
     await client.settle_one(running["request_id"], billable_nanos="1000")
@@ -518,11 +523,13 @@ async def test_hits_and_own_keys_add_up_in_the_journal_and_its_sums(fresh: Clien
     ) as past:  # as if it had been two hours ago: nothing else may change such a record
         await past.execute("set session_replication_role = replica")
         await past.execute(
-            "update public.usage_records set created_at = created_at - interval '2 hours' where status <> 'pending'"
+            "update public.usage_records set created_at = created_at - interval '2 hours' "
+            "where status <> 'pending'"
         )
     await fresh.call("sum_up_usage")
     sums = await fresh.rows(
-        "select sum(requests)::int as requests, sum(cost_nanos)::int as cost, sum(upstream_cost_nanos)::int as upstream"
+        "select sum(requests)::int as requests, sum(cost_nanos)::int as cost, "
+        "sum(upstream_cost_nanos)::int as upstream"
         " from public.usage_slots"
     )
     assert sums == [{"requests": 3, "cost": 500, "upstream": 500}]
@@ -736,7 +743,10 @@ async def test_no_order_of_events_leaves_a_counter_wrong(client_18: Client, seed
         "select sum(budget_held_nanos) from public.end_user_usage where user_id = any($1)", ids
     )
     keys = [account.key_id for account in accounts]
-    held = "select sum(budget_held_nanos + slots) from public.rate_limit_usage where subject = 'key' and subject_id = any($1)"
+    held = (
+        "select sum(budget_held_nanos + slots) from public.rate_limit_usage where subject = 'key' "
+        "and subject_id = any($1)"
+    )
     assert await client.value(held, keys) == 0
     assert (
         await client.value(

@@ -187,7 +187,8 @@ async def webhook_with(client: Client, deliveries: int) -> tuple[Account, int]:
         "create_webhook", {**order, "url": "https://a.example.com/", "encrypted_secret": "x"}
     )
     await client.owner.execute(
-        "insert into public.webhook_deliveries (webhook_id, user_id) select $1, $2 from generate_series(1, $3)",
+        "insert into public.webhook_deliveries (webhook_id, user_id) select $1, $2 "
+        "from generate_series(1, $3)",
         made["id"], account.id, deliveries,
     )  # fmt: skip
     return account, int(made["id"])
@@ -244,7 +245,8 @@ async def test_a_deleted_account_leaves_no_customer_webhook_or_event(fresh: Clie
     )
     await fresh.call("set_provider_key", {**order, "encrypted_key": "x", "label": "x"})
     await fresh.owner.execute(
-        "insert into public.budget_events (user_id, end_user, level, budget_nanos, spent_nanos, budget_window, window_start, request_id) "
+        "insert into public.budget_events (user_id, end_user, level, budget_nanos, spent_nanos, "
+        "budget_window, window_start, request_id) "
         "values ($1, 'ada', 50, 2, 1, 'day', now(), gen_random_uuid())",
         account.id,
     )

@@ -519,8 +519,10 @@ async def test_the_sweep_deletes_what_has_expired_and_nothing_else(fresh: Client
 async def test_the_sweep_deletes_a_thousand_at_most_and_waits_for_nobody(fresh: Client) -> None:
     account = await fresh.register()
     await fresh.value(
-        "insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, expires_at)"
-        " select 'cache', $1, encode(sha256(n::text::bytea), 'hex'), repeat('0', 64), gen_random_uuid(), 'finished', 'x',"
+        "insert into public.stored_answers (kind, user_id, place, fingerprint, request_id, state, answer, "
+        "expires_at)"
+        " select 'cache', $1, encode(sha256(n::text::bytea), 'hex'), repeat('0', 64), gen_random_uuid(), "
+        "'finished', 'x',"
         " now() - interval '1 s' from generate_series(1, 1005) as n",
         account.id,
     )
@@ -538,7 +540,8 @@ async def test_a_deleted_accounts_answers_and_secrets_go_with_it(client: Client)
     running = await client.admit_one(account, **key("b"))
     caching = await client.admit_one(account, **cache("another body"))
     await client.value(
-        "insert into public.provider_keys (user_id, encrypted_key, label) values ($1, 'sealed', 'sk-or-...1')",
+        "insert into public.provider_keys (user_id, encrypted_key, label) "
+        "values ($1, 'sealed', 'sk-or-...1')",
         account.id,
     )
     await client.value(

@@ -21,8 +21,10 @@ NOW = datetime.now(UTC)
 START = (NOW - timedelta(days=4)).replace(minute=0, second=0, microsecond=0)
 PENDING = """
 insert into public.usage_records (
-    request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, created_at, expires_at)
-values (gen_random_uuid(), $1, $2, 'sandbox', 'live', 'chat/completions', 'a/one', 0, 1, $3, now() + interval '1 hour')
+    request_id, user_id, key_id, mode, environment, endpoint, model, hold_nanos, markup, created_at,
+    expires_at)
+values (gen_random_uuid(), $1, $2, 'sandbox', 'live', 'chat/completions', 'a/one', 0, 1, $3,
+now() + interval '1 hour')
 """
 
 
@@ -105,7 +107,8 @@ async def test_every_grouping_has_the_same_total(client: Client, group: str, zon
     await write_records(client, 40, seed=group + zone + bucket)
     rows = await report(client, user_id=None, zone=zone, bucket=bucket, group=group)
     (journal,) = await client.rows(
-        "select count(*) as n, sum(cost_nanos)::bigint as cost from public.usage_records where created_at >= $1",
+        "select count(*) as n, sum(cost_nanos)::bigint as cost from public.usage_records "
+        "where created_at >= $1",
         START,
     )
     assert (sum(row["requests"] for row in rows), sum(row["cost_nanos"] for row in rows)) == (

@@ -73,7 +73,7 @@ class Database:
 
     @asynccontextmanager
     async def connection(self, role: str) -> AsyncIterator[Connection]:
-        """A session with the rights of this role, which every role but the owner takes by way of `authenticator`."""
+        """A session with the rights of this role. All but the owner log in as `authenticator`."""
         is_owner = role == "postgres"
         connection: Connection = await asyncpg.connect(
             **self.connect_kwargs("postgres" if is_owner else "authenticator")

@@ -1,5 +1,5 @@
-"""The table of the management endpoints, each with what it needs, takes and answers, and the users that they are asked
-for. A test compares the table with the OpenAPI document.
+"""The table of the management endpoints, each with what it needs, takes and answers, and the users that tests
+call them as. A test compares the table with the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -93,22 +93,23 @@ NO_REQUEST = "019a9f5e-0000-7000-8000-000000000000"
 READ_KEYS, WRITE_KEYS = ("read", "keys"), ("write", "keys")
 
 KEY = {
-    "id", "api_key", "key_name", "environment_tag", "scope_permissions", "is_active", "is_primary", "expiration_date", "days_remaining",
-    "max_requests", "requests_used", "requests_remaining", "usage_percentage", "ip_allowlist", "domain_referrers", "created_at",
-    "updated_at", "last_used_at",
+    "id", "api_key", "key_name", "environment_tag", "scope_permissions", "is_active", "is_primary",
+    "expiration_date", "days_remaining", "max_requests", "requests_used", "requests_remaining",
+    "usage_percentage", "ip_allowlist", "domain_referrers", "created_at", "updated_at", "last_used_at",
 }  # fmt: skip
 
 PROFILE = {
-    "user_id", "api_key", "credits", "username", "email", "auth_method", "subscription_status", "trial_expires_at", "is_active",
-    "registration_date", "created_at", "updated_at",
+    "user_id", "api_key", "credits", "username", "email", "auth_method", "subscription_status",
+    "trial_expires_at", "is_active", "registration_date", "created_at", "updated_at",
 }  # fmt: skip
 PLAN = {
-    "id", "name", "description", "price_per_month", "daily_request_limit", "monthly_request_limit", "daily_token_limit",
-    "monthly_token_limit", "features",
+    "id", "name", "description", "price_per_month", "daily_request_limit", "monthly_request_limit",
+    "daily_token_limit", "monthly_token_limit", "features",
 }  # fmt: skip
 CORRECTED = {"status", "message", "new_balance", "user_id", "transaction_id"}
 END_USER = {
-    "id", "end_user", "budget_of", "budget", "budget_window", "window_start", "spent", "held", "remaining", "created_at", "updated_at",
+    "id", "end_user", "budget_of", "budget", "budget_window", "window_start", "spent", "held", "remaining",
+    "created_at", "updated_at",
 }  # fmt: skip
 BUDGET = {"budget": 5, "budget_window": "month"}
 WEBHOOK = {"status", "message", "webhook", "secret"}
@@ -421,7 +422,9 @@ class Public:
 MODELS = {"status", "total_models", "models", "timestamp"}
 
 PUBLIC = [
-    Public("GET", "/", {"name", "version", "description", "status", "endpoints", "features", "documentation"}),
+    Public("GET", "/", {
+        "name", "version", "description", "status", "endpoints", "features", "documentation",
+    }),
     Public("GET", "/health", {"status", "database", "openrouter", "user_count", "timestamp"}),
     Public("GET", "/health/live", {"status"}),
     Public("GET", "/health/ready", {"status"}),
@@ -429,14 +432,15 @@ PUBLIC = [
     Public("GET", "/models/providers", {"status", "provider_statistics", "timestamp"}),
     Public("GET", "/plans", set()),
     Public("GET", "/plans/{plan_id}", PLAN, "/plans/1", (
-        ("/plans/999999", None, 404, "plan_id"), ("/plans/0", None, 400, "plan_id"), ("/plans/x", None, 400, "plan_id"),
-        (f"/plans/{10**30}", None, 400, "plan_id"),
+        ("/plans/999999", None, 404, "plan_id"), ("/plans/0", None, 400, "plan_id"),
+        ("/plans/x", None, 400, "plan_id"), (f"/plans/{10**30}", None, 400, "plan_id"),
     )),
     Public("POST", "/auth/register", {
-        "user_id", "username", "email", "api_key", "credits", "environment_tag", "scope_permissions", "auth_method", "subscription_status",
-        "message", "timestamp",
+        "user_id", "username", "email", "api_key", "credits", "environment_tag", "scope_permissions",
+        "auth_method", "subscription_status", "message", "timestamp",
     }, "/auth/register", (
-        ("/auth/register", {}, 400, "username"), ("/auth/register", {"username": "a", "email": "nobody"}, 400, "email"),
+        ("/auth/register", {}, 400, "username"),
+        ("/auth/register", {"username": "a", "email": "nobody"}, 400, "email"),
         ("/auth/register", [], 400, None), ("/auth/register", None, 400, None),
     ), {"username": "everybody", "email": "everybody@example.com"}),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
-"""Gateways on sockets, with the means to use them as a stranger would. Nothing in them is mocked: their database is
-real, and their upstream is the sandbox.
+"""Gateways on sockets, with the means to use them as a stranger would.
+
+Nothing in them is mocked: their database is real, and their upstream is the sandbox.
 """
 
 from __future__ import annotations

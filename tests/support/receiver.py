@@ -1,7 +1,7 @@
 """A receiver of webhooks: a TLS server on loopback, whose certificate the senders of tests trust.
 
-What decides which addresses may be reached is an argument of the sender, so that nothing in production could be told
-to reach loopback.
+Which addresses may be reached is decided by an argument of the sender, so that nothing in production can be
+told to reach loopback.
 """
 
 from __future__ import annotations

@@ -127,10 +127,10 @@ class Client:
         )
 
     async def call_batch(self, function: str, items: Sequence[Json]) -> list[Json]:
-        """The answers to a batch, in its order. What is busy is asked again, as the gateway's queue does: a user's
-        lock is held for longer than a call waits when the machine has much to do.
+        """The answers to a batch, in its order; a busy item is asked again, as the gateway's queue does.
 
-        Tests of "busy" itself use `call`, which asks once.
+        On a loaded machine, a user's lock may be held for longer than a call waits for it. Tests of "busy"
+        itself use `call`, which asks once.
         """
         answers: list[Json] = list(await self.call(function, items))
         deadline = time.monotonic() + SECONDS_TO_ASK_AGAIN
@@ -190,9 +190,11 @@ class Client:
 # Slots and held budgets that are not what the journal's pending records add up to.
 DRIFTED = """
 select u.* from public.rate_limit_usage u, lateral (
-    select count(*) as slots, count(*) filter (where r.environment = 'test') as test_slots, coalesce(sum(r.hold_nanos), 0) as held,
+    select count(*) as slots, count(*) filter (where r.environment = 'test') as test_slots,
+    coalesce(sum(r.hold_nanos), 0) as held,
            min(r.created_at) as oldest
-    from public.usage_records r where r.status = 'pending' and case u.subject when 'user' then r.user_id else r.key_id end = u.subject_id
+    from public.usage_records r where r.status = 'pending' and
+    case u.subject when 'user' then r.user_id else r.key_id end = u.subject_id
 ) as p where u.subject <> 'address' and (
     u.slots <> p.slots or (u.subject = 'key' and u.budget_held_nanos <> p.held)
     or (u.subject = 'user' and (u.test_slots <> p.test_slots or u.pending_since > p.oldest)))
@@ -294,7 +296,10 @@ async def locked_user(client: Client, account: Account) -> AsyncIterator[Connect
 
 async def until_blocked(client: Client, sessions: int = 1) -> None:
     """Returns once this many sessions wait for a lock."""
-    query = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    query = (
+        "select count(*) from pg_stat_activity where datname = current_database() "
+        "and wait_event_type = 'Lock'"
+    )
     async with asyncio.timeout(10):
         while await client.value(query) < sessions:  # noqa: ASYNC110
             await asyncio.sleep(0.005)  # there is no event to wait for: another server process blocks
@@ -303,8 +308,11 @@ async def until_blocked(client: Client, sessions: int = 1) -> None:
 # One usage record, as settlement would leave it.
 INSERT_RECORD = """
 insert into public.usage_records (
-    request_id, user_id, key_id, mode, environment, endpoint, model, provider, prompt_tokens, completion_tokens, hold_nanos,
-    upstream_cost_nanos, cost_nanos, markup, status, settlement_source, error_code, latency_ms, created_at, expires_at, settled_at)
-values ($1, $2, $3, 'sandbox', 'live', 'chat/completions', $4, $5, $6, $7, 0, $8, $8, 1, $9, $10, $11, $12, $13,
+    request_id, user_id, key_id, mode, environment, endpoint, model, provider, prompt_tokens,
+    completion_tokens, hold_nanos,
+    upstream_cost_nanos, cost_nanos, markup, status, settlement_source, error_code, latency_ms, created_at,
+    expires_at, settled_at)
+values ($1, $2, $3, 'sandbox', 'live', 'chat/completions', $4, $5, $6, $7, 0, $8, $8, 1, $9, $10, $11, $12,
+$13,
         $13::timestamptz + interval '15 minutes', $13)
 """

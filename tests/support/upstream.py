@@ -1,5 +1,5 @@
-"""Two upstreams on sockets: the sandbox, and one that answers what a test tells it to, byte for byte and piece by
-piece. Both keep what they were sent.
+"""Two upstreams on sockets: the sandbox, and one that answers what a test tells it to, byte for byte and
+piece by piece. Both keep what they were sent.
 """
 
 from __future__ import annotations

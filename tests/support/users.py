@@ -1,4 +1,6 @@
-"""What tests let users do: keys of narrower scopes, quotes, orders by JSON, and requests whose cost nobody knew."""
+"""What tests do as users: call an endpoint, make a narrower key, ask for a quote; and requests whose cost is
+unknown.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,15 @@ async def make_unknown(gateway: Gateway, user: User, request_id: str, **columns:
     async with gateway.database.owner() as owner, owner.transaction():
         await owner.execute("alter table public.usage_records disable trigger all")
         await owner.execute(
-            "update public.users set credits_nanos = credits_nanos + (select cost_nanos from public.usage_records where request_id = $2) "
+            "update public.users set credits_nanos = credits_nanos + (select cost_nanos "
+            "from public.usage_records where request_id = $2) "
             "where id = $1",
             user.id,
             request_id,
         )
         await owner.execute(
-            "update public.usage_records set settlement_source = 'none', status = 'expired', cost_nanos = 0, upstream_cost_nanos = 0"
+            "update public.usage_records set settlement_source = 'none', status = 'expired', "
+            "cost_nanos = 0, upstream_cost_nanos = 0"
             f"{sets} where user_id = $1 and request_id = $2",
             user.id,
             request_id,

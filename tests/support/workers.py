@@ -53,7 +53,7 @@ async def running_workers(
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits) as http,
     ):
         try:
-            await eventually(lambda: is_ready(http), lambda ready: ready, seconds=30)
+            await eventually(lambda: is_ready(http), lambda ready: ready, seconds=120)
             yield Gateway(f"http://127.0.0.1:{port}", None, database, http, stack), process.pid
         finally:
             process.send_signal(signal.SIGTERM)

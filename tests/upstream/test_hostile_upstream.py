@@ -1,8 +1,7 @@
-"""What if the upstream misbehaves? Each scenario of the sandbox, and a server of our own that breaks HTTP
-itself.
+"""An upstream that misbehaves is asked once, one record has its true cost, and nothing stays held.
 
-Whatever comes back: the upstream was asked once, one record tells its true cost, nothing stays held, and the
-client learns nothing that is the operator's.
+The upstreams are each scenario of the sandbox, and a server of our own that breaks HTTP itself. A client
+learns nothing that is the operator's.
 """
 
 from __future__ import annotations
@@ -466,7 +465,10 @@ async def den(
             yield gateway, hostile
 
 
-ODD = b'[{"id":"odd/\\ud800","name":"\\udfff: x","created":1e999,"pricing":{"prompt":"0"},"big":1267650600228229401496703205376}]'
+ODD = (
+    b'[{"id":"odd/\\ud800","name":"\\udfff: x","created":1e999,"pricing":{"prompt":"0"},'
+    b'"big":1267650600228229401496703205376}]'
+)
 
 
 @pytest.mark.parametrize(

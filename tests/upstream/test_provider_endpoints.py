@@ -1,4 +1,6 @@
-"""Lists of a model's endpoints: fetched by one at a time, kept for a while, and never more than so many."""
+"""Lists of a model's provider endpoints are fetched by one caller at a time, kept for a while, and limited in
+number.
+"""
 
 from __future__ import annotations
 

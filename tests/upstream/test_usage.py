@@ -1,4 +1,4 @@
-"""What did it cost? Usage objects and generation records, sane and insane, become exact numbers or nothing."""
+"""Usage objects and generation records, sound or not, become exact numbers or nothing."""
 
 from __future__ import annotations
 

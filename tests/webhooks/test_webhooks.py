@@ -90,14 +90,16 @@ class Stage:
         }
         async with self.database.owner() as owner:
             event_id = await owner.fetchval(
-                "insert into public.budget_events (user_id, key_id, end_user, level, budget_nanos, spent_nanos, budget_window, "
+                "insert into public.budget_events (user_id, key_id, end_user, level, budget_nanos, "
+                "spent_nanos, budget_window, "
                 "window_start, request_id) values ($1, $2, $3, $4, 5000000000, 4000000001, 'month', $5, "
                 "'0199f0a0-0000-7000-8000-000000000000') returning id",
                 self.user.id, row["key_id"], row["end_user"], level, row["window_start"],
             )  # fmt: skip
             return int(
                 await owner.fetchval(
-                    "insert into public.webhook_deliveries (event_id, webhook_id, user_id) values ($1, $2, $3) returning id",
+                    "insert into public.webhook_deliveries (event_id, webhook_id, user_id) "
+                    "values ($1, $2, $3) returning id",
                     event_id,
                     self.webhook_id,
                     self.user.id,
@@ -199,11 +201,14 @@ async def test_there_are_at_most_five(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://hooks.example.com/", "ftp://hooks.example.com/", "hooks.example.com", "https://", "https:///x", "", "https://user:pw@a.example.com/",
-        "https://localhost/", "https://intranet/", "https://127.0.0.1/", "https://127.1/", "https://2130706433/", "https://0x7f.1/",
-        "https://10.0.0.1/", "https://169.254.169.254/latest/", "https://[::1]/", "https://[::ffff:10.0.0.1]/", "https://[fd00:ec2::254]/",
-        "https://a.example.com:0/", "https://a.example.com:99999/", "https://a.example.com/#fragment", "https://a.example.com\\@10.0.0.1/",
-        "https://127.0.0.1%2f.example.com/", "https://%31%32%37.0.0.1/", "https://ex ample.com/", "https://a.example.com/\n", "https://\uff25.com/",
+        "http://hooks.example.com/", "ftp://hooks.example.com/", "hooks.example.com", "https://",
+        "https:///x", "", "https://user:pw@a.example.com/", "https://localhost/", "https://intranet/",
+        "https://127.0.0.1/", "https://127.1/", "https://2130706433/", "https://0x7f.1/", "https://10.0.0.1/",
+        "https://169.254.169.254/latest/", "https://[::1]/", "https://[::ffff:10.0.0.1]/",
+        "https://[fd00:ec2::254]/", "https://a.example.com:0/", "https://a.example.com:99999/",
+        "https://a.example.com/#fragment", "https://a.example.com\\@10.0.0.1/",
+        "https://127.0.0.1%2f.example.com/", "https://%31%32%37.0.0.1/", "https://ex ample.com/",
+        "https://a.example.com/\n", "https://\uff25.com/",
         "https://a.example.com/" + "x" * 2000, "https://[fe80::1%25eth0]/", "https://[64:ff9b::10.0.0.1]/",
     ],
 )  # fmt: skip
@@ -236,11 +241,12 @@ async def test_a_refused_url_names_its_field(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "0.0.0.0", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "169.254.169.254", "172.16.0.1", "172.31.255.255",
-        "192.0.0.192", "192.168.1.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255", "168.63.129.16",
-        "::", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
-        "64:ff9b:1::a00:1", "2002:7f00:1::", "2001::1", "2001:db8::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%eth0",
-        "fec0::1", "ff02::1", "100::1", "3fff::1",
+        "0.0.0.0", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "169.254.169.254", "172.16.0.1",
+        "172.31.255.255", "192.0.0.192", "192.168.1.1", "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1",
+        "255.255.255.255", "168.63.129.16", "::", "::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254",
+        "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a00:1", "2002:7f00:1::",
+        "2001::1", "2001:db8::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%eth0", "fec0::1", "ff02::1",
+        "100::1", "3fff::1",
     ],
 )  # fmt: skip
 def test_an_address_that_is_not_for_everybody_is_not_public(address: str) -> None:
@@ -277,7 +283,8 @@ async def test_an_event_arrives_signed(stage: Stage) -> None:
     assert message["type"] == "budget.threshold_reached"
     event_id = message["data"].pop("event_id")
     assert message["data"] == {
-        "level": 80, "budget": 5, "spent": 4.000000001, "window": "month", "window_start": "2026-11-01T00:00:00+00:00",
+        "level": 80, "budget": 5, "spent": 4.000000001, "window": "month",
+        "window_start": "2026-11-01T00:00:00+00:00",
         "end_user": "customer-17", "request_id": "0199f0a0-0000-7000-8000-000000000000",
     }  # fmt: skip
     delivery = await stage.delivery()
@@ -574,7 +581,7 @@ async def test_a_secret_that_cannot_be_read_is_said_so(stage: Stage) -> None:
 
 
 async def test_the_sweep_delivers(stage: Stage) -> None:
-    """With the production sender, which refuses this receiver as it must: its name has no address anywhere."""
+    """The production sender refuses this receiver, as it must: its name has no address anywhere."""
     await stage.database.value("update public.webhooks set url = 'https://hooks.invalid/' returning id")
     await stage.event()
     await stage.gateway.admin("GET", "/internal/sweep")

@@ -1,7 +1,7 @@
-"""What does a client's program need besides the client? An account of its own on the running gateway, and its
-books.
+"""An account for one program of a client on the running gateway, and its books.
 
-Also what the sandbox says to the questions that the programs ask: its answers derive from the request alone.
+Also what the sandbox answers to the questions that the programs ask: its answers derive from the request
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ UNKNOWN_MODEL = "nobody/no-such-model"
 
 PROMPT = "Say hello."
 READ = "The sandbox read “Say hello.”."
-SAID = f"{READ} Prices, tokens and shapes are those of the real service. Ask the same again and you get the same answer."
+SAID = (
+    f"{READ} Prices, tokens and shapes are those of the real service. "
+    "Ask the same again and you get the same answer."
+)
 COST = 0.00002055
 QUESTION = "Weather in Paris?"
 WEATHER = {

@@ -1,4 +1,4 @@
-"""Does Anthropic's SDK for Python work unchanged? It sends its key as `x-api-key`, and reads errors in
+"""Anthropic's SDK for Python works unchanged. It sends its key as `x-api-key`, and reads errors in
 Anthropic's own form.
 """
 

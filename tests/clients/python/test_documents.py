@@ -1,6 +1,4 @@
-"""Does docs/clients.md say what works? Its programs are run as they stand there, and its versions are the
-ones that are locked.
-"""
+"""docs/clients.md is true: its programs run as printed there, and its versions are the locked ones."""
 
 from __future__ import annotations
 

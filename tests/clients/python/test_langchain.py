@@ -1,4 +1,4 @@
-"""Does LangChain's ChatOpenAI work unchanged? It adds message types, tool binding and parsers of its own to
+"""LangChain's ChatOpenAI works unchanged. It adds message types, tool binding and parsers of its own to
 OpenAI's SDK.
 """
 

@@ -1,4 +1,4 @@
-"""Does LiteLLM's SDK work unchanged? Both ways in: its OpenAI provider, and its OpenRouter provider under
+"""LiteLLM's SDK works unchanged, both through its OpenAI provider and through its OpenRouter provider under
 `/api/v1`.
 """
 

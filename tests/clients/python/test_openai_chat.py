@@ -1,5 +1,5 @@
-"""Does OpenAI's SDK for Python work unchanged? Chat completions in every way that it offers, its error
-classes, and its retries.
+"""OpenAI's SDK for Python works unchanged: chat completions in every way that it offers, its error classes,
+and its retries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do the other endpoints of OpenAI's SDK for Python work unchanged? Responses, embeddings, text completions,
+"""The other endpoints of OpenAI's SDK for Python work unchanged: responses, embeddings, text completions,
 images and audio.
 """
 
