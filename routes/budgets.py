@@ -46,7 +46,9 @@ BudgetReader = Annotated[Caller, get_api_key("read", "budgets")]
 BudgetWriter = Annotated[Caller, get_api_key("write", "budgets")]
 LABEL_START, LABEL_END = 12, 3
 NO_PROVIDER_KEY = "You have no upstream key of your own here."
+FORGOTTEN = "Your key is forgotten: requests use the gateway's account, and your credits, again."
 NO_BUDGET = "There is no such budget."
+BUDGET_GONE = "The budget is gone; that of `*` applies, if there is one."
 TOO_MANY = "You have 10,000 budgets, the most that are allowed. One for `*` applies to everybody else."
 
 
@@ -87,9 +89,7 @@ async def delete_provider_key(runtime: Running, caller: AccountWriter) -> Respon
     result = await db_security.delete_provider_key(runtime.client, caller.stamp())
     if result["outcome"] == "not_found":
         raise NotFound(NO_PROVIDER_KEY)
-    return success(
-        message="Your key is forgotten: requests use the gateway's account, and your credits, again."
-    )
+    return success(message=FORGOTTEN)
 
 
 async def _check(runtime: Runtime, key: str) -> bool:
@@ -97,10 +97,11 @@ async def _check(runtime: Runtime, key: str) -> bool:
     cannot be checked now is stored unchecked.
     """
     if runtime.mode != "live":
-        return False
+        return False  # a key of OpenRouter's means nothing to the sandbox
     try:
         account = await runtime.upstream(None).read_account(api_key=key)
     except UpstreamUnavailable:
+        # An outage must not keep anybody from replacing a key. A wrong one shows with the first request.
         return False
     if account is None:
         message = "`key`: OpenRouter does not accept this key."
@@ -181,8 +182,7 @@ async def delete_end_user(runtime: Running, budget_id: PathId, caller: BudgetWri
     result = await db.delete_end_user_budget(runtime.client, caller.stamp(), budget_id)
     if result["outcome"] == "not_found":
         raise NotFound(NO_BUDGET, param="budget_id")
-    message = "The budget is gone; that of `*` applies, if there is one."
-    return success(message=message, deleted_id=budget_id)
+    return success(message=BUDGET_GONE, deleted_id=budget_id)
 
 
 def forbid_test_key(caller: Caller) -> None:

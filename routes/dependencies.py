@@ -17,6 +17,7 @@ import db_security
 from common.errors import GatewayError, InvalidKey, MissingScope, RateLimited
 from db_rows.keys import WrongSecret
 from db_rows.shared import AdminStamp, CallerStamp, Environment, Scopes
+from gateway.pricing.catalog import ModelIndex
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from routes.http.client_address import address_of, client_domain, user_agent_of
@@ -182,6 +183,11 @@ def get_api_key(verb: Verb, resource: Resource) -> Any:
         return await verify_key(request, runtime, verb, resource)
 
     return Depends(dependency)
+
+
+async def model_index(request: Request, runtime: Runtime) -> ModelIndex:
+    """The models as a route without a key lists them: the sandbox's for a test key, else the upstream's."""
+    return await runtime.catalog(shown_environment(request)).models()
 
 
 async def optional_admin(request: Request) -> Admin | None:

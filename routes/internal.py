@@ -36,6 +36,7 @@ async def _require_secret(request: Request, runtime: Runtime) -> None:
     key = presented_key(request.headers).encode()
     secret = runtime.settings.cron_secret
     accepted = [runtime.admin_key] if secret is None else [runtime.admin_key, secret.get_secret_value()]
+    # In constant time, as for the administrator's key: the sweep may be called from anywhere.
     if not any(hmac.compare_digest(key, each.encode()) for each in accepted):
         await refuse_guesses(request, runtime, "INVALID_SWEEP_SECRET")
         if secret is None:

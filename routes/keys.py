@@ -226,6 +226,7 @@ def _new_secret(runtime: Runtime, row: Key) -> tuple[str, NewSecret]:
         "key_hash": stored["key_hash"],
         "hash_secret_id": stored["hash_secret_id"],
         "last4": stored["last4"],
+        # A key that cannot be shown again stays one when it is rotated.
         "encrypted_key": runtime.vault.encrypt(key) if row["is_revealable"] else None,
     }
 

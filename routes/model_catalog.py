@@ -5,15 +5,17 @@ No key is needed. A test key gets the sandbox's models, any other the upstream's
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from common.errors import ModelNotFound
+from common.json_types import Json
 from gateway.pricing.catalog import upstream_json
+from gateway.runtime.instance import Runtime
 from models import errors_of
-from routes.dependencies import Running, running, shown_environment
+from routes.dependencies import Running, model_index, running, shown_environment
 from routes.http.responses import JsonResponse
 from routes.schemas.openrouter import CountAnswer
 
@@ -34,11 +36,10 @@ Limit = Annotated[
 async def list_models(request: Request, offset: Offset = 0, limit: Limit = None) -> Response:
     """All of them, or a page: `total_count` says how many there are, `links.next` where the next page is."""
     runtime = await running(request)
-    index = await runtime.catalog(shown_environment(request)).models()
+    index = await model_index(request, runtime)
     whole = offset == 0 and limit is None
-    return Response(
-        index.json if whole else index.page(offset, limit, request.url.path), media_type="application/json"
-    )
+    page = index.json if whole else index.page(offset, limit, request.url.path)
+    return Response(page, media_type="application/json")
 
 
 @router.get(
@@ -47,17 +48,15 @@ async def list_models(request: Request, offset: Offset = 0, limit: Limit = None)
     responses=errors_of(404),
 )
 @router.get("/api/v1/model/{author}/{slug}", include_in_schema=False)
-async def read_model_of_author(request: Request, author: str, slug: str) -> Response:
-    return Response(
-        upstream_json({"data": await _entry(request, f"{author}/{slug}", "slug")}),
-        media_type="application/json",
-    )
+async def read_model_of_author(request: Request, runtime: Running, author: str, slug: str) -> Response:
+    entry = await _entry(request, runtime, f"{author}/{slug}", "slug")
+    return Response(upstream_json({"data": entry}), media_type="application/json")
 
 
 @router.get("/v1/models/count", summary="How many models there are", response_model=CountAnswer)
 @router.get("/api/v1/models/count", include_in_schema=False)
 async def count_models(request: Request, runtime: Running) -> Response:
-    index = await runtime.catalog(shown_environment(request)).models()
+    index = await model_index(request, runtime)
     return JsonResponse(CountAnswer(data={"count": len(index.raw)}))
 
 
@@ -82,24 +81,24 @@ async def list_endpoints(request: Request, runtime: Running, author: str, slug: 
     """As the upstream has it, at most five minutes old."""
     environment, model_id = shown_environment(request), f"{author}/{slug}"
     index = await runtime.catalog(environment).models()
-    providers = (
-        None if index.get(model_id) is None else await runtime.provider_endpoints(environment).get(model_id)
-    )
+    if index.get(model_id) is None:
+        raise _unknown(model_id, "slug")
+    providers = await runtime.provider_endpoints(environment).get(model_id)
     if providers is None:
         raise _unknown(model_id, "slug")
     return Response(providers, media_type="application/json")
 
 
-# Last, since it takes the paths above for models.
+# Declared last: it would take the paths above for models.
 @router.get("/v1/models/{model_id:path}", summary="One model", responses=errors_of(404))
 @router.get("/api/v1/models/{model_id:path}", include_in_schema=False)
-async def read_model(request: Request, model_id: str) -> Response:
-    return Response(upstream_json(await _entry(request, model_id, "model")), media_type="application/json")
+async def read_model(request: Request, runtime: Running, model_id: str) -> Response:
+    entry = await _entry(request, runtime, model_id, "model")
+    return Response(upstream_json(entry), media_type="application/json")
 
 
-async def _entry(request: Request, model_id: str, param: str) -> dict[str, Any]:
-    runtime = await running(request)
-    entry = (await runtime.catalog(shown_environment(request)).models()).entry(model_id)
+async def _entry(request: Request, runtime: Runtime, model_id: str, param: str) -> dict[str, Json]:
+    entry = (await model_index(request, runtime)).entry(model_id)
     if entry is None:
         raise _unknown(model_id, param)
     return entry

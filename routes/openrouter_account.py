@@ -124,11 +124,19 @@ async def read_generation(
 async def _find(runtime: Runtime, user_id: int, wanted: str) -> UsageRecord | None:
     if not wanted.isprintable():
         return None
-    try:
-        return await db.read_receipt(runtime.client, user_id, str(UUID(wanted)))
-    except ValueError:
-        pass
+    request_id = _uuid_of(wanted)
+    if request_id is not None:
+        return await db.read_receipt(runtime.client, user_id, request_id)
+    # The time in an id says where to look; without one only the last day is searched.
     return await db.find_generation(runtime.client, user_id, wanted, around=_moment_in(wanted))
+
+
+def _uuid_of(text: str) -> str | None:
+    """Our own request ids are UUIDs; the upstream's ids are not."""
+    try:
+        return str(UUID(text))
+    except ValueError:
+        return None
 
 
 def _moment_in(generation_id: str) -> str | None:

@@ -139,7 +139,7 @@ async def update_plan(runtime: Running, plan_id: PathId, body: PlanChange, admin
 )
 async def withdraw_plan(runtime: Running, plan_id: PathId, admin: AdminOnly) -> Response:
     await _change(runtime, admin.stamp(), plan_id, {"is_active": False})
-    return success(message="The plan is no longer offered; who has it keeps it", plan_id=plan_id)
+    return success(message="The plan is no longer offered; those who have it keep it", plan_id=plan_id)
 
 
 async def _change(
@@ -163,6 +163,7 @@ def _columns(body: PlanChange) -> dict[str, Any]:
     if "price_per_month" in columns:
         columns["price_per_month_nanos"] = nanos_from_credits(columns.pop("price_per_month"))
     if (factors := columns.get("environment_factors")) is not None:
+        # As texts: a JSON number would reach the database through a float.
         columns["environment_factors"] = {name: str(factor) for name, factor in factors.items()}
     return columns
 

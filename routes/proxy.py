@@ -48,6 +48,7 @@ class ClientConnection:
         try:
             await self._send(message)
         except OSError:
+            # The exchange goes on without its client: the answer that was paid for still has to be settled.
             self.gone = True
 
 
@@ -102,6 +103,7 @@ class ProxyEndpoint:
     ) -> None:
         watching = asyncio.create_task(_watch(receive, exchange, task))
         try:
+            # A cancelled request must not cancel its exchange: what was sent upstream has to be settled.
             await asyncio.shield(task)
         except asyncio.CancelledError:
             exchange.client_left()  # the server shuts down, and has given up on its clients

@@ -20,7 +20,7 @@ from gateway.pricing.catalog import upstream_json
 from gateway.runtime.instance import Runtime
 from gateway.runtime.service import Service
 from models import Health, Registered, Registration, errors_of
-from routes.dependencies import Admin, MaybeAdmin, Running, running, shown_environment
+from routes.dependencies import Admin, MaybeAdmin, Running, model_index, running
 from routes.http.client_address import address_of, user_agent_of
 from routes.http.json_body import ExactRoute
 from routes.http.outcomes import taken
@@ -163,14 +163,14 @@ def _catalog_health(runtime: Runtime) -> Literal["connected", "error", "unavaila
 
 @router.get("/models", summary="OpenRouter's list of models")
 async def list_models(request: Request, runtime: Running) -> Response:
-    index = await runtime.catalog(shown_environment(request)).models()
+    index = await model_index(request, runtime)
     head = _model_fields({"total_models": len(index.raw)})
     return Response(head[:-1] + b',"models":' + index.listed + b"}", media_type=JSON)
 
 
 @router.get("/models/providers", summary="Who makes the models")
 async def list_providers(request: Request, runtime: Running) -> Response:
-    index = await runtime.catalog(shown_environment(request)).models()
+    index = await model_index(request, runtime)
     return Response(_model_fields({"provider_statistics": provider_statistics(index.raw)}), media_type=JSON)
 
 
@@ -219,6 +219,7 @@ async def register(request: Request, body: Registration, admin: MaybeAdmin) -> R
     if admin is None and not runtime.settings.registration_open:
         raise RegistrationClosed()
     key = new_key(body.environment_tag.value)
+    # One statement makes the account and its key: neither is ever there without the other.
     account = _new_account(request, runtime, body, admin, _first_key(runtime, body, key))
     result = await db.register_user(runtime.client, account)
     if result["outcome"] != "registered":

@@ -137,6 +137,7 @@ def _tokens(row: ReceiptRow) -> ReceiptTokens:
 
 
 def _kind(row: ReceiptRow) -> str:
+    # The first that applies: a test key's request is free even where the cache answered it.
     if row["status"] == "pending" or row["settlement_source"] == "none":
         return "pending" if row["status"] == "pending" else "none"
     if row["environment"] == "test":

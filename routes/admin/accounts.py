@@ -191,6 +191,7 @@ def _refund_refusal(outcome: Literal["conflict", "not_settled", "not_found"]) ->
 
 
 async def _too_much_to_refund(runtime: Runtime, body: Refund, refundable_nanos: int) -> BadRequest:
+    # The outcome says how much is left, but not why nothing is: the record does.
     row = await db.get_record(runtime.client, str(body.request_id))
     cost = credits_from_nanos(row["cost_nanos"] if row else 0)
     if refundable_nanos:
@@ -250,11 +251,9 @@ async def read_balances(
 ) -> Response:
     rows = await db.list_users(runtime.client, text=None, before=id_of(cursor), limit=limit)
     keys = await db_security.list_primary_keys(runtime.client, [row["id"] for row in rows])
-    return success(
-        total_users=await db.count_users(runtime.client),
-        users=[_balance(row, keys.get(row["id"])) for row in rows],
-        next_cursor=BY_ID.following(rows, limit),
-    )
+    users = [_balance(row, keys.get(row["id"])) for row in rows]
+    total = await db.count_users(runtime.client)
+    return success(total_users=total, users=users, next_cursor=BY_ID.following(rows, limit))
 
 
 def _balance(row: User, masked_key: str | None) -> dict[str, object]:

@@ -61,10 +61,10 @@ SHOWN_AT_ONCE = 20
     responses={200: {"content": {"application/json": {"example": EXAMPLE}}}},
 )
 async def reconcile(runtime: Running, admin: AdminOnly) -> Response:
-    """Live requests by UTC day, week and month; without test keys' and those that went out with users' own
-    keys.
+    """Live requests by UTC day, week and month, without those of test keys and those that went out with
+    users' own keys.
 
-    An upstream that does not answer leaves `upstream` null, with the reason. Of what is open, the newest
+    If the upstream does not answer, `upstream` is null, and the reason is given. Of what is open, the newest
     twenty of each kind are shown.
     """
     comparison = await reconciliation.compare(runtime.client, runtime.upstream(None))
@@ -100,6 +100,7 @@ async def resolve(
 ) -> Response:
     """Charges what the upstream says now, as far as the account's credits go. A record is amended once."""
     charge, generation_id = await reconciliation.resolve(runtime.client, runtime.settlements, str(request_id))
+    # After the charge, so that the audit log never names one that was not made.
     await _record(runtime, admin, charge, generation_id)
     now = charge["outcome"] == "settled"
     return success(

@@ -55,6 +55,7 @@ async def export(
 ) -> StreamingResponse:
     """The whole list. Raises what the first page raises; a later error can only go into the stream."""
     pages = _pages(listing, before, most)
+    # Before the status is sent: an error now is an answer of its own, later it can only end the stream.
     first: list[RowT] = await anext(pages, [])
     return Export(listing, form, first, pages, request.state.request_id)
 

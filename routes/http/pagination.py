@@ -25,6 +25,7 @@ Cursor = Annotated[
 
 
 def cursor_of(text: str) -> str:
+    """A cursor for what marks the last row; opaque, so that no client builds on what is in it."""
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
@@ -68,6 +69,7 @@ def id_of(cursor: str | None) -> int | None:
     if cursor is None:
         return None
     text = _text_of(cursor)
+    # 18 digits always fit a bigint; PostgreSQL would fail at a number that does not.
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise _foreign()
     return int(text)
