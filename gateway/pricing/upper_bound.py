@@ -124,7 +124,7 @@ class Bound:
         return {**self.patch, **caps}
 
     def typical_nanos(self, output_tokens: int) -> Decimal:
-        """A rough cost with so much output, for a quote: listed prices, one turn, no cache, no media."""
+        """A rough cost for a quote: so much output, listed prices, one turn, no cache, media or searches."""
         prompt = EXACT.multiply(self.rates.prompt, Decimal(self.prompt_estimate))
         output = EXACT.multiply(self.rates.completion, Decimal(self.choices * output_tokens))
         fees = EXACT.multiply(self.rates.request, Decimal(self.requests))

@@ -24,7 +24,7 @@ from gateway.upstream.usage import parse_json
 
 log = structlog.get_logger("openrouter")
 CONNECT_SECONDS = 10.0
-LOOKUP_SECONDS = 15.0
+LOOKUP_SECONDS = 15.0  # for what is not billed; a billed request has the operator's own limit
 # Test keys are free, so what the sandbox does for them is bounded.
 TEST_ANSWER_BYTES = 64 * 1024
 TEST_SECONDS = 60

@@ -19,7 +19,7 @@ from common.errors import GatewayError, UpstreamUnavailable
 MOST_LISTS = 512
 FETCHES_AT_ONCE = 4
 MAX_BYTES = 1024 * 1024
-RETRY_SECONDS = 10.0
+RETRY_SECONDS = 10.0  # a failure is not asked about again before
 UNREADABLE = "The list of this model's endpoints cannot be had from the upstream now. Try again."
 
 

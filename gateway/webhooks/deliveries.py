@@ -21,9 +21,11 @@ from gateway.webhooks.sender import AT_ONCE, GONE, Attempt, Sender
 from gateway.webhooks.signature import signature
 
 log = structlog.get_logger("webhooks")
-LEASE_SECONDS = 90
-RETRY_SECONDS = (60, 300, 1800, 7200, 43200)
+# A whole batch, eight at once and ten seconds each, takes at most 40 seconds: no lease ends while its
+# delivery is being sent.
 BATCH = 32
+LEASE_SECONDS = 90
+RETRY_SECONDS = (60, 300, 1800, 7200, 43200)  # after the first, second, ... failure; then it is given up
 THRESHOLD_REACHED = "budget.threshold_reached"
 TEST = "webhook.test"
 Claim = Callable[[int | None], Awaitable[Sequence[ClaimedDelivery]]]
@@ -58,6 +60,7 @@ def _event_data(event: BudgetEvent) -> dict[str, object]:
 
 
 def _amount(nanos: int) -> orjson.Fragment:
+    # Money is written digit by digit: a float could not hold it.
     return orjson.Fragment(plain(credits_from_nanos(nanos)))
 
 
@@ -122,6 +125,7 @@ class Deliveries:
             action = "put back the encryption key"
             log.error("webhook_secret_unreadable", webhook_id=delivery["webhook_id"], action=action)
             return Attempt(None, "the gateway cannot read this webhook's secret; rotate it")
+        # The id is the same at each attempt, so that a receiver can tell a repetition; the time is not.
         payload, message_id, now = payload_of(delivery), f"msg_{delivery['id']}", int(time.time())
         headers = {
             "content-type": "application/json",

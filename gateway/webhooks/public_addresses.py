@@ -47,7 +47,7 @@ def is_public(address: Address) -> bool:
     """Whether anybody on the internet could reach this address, or the one that it is a translation of."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in CLOSED_V4)
-    if address.scope_id is not None:
+    if address.scope_id is not None:  # an address of one network interface only
         return False
     if address.ipv4_mapped is not None:
         return is_public(address.ipv4_mapped)
@@ -81,6 +81,7 @@ def problem_of(url: str) -> str | None:
     if parts.username is not None or parts.password is not None or parts.fragment:
         return "takes no user, password or fragment"
     address = literal(host)
+    # A last label of digits is an address in a spelling that only some libraries know (0x7f.1, 127.1).
     if address is None and ("." not in host.strip(".") or host.rstrip(".").rpartition(".")[2].isdigit()):
         return "must name a public host"
     if address is not None and not is_public(address):

@@ -24,7 +24,7 @@ from gateway.webhooks.public_addresses import (
 
 SEND_SECONDS = 10.0
 AT_ONCE = 8
-GONE = 410
+GONE = 410  # by the Standard Webhooks specification, the receiver wants no more
 TROUBLES: dict[type[Exception], str] = {
     aiohttp.ClientConnectorDNSError: "the host's name cannot be resolved",
     aiohttp.ClientSSLError: "the TLS handshake failed: is the certificate valid?",
@@ -62,13 +62,13 @@ class Sender:
         connector = aiohttp.TCPConnector(
             resolver=self._resolver,
             socket_factory=self._open_socket,
-            use_dns_cache=False,
-            force_close=True,
+            use_dns_cache=False,  # a cached address would go unchecked
+            force_close=True,  # so would a connection that is kept open
             ssl=tls or True,
             limit=AT_ONCE,
         )
         timeout = aiohttp.ClientTimeout(total=seconds)
-        jar = aiohttp.DummyCookieJar()
+        jar = aiohttp.DummyCookieJar()  # one user's receiver must not set a cookie for another's
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=timeout, cookie_jar=jar, auto_decompress=False
         )

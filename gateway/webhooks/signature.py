@@ -1,4 +1,4 @@
-"""Signing secrets and signatures by the Standard Webhooks specification (https://www.standardwebhooks.com)."""
+"""Signing secrets and signatures of the Standard Webhooks specification, https://www.standardwebhooks.com."""
 
 from __future__ import annotations
 
