@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 MODULE_LINES = 450
-MODULE_LINES_OF = {"db.py": 600, "gateway/proxy/exchange.py": 480}  # db.py is flat: a function for each query
+MODULE_LINES_OF = {"db.py": 600}  # flat: one function for each query
 BODY_LINES = 50  # of one function, docstring included
 BODY_LINES_MEDIAN = 5
 BODY_LINES_P90 = 15
@@ -38,17 +38,22 @@ PACKAGES = {"common", "console", "db_rows", "embedded", "gateway", "routes", "sa
 
 # Comments in a hundred lines, at least. Raise a floor when a package has got above it.
 COMMENTS = {
-    "gateway/billing": 1.4,
+    "common": 3.0,
+    "embedded": 3.0,
+    "gateway/billing": 1.8,
+    "gateway/pricing": 5.0,
     "gateway/proxy": 2.1,
-    "gateway/upstream": 1.7,
-    "gateway/pricing": 3.0,
-    "supabase/schema": 3.0,
+    "gateway/upstream": 2.7,
+    "gateway/webhooks": 1.6,
+    "sandbox": 2.0,
+    "supabase/schema": 8.0,
 }
+
+SHOWN = 30  # breaches of one rule that are printed
 
 # How many breaches of a rule are left from before the rule. Lower a number when there are fewer.
 STILL_OPEN = {
-    "wide lines": 215,
-    "openings": 37,
+    "wide lines": 96,
 }
 
 
@@ -240,7 +245,7 @@ def main() -> int:
         allowed = STILL_OPEN.get(rule, 0)
         failed |= len(problems) > allowed
         if len(problems) > allowed:
-            print("\n".join(problems))
+            print("\n".join([*problems[:SHOWN], *(["..."] if len(problems) > SHOWN else [])]))
         if problems:
             print(f"{rule}: {len(problems)}, at most {allowed} allowed for now")
     return int(failed)
