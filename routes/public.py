@@ -105,8 +105,8 @@ async def read_ready(runtime: Running) -> Response:
 
 
 class UserCount:
-    """How many accounts there are, counted every ten seconds at most: a health check must not count a large table
-    each time.
+    """How many accounts there are, counted every ten seconds at most: a health check must not count a large
+    table each time.
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ made stricter.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ BODY_LINES = 50  # of one function, docstring included
 BODY_LINES_MEDIAN = 5
 BODY_LINES_P90 = 15
 COLUMNS = 110
+DIRECTIVE = re.compile(r"  # (?:type: ignore|noqa)\b.*")
 LAST_WIDE_MIGRATION = "20261130100100"  # landed migrations are never edited
 
 FILES = {
@@ -53,7 +55,7 @@ SHOWN = 30  # breaches of one rule that are printed
 
 # How many breaches of a rule are left from before the rule. Lower a number when there are fewer.
 STILL_OPEN = {
-    "wide lines": 96,
+    "wide lines": 86,
 }
 
 
@@ -156,11 +158,17 @@ def long_bodies(everything: Package) -> Iterator[str]:
             yield f"function bodies: the {name} is {everything.percentile(share)} lines, at most {limit}"
 
 
+def columns(line: str) -> int:
+    """How wide a line is as Ruff counts: without directives to tools, and 0 if it is one word, as a URL."""
+    text = DIRECTIVE.sub("", line)
+    return len(text) if len(text.strip("#- ").split()) > 1 else 0
+
+
 def wide_lines() -> Iterator[str]:
     for path in [*python_files(with_tests=True), *sql_files()]:
         for number, line in enumerate(text_of(path).splitlines(), 1):
-            if len(line) > COLUMNS:
-                yield f"{shown(path)}:{number} has {len(line)} columns, at most {COLUMNS} are allowed"
+            if columns(line) > COLUMNS:
+                yield f"{shown(path)}:{number} has {columns(line)} columns, at most {COLUMNS} are allowed"
 
 
 def ragged_sql() -> Iterator[str]:
