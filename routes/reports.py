@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import functools
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, get_args
 from zoneinfo import available_timezones
 
 from fastapi import Query
@@ -32,6 +33,17 @@ AdminGroup = Literal[
     "model", "key", "provider", "environment", "endpoint", "status", "error_code", "user", "end_user", "none"
 ]
 Format = Literal["json", "csv"]
+Summed = Literal[
+    "requests",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "cost_nanos",
+    "upstream_cost_nanos",
+    "overrun_nanos",
+]
+SUMMED: tuple[Summed, ...] = get_args(Summed)
 
 
 @functools.cache
@@ -116,11 +128,12 @@ async def usage_report(
         "bucket": bucket,
         "limit": MAX_ROWS + 1,  # one more than is served: it shows that there are more
     }
-    rows = [_row(row) for row in await _read_rows(runtime, user_id, group, spans)]
+    groups = await _read_rows(runtime, user_id, group, spans)
+    rows = [_row(row) for row in groups]
     if form == "csv":
         return csv_answer(COLUMNS, rows, "usage.csv")
     summary = {"start": since, "end": until, "timezone": zone, "bucket": bucket, "group_by": group}
-    return success(**summary, total=_total(rows), rows=rows)
+    return success(**summary, total=_total(groups), rows=rows)
 
 
 async def _read_rows(
@@ -149,6 +162,5 @@ def _row(row: ReportRow) -> dict[str, object]:
     return {name: cells.get(name) for name in COLUMNS}
 
 
-def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [name for name in COLUMNS[2:] if not name.startswith("latency")]
-    return {name: sum(row[name] for row in rows) for name in names}
+def _total(rows: Sequence[ReportRow]) -> dict[str, object]:
+    return in_credits({name: sum(row[name] for row in rows) for name in SUMMED})
