@@ -1,7 +1,8 @@
-"""Asks the database, in one round trip that other requests share, whether a request may be sent and on which hold.
+"""Asks the database, in one round trip that other requests share, whether a request may be sent and on which
+hold.
 
-Nothing is decided here. The answer may also be that of an earlier request: the one with the same Idempotency-Key,
-or one in the response cache.
+Nothing is decided here. The answer may also be that of an earlier request: the one with the same
+Idempotency-Key, or one in the response cache.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ Item = VerificationItem | AdmissionItem
 class AdmissionRequest:
     """What one request asks of admission, besides who is asking.
 
-    `cache` is set where the request asks for the cache. Where it says nothing, `default_cache` makes the slot, in
-    case its key uses the cache by default. With neither, the request takes no part in the cache.
+    `cache` is set where the request asks for the cache. Where it says nothing, `default_cache` makes the
+    slot, in case its key uses the cache by default. With neither, the request takes no part in the cache.
     """
 
     request_id: str
@@ -119,13 +120,15 @@ class Admission:
             "byok": True,
         }
         self._resolve_expired = resolve_expired
-        # Keys (their first hash) seen to use the cache by default. This is only a hint: to compute the slot for
-        # every other request would cost each the reading of its body, so a key's first request is never a hit.
+        # Keys (their first hash) seen to use the cache by default. This is only a hint: to compute the slot
+        # for every other request would cost each the reading of its body, so a key's first request is never a
+        # hit.
         self._caching: set[str] = set()
         self._unknown_keys = UnknownKeys()
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Verified:
         """The key and its user. Raises InvalidKey, Forbidden and their kin, DatabaseUnavailable."""
+        # In the same queue as admissions: under load a verification costs no round trip of its own.
         item: VerificationItem = {
             **self._common,
             **_presented(credential),
@@ -159,6 +162,7 @@ class Admission:
             reply = await self._open(answer, request)
             if reply is not None:
                 return reply
+            # It was not readable, so it is as if it had never been stored: the request is sent and charged.
             answer = await self._ask(_without_stored_answers(item), credential)
         if answer["outcome"] != "admitted":
             raise self._refusal(
@@ -205,6 +209,8 @@ class Admission:
 
     async def _ask(self, item: AdmissionItem, credential: Credential) -> AdmissionVerdict:
         answer = await self._queue.submit(item, group=credential.hashes[0])
+        # No worker is needed to free what a crash left held: whoever is short of it resolves it and asks
+        # again.
         if expired := _expired_holds(answer):
             await self._resolve_expired(expired)
             answer = await self._queue.submit(item, group=credential.hashes[0])
@@ -241,6 +247,7 @@ class Admission:
         if answer.get("cache_ttl") is None:
             self._caching.discard(credential.hashes[0])
             return None
+        # Forgetting them all costs each one cache hit, and needs no bookkeeping per request.
         if len(self._caching) >= MAX_CACHING_KEYS:
             self._caching.clear()
         self._caching.add(credential.hashes[0])
@@ -294,6 +301,8 @@ def _presented(credential: Credential) -> _Presented:
 
 def _bound_item(bound: Bound) -> BoundItem:
     return {
+        # As text in plain notation: JSON numbers are read as floats on their way, and 1E-9 is no numeric of
+        # ours.
         "fixed_nanos": format(bound.fixed_nanos, "f"),
         "output_nanos": format(bound.output_nanos, "f"),
         "min_output": bound.min_output,
@@ -321,6 +330,7 @@ def _without_stored_answers(item: AdmissionItem) -> AdmissionItem:
 
 
 def _release_abandoned(abandoned: Callable[[str], None], item: Item, answer: AdmissionVerdict) -> None:
+    # Only an admission holds money. Nobody is left to send the request, so its hold is released at once.
     if answer["outcome"] == "admitted":
         abandoned(item["request_id"])
 

@@ -1,8 +1,9 @@
-"""A queue in front of one SQL function: calls that arrive while a batch is in flight travel together in the next.
+"""A queue in front of one SQL function: calls that arrive while a batch is in flight travel together in the
+next.
 
-There is no timer, so nothing waits when the queue is idle, and one batch is in flight per queue. A batch whose
-answer is lost is sent again with the same ids; an item whose user is locked elsewhere is sent again while its
-neighbours are served. The queue knows nothing of what it carries but `request_id`.
+There is no timer, so nothing waits when the queue is idle, and one batch is in flight per queue. A batch
+whose answer is lost is sent again with the same ids; an item whose user is locked elsewhere is sent again
+while its neighbours are served. The queue knows nothing of what it carries but `request_id`.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class GroupCommit(Generic[ItemT, AnswerT]):
     async def _carry(self, batch: list[_Waiting[ItemT, AnswerT]]) -> list[_Waiting[ItemT, AnswerT]]:
         """Sends a batch and hands out the answers; returns the items that have to be sent again.
 
-        A batch that is refused whole is sent in halves, so that an item which cannot even be read fails alone.
+        A batch that is refused whole is sent in halves, so that an item which cannot even be read fails
+        alone.
         """
         try:
             answers = await self._send_until_answered(batch)

@@ -1,4 +1,6 @@
-"""What admission grants: a hold on credits, or an answer that was given before. Nothing here asks the database."""
+"""What admission grants: a hold on credits, or an answer that was given before. Nothing here asks the
+database.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ class Charge(TypedDict):
 class Hold:
     """An admitted request: its record is pending, and this much is held for it.
 
-    `byok`: it is sent under the user's own upstream key, `provider_key` (encrypted), and holds and costs nothing.
-    `cache`: where its answer is to be cached, as a settlement item takes it.
+    `byok`: it is sent under the user's own upstream key, `provider_key` (encrypted), and holds and costs
+    nothing. `cache`: where its answer is to be cached, as a settlement item takes it.
     """
 
     request_id: str
@@ -33,6 +35,7 @@ class Hold:
     hold_nanos: int
     balance_nanos: int
     limits: LimitsLeft
+    # Under the user's own key nothing is held: the provider bills the user.
     byok: bool = False
     provider_key: str | None = None
     cache: SlotItem | None = None
@@ -42,8 +45,8 @@ class Hold:
 class StoredReply:
     """An answer that was given before. Nothing is held, nothing may be sent, and there is nothing to settle.
 
-    `request_id` is the one whose charge is shown: a replay shows the first request's, a cached answer its own, and
-    a cached answer costs nothing.
+    `request_id` is the one whose charge is shown: a replay shows the first request's, a cached answer its
+    own, and a cached answer costs nothing.
     """
 
     source: Literal["idempotency", "cache"]

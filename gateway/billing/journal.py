@@ -37,8 +37,8 @@ class Journal:
         self._path(item).unlink(missing_ok=True)
 
     def read(self) -> list[SettlementItem]:
-        """The items that earlier processes left behind. A file that is no settlement stays where it is, and is
-        named in the log.
+        """The items that earlier processes left behind. A file that is no settlement stays where it is, and
+        is named in the log.
         """
         items = []
         for path in sorted(self._folder.glob("*.json")) if self._folder.is_dir() else ():

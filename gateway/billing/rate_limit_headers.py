@@ -8,8 +8,8 @@ from db_rows.requests import LimitsLeft
 def limit_headers(limits: LimitsLeft) -> dict[str, str]:
     """Headers for requests and tokens; {} where nothing is limited.
 
-    OpenAI's are `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; `RateLimit` and `RateLimit-Policy` follow
-    draft-ietf-httpapi-ratelimit-headers.
+    OpenAI's are `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; `RateLimit` and `RateLimit-Policy`
+    follow draft-ietf-httpapi-ratelimit-headers.
     """
     units = {
         "requests": (limits.get("request_limit"), limits.get("request_left"), limits.get("request_reset")),

@@ -1,7 +1,7 @@
 """Our books beside the upstream's, and the requests whose costs are still open.
 
-Costs are compared for the UTC day, week and month, as OpenRouter counts them itself. They always differ a little:
-OpenRouter counts a request when it has ended, we count it at its admission, once it is settled.
+Costs are compared for the UTC day, week and month, as OpenRouter counts them itself. They always differ a
+little: OpenRouter counts a request when it has ended, we count it at its admission, once it is settled.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ async def open_items(
     client: AsyncClient, kind: str, *, before: str | None, limit: int
 ) -> list[dict[str, object]]:
     """The open items of one kind, newest first, with amounts in credits."""
+    # First, so that what has been closed since the last sweep is listed, too.
     await db.note_open_items(client)
     rows = await db.list_open_items(client, kind, before=before, limit=limit)
     return [_in_credits(row) for row in rows]
@@ -123,11 +124,11 @@ def waiting_in(folder: Path) -> list[str]:
 
 
 async def resolve(client: AsyncClient, settlements: Settlements, request_id: str) -> tuple[Settled, str]:
-    """Asks the upstream once more what a request cost that was settled without knowing it, and charges that. Returns
-    the charge and the generation's id; a record is charged so once.
+    """Asks the upstream once more what a request cost that was settled without knowing it, and charges that.
+    Returns the charge and the generation's id; a record is charged so once.
 
-    Raises NotFound where there is no such request or the upstream does not know it, Conflict where there is nothing to
-    resolve, UpstreamUnavailable.
+    Raises NotFound where there is no such request or the upstream does not know it, Conflict where there is
+    nothing to resolve, UpstreamUnavailable.
     """
     record = await db.get_record(client, request_id)
     if record is None:
@@ -148,10 +149,11 @@ async def resolve(client: AsyncClient, settlements: Settlements, request_id: str
 
 
 def _unresolved_generation(record: UsageRecord) -> Generation:
-    """The generation of a request whose cost is not known. Raises Conflict where there is none to ask about."""
+    """The generation whose cost is not known. Raises Conflict where there is none to ask about."""
     if record["settlement_source"] != "none":
         raise Conflict("The cost of this request is known, or it is still pending.", param="request_id")
     generation_id = record["generation_id"]
+    # Under a user's own key nothing was charged, and the operator's account does not know the generation.
     if generation_id is None or record["byok"]:
         raise Conflict(
             "The upstream cannot be asked about this request.", param="request_id", code="not_resolvable"

@@ -47,6 +47,7 @@ FORBIDDEN: dict[str, type[GatewayError]] = {
     "REQUEST_LIMIT_EXCEEDED": KeyExhausted,
     "trial_expired": TrialExpired,
 }
+# Told apart to whoever holds the key; somebody who guesses always gets the first.
 UNUSABLE_KEYS = {
     "INVALID_KEY": "This API key does not exist.",
     "INACTIVE_KEY": "This API key has been revoked.",
@@ -66,8 +67,8 @@ def error_for_refusal(
 ) -> GatewayError:
     """The error that a refusal of the database means.
 
-    `resource`: what the key's scopes had to allow. `client_limit_field`: the field in which the client set an output
-    limit. An answer that is no refusal is a fault of ours: it is logged, and becomes a plain 500.
+    `resource`: what the key's scopes had to allow. `client_limit_field`: the field in which the client set an
+    output limit. An answer that is no refusal is a fault of ours: it is logged, and becomes a plain 500.
     """
     match refusal["outcome"]:
         case "INVALID_KEY" | "INACTIVE_KEY" | "EXPIRED_KEY" as outcome:
@@ -102,6 +103,7 @@ def wrong_mode() -> Misconfigured:
 
 def _limit_error(refusal: LimitRefused) -> GatewayError:
     headers = limit_headers(refusal["limits"])
+    # A client that is told to wait would wait for ever, so these two are not "try again later".
     if refusal["never"] and refusal["unit"] == "tokens" and refusal["limit"]:
         return _never_fits(refusal, headers)
     kind, message = _limit_and_message(refusal)
@@ -134,8 +136,9 @@ def _window_of(refusal: LimitRefused) -> str:
 
 def _never_fits(refusal: LimitRefused, headers: dict[str, str]) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"This request is estimated at {refusal['need']} tokens, above your limit of {refusal['limit']} tokens "
-        f"per {_window_of(refusal)}: no waiting will let it through. Shorten it or ask for a higher limit.",
+        f"This request is estimated at {refusal['need']} tokens, above your limit of "
+        f"{refusal['limit']} tokens per {_window_of(refusal)}: no waiting will let it through. "
+        "Shorten it or ask for a higher limit.",
         param="messages",
         code="token_limit_exceeded",
     )
@@ -160,6 +163,7 @@ def _money_error(refusal: MoneyRefused, client_limit_field: str | None) -> Gatew
         credits_from_nanos(refusal["available_nanos"]),
     )
     affordable = refusal["affordable_output"]
+    # Which of them is the least decides the error: only credits can be bought, a budget has to be raised.
     kind, purse = MONEY[refusal["outcome"]]
     request = "This request" if client_limit_field else "Even a short answer to this request"
     message = f"{request} may cost up to {plain(needed)} credits. {purse} {plain(available)} available"

@@ -1,8 +1,8 @@
 """Charges every request exactly once: settles it, retries, and asks the upstream for costs that come late.
 
-A settlement that the database did not take is retried with backoff and, where there is a disk, written to a journal
-that the next start reads. Settling is idempotent per request, so doing it twice is harmless, and the hold protects
-the money meanwhile.
+A settlement that the database did not take is retried with backoff and, where there is a disk, written to a
+journal that the next start reads. Settling is idempotent per request, so doing it twice is harmless, and the
+hold protects the money meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from gateway.upstream.usage import Usage, read_generation
 
 log = structlog.get_logger("settlements")
 
+# Shortly after its end the upstream may not know a generation yet: a 404 then is no answer.
 QUICK_LOOKUPS = (0.0, 0.25, 0.5, 1.0)
 QUICK_LOOKUP_SECONDS = 5.0
 PATIENT_LOOKUPS = (2.0, 4.0, 8.0, 16.0, 30.0, 60.0, 60.0, 120.0, 120.0)
@@ -49,7 +50,8 @@ NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0)
 class Generation:
     """A generation at the upstream, and the account it was made under.
 
-    `byok`: it was made under the user's own key, `provider_key` (encrypted; None where the user has none any more).
+    `byok`: it was made under the user's own key, `provider_key` (encrypted; None where the user has none any
+    more).
     """
 
     mode: Mode
@@ -66,16 +68,18 @@ def settlement(
     usage: Usage,
     **details: Unpack[SettlementDetails],
 ) -> SettlementItem:
-    """A settlement item: what the database is told about the end of a request. An unknown cost is a cost of zero,
-    source `none`.
+    """A settlement item: what the database is told about the end of a request. An unknown cost is a cost of
+    zero, source `none`.
 
-    `stored_answer` (sealed) is stored for the request's idempotency key and, where it completed, at `cache` (a
-    Hold's). Without one the idempotency key is free again if nothing was charged, and else refuses a second run.
+    `stored_answer` (sealed) is stored for the request's idempotency key and, where it completed, at `cache`
+    (a Hold's). Without one the idempotency key is free again if nothing was charged, and else refuses a
+    second run.
     """
     return {
         "request_id": request_id,
         "status": status,
         "source": source,
+        # Exact text, never a float: the database multiplies it with the markup and rounds up once.
         "billable_nanos": usage.billable_nanos or "0",
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -111,7 +115,9 @@ class Settlements:
         task.add_done_callback(self._tasks.discard)
 
     async def settle(self, item: SettlementItem) -> Settled | None:
-        """The charge, or None when the database does not take the settlement now: then it is kept and retried."""
+        """The charge, or None when the database does not take the settlement now: then it is kept and
+        retried.
+        """
         try:
             return await self._submit(item)
         except asyncio.CancelledError:
@@ -121,6 +127,7 @@ class Settlements:
         except Exception as error:  # whatever it was, the charge must not be lost with it
             if not isinstance(error, GatewayError):
                 log.error("settlement_broken", request_id=item["request_id"], exc_info=error)
+            # On disk before it is retried: a process that dies meanwhile leaves it to the next start.
             await asyncio.to_thread(self._write, item)
             self.spawn(self._retry(item), f"settlement of {item['request_id']}")
             return None
@@ -140,9 +147,13 @@ class Settlements:
                 log.error("settlement_failed", request_id=request_id, sqlstate=sqlstate, reason=reason)
                 raise GatewayError()
             case "unknown":
+                # Nothing to charge: it was never admitted here, or this is another database than it was
+                # admitted by.
                 log.error("settlement_of_unknown_request", request_id=request_id)
                 return None
             case "settled" if answer.get("overrun_nanos"):
+                # The upstream billed beyond the caps that we sent: the operator's loss, and a reason for an
+                # alarm.
                 overrun, user_id = answer["overrun_nanos"], answer["user_id"]
                 log.error("overrun", request_id=request_id, overrun_nanos=overrun, user_id=user_id)
         return answer
@@ -166,8 +177,8 @@ class Settlements:
                 reason = str(error)
                 log.warning("settlement_waits", request_id=item["request_id"], attempt=attempt, reason=reason)
                 continue
-            # A request that this database does not know may belong to another one: its file stays for a start on
-            # that database.
+            # A request that this database does not know may belong to another one: its file stays for a start
+            # on that database.
             if self._journal is not None and settled is not None:
                 await asyncio.to_thread(self._journal.drop, item)
             return
@@ -184,8 +195,8 @@ class Settlements:
         self.spawn(self._note(request_id, generation_id), f"note for {request_id}")
 
     async def keep_generation(self, request_id: str, generation_id: str) -> None:
-        """Stores it before it returns, or gives up after two seconds: on a serverless platform nothing may run
-        after the response.
+        """Stores it before it returns, or gives up after two seconds: on a serverless platform nothing may
+        run after the response.
         """
         try:
             async with asyncio.timeout(NOTE_SECONDS):
@@ -237,8 +248,8 @@ class Settlements:
             return None
 
     def resolve_later(self, generation: Generation, item: SettlementItem) -> None:
-        """Keeps asking for the cost of a generation; in the end it settles what is known, or leaves the hold to the
-        sweep.
+        """Keeps asking for the cost of a generation; in the end it settles what is known, or leaves the hold
+        to the sweep.
         """
         self.spawn(self._resolve_patiently(generation, item), f"lookup for {item['request_id']}")
 
@@ -251,14 +262,15 @@ class Settlements:
             if usage is not None:
                 await self.settle(with_generation(item, usage))
                 return
+        # A running count of a stream that broke off is better than nothing; without one the sweep decides.
         if item["source"] != "none":
             await self.settle(item)
 
     # Requests that outlived their holds.
 
     async def resolve_expired(self, holds: Sequence[ExpiredHold]) -> None:
-        """Ends expired holds: by what the upstream tells of them, else without a charge. A hold whose generation
-        cannot be asked about now stays.
+        """Ends expired holds: by what the upstream tells of them, else without a charge. A hold whose
+        generation cannot be asked about now stays.
         """
         await asyncio.gather(*(self._resolve_expired(hold) for hold in holds))
 
@@ -276,8 +288,11 @@ class Settlements:
     async def sweep(
         self, list_expired: Callable[[int, int], Awaitable[Sequence[ExpiredHold]]]
     ) -> dict[str, int]:
-        """Resolves expired holds, batch after batch, past those that cannot be asked about now. Returns counts."""
+        """Resolves expired holds, batch after batch, past those that cannot be asked about now. Returns
+        counts.
+        """
         expired = resolved = 0
+        # Holds that stay are skipped from now on, or the first of them would be listed for ever.
         while holds := await list_expired(SWEEP_BATCH, expired - resolved):
             done = sum(await asyncio.gather(*(self._resolve_expired(hold) for hold in holds)))
             expired, resolved = expired + len(holds), resolved + done
@@ -316,7 +331,7 @@ def _end_of_expired(hold: ExpiredHold, usage: Usage | None) -> SettlementItem:
 
 
 def with_generation(item: SettlementItem, usage: Usage) -> SettlementItem:
-    """A settlement with what the upstream tells of its generation. Token counts that it does not tell stay."""
+    """A settlement with the upstream's figures of its generation; counts that it does not give stay."""
     told = item.copy()
     told["source"], told["billable_nanos"] = "generation", usage.billable_nanos or "0"
     if usage.prompt_tokens is not None:

@@ -1,4 +1,4 @@
-"""A request that holds credits: what arrived, what it may cost, and what was granted. It always has a hold."""
+"""A request that holds credits: what arrived, what it may cost, and what was granted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from gateway.proxy.services import Services
 
 @dataclass(slots=True)
 class AdmittedRequest:
-    """`hold` and `bound` belong together: both are replaced when prices changed and a larger hold was granted."""
+    """`hold` and `bound` belong together: both are replaced when prices changed and a larger hold was
+    granted.
+    """
 
     incoming: IncomingRequest
     parsed: ParsedRequest
@@ -31,7 +33,9 @@ class AdmittedRequest:
 def bound_with(
     models: ModelIndex, services: Services, incoming: IncomingRequest, parsed: ParsedRequest
 ) -> Bound:
-    """What the request can cost at most at these models' prices. Raises BadRequest, ModelNotFound, UnboundedCost."""
+    """What the request can cost at most at these models' prices. Raises BadRequest, ModelNotFound,
+    UnboundedCost.
+    """
     policy = BoundPolicy(
         services.settings.default_max_output_tokens, services.settings.free_models, services.upstream.suffixes
     )

@@ -13,7 +13,8 @@ def gateway_usage(request_id: str, tokens: int, charge: Charge | None) -> bytes:
     if charge is not None:
         cost, balance = plain_credits(charge["cost_nanos"]), plain_credits(charge["balance_nanos"])
         pending = ""
-    # Written by hand: it is on the way of every request, and a JSON encoder would need the decimals as text first.
+    # Written by hand: it is on the way of every request, and a JSON encoder would need the decimals as text
+    # first.
     ids_and_tokens = f'"request_id":"{request_id}","tokens_charged":{tokens}'
     return f'{{{ids_and_tokens},"cost":{cost},"user_balance_after":{balance}{pending}}}'.encode()
 

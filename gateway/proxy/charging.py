@@ -27,7 +27,7 @@ NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cost=Decimal(0))
 
 @dataclass(slots=True)
 class Charging:
-    """The charge of one admitted request. `charge` is None until it is settled, and while its cost is open."""
+    """The charge of one admitted request; `charge` is None until it is settled."""
 
     admitted: AdmittedRequest
     services: Services
@@ -38,9 +38,10 @@ class Charging:
     _sealing: asyncio.Task[str | None] | None = None
 
     async def settle(self) -> Settled | None:
-        """Charges what the request cost. None while that is open: the cost is not known yet, or the database does
-        not answer.
+        """Charges what the request cost. None while that is open: the cost is not known yet, or the database
+        does not answer.
         """
+        # A keep-alive after the last event would follow the end of the stream.
         self.writer.stop_keep_alives()
         outcome = self.outcome
         if outcome.stream is not None:
@@ -71,6 +72,7 @@ class Charging:
     async def _item(self) -> SettlementItem:
         outcome = self.outcome
         is_known = outcome.refused or (outcome.usage is not None and outcome.usage.cost is not None)
+        # No usage after a refusal is a cost of zero that is known; after anything else it is not known.
         usage = outcome.usage or (NOTHING_USED if outcome.refused else Usage())
         details: SettlementDetails = {
             "model_used": outcome.model,
@@ -98,7 +100,8 @@ class Charging:
         return None if code is None else read_text(str(code))
 
     async def _stored_answer(self) -> SettlementDetails:
-        """The answer as it is stored for a replay or the cache, where that was asked for and the answer is whole.
+        """The answer as it is stored for a replay or the cache, where that was asked for and the answer is
+        whole.
 
         It is recorded and sealed once, however often it is settled.
         """
@@ -120,15 +123,15 @@ class Charging:
         return {"stored_answer": sealed, "cache": cache}
 
     def _is_cut_by_credits(self) -> bool:
-        """Whether the account's credits ended the answer: with more of them it would have been another one, so
-        it does not belong into the cache.
+        """Whether the account's credits ended the answer: with more of them it would have been another one,
+        so it does not belong into the cache.
         """
         granted, usage = self.admitted.hold.granted_output, self.outcome.usage
         used = usage.completion_tokens if usage else None
         return granted < self.admitted.bound.max_output and (used is None or used >= granted)
 
     async def send_end(self) -> None:
-        """Sends the last bytes of the answer. Raises the outcome's failure where nothing has been sent yet."""
+        """Sends the last bytes. Raises the outcome's failure where nothing has been sent yet."""
         failure = self.outcome.failure
         if self.client.gone:
             return
@@ -137,6 +140,8 @@ class Charging:
         elif self.writer.started and failure is not None:
             return  # left open: only a connection that breaks off tells that these bytes are not all
         elif failure is not None:
+            # Nothing was sent yet, so the failure is the response: with its status, and with what it was
+            # charged.
             failure.extra_headers |= {**self._headers(), **charge_headers(self.charge)}
             raise failure
         elif self.outcome.body is not None:
@@ -153,6 +158,7 @@ class Charging:
         outcome = self.outcome
         if outcome.stream is not None:
             return outcome.stream.tail(usage, outcome.failure, self.admitted.hold.request_id)
+        # Into the bytes as they came, not into a parsed answer: what we do not know stays as it was.
         last = outcome.body or b""
         return with_field(last, "gateway_usage", usage) if outcome.content_type == JSON else last
 

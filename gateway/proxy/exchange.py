@@ -1,8 +1,8 @@
 """One proxied request from its body to its settlement: read, bound, admit, forward, charge.
 
-From admission on the request has a hold, and it is settled on every ending: an answer, an error, a timeout, a client
-that leaves before the first byte or in mid-stream, a shutdown. The work runs in a task of its own, so that a client
-that leaves cannot cancel it half-way, and nothing relies on a generator having started.
+From admission on the request has a hold, and it is settled on every ending: an answer, an error, a timeout, a
+client that leaves before the first byte or in mid-stream, a shutdown. The work runs in a task of its own, so
+that a client that leaves cannot cancel it half-way, and nothing relies on a generator having started.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Exchange:
         self._is_verified = False
 
     async def run(self) -> None:
-        """Does all of it. Raises GatewayError only while no byte of an answer has been sent; a hold is settled then,
-        too.
+        """Does all of it. Raises GatewayError only while no byte of an answer has been sent; a hold is
+        settled then, too.
         """
+        # Everything that can be refused without holding money is refused before the hold.
         bounded = await self._read_and_bound()
         credential = self.request.credential
         answer = await self._services.admission.admit(credential, self._admission_request(bounded))
@@ -61,10 +62,11 @@ class Exchange:
             self.admitted.forwarding.client_left()
 
     async def _read_and_bound(self) -> _BoundedRequest:
-        """Reads and bounds the body. Only a caller whose key is right is told what is wrong with it, and only such a
-        caller makes us fetch a model list.
+        """Reads and bounds the body. Only a caller whose key is right is told what is wrong with it, and only
+        such a caller makes us fetch a model list.
         """
         services, request = self._services, self.request
+        # A body takes far longer to read than a key to look up: unknown keys must not keep this process busy.
         if services.admission.is_suspect(request.credential):
             await self._verify()
         try:
@@ -120,7 +122,7 @@ class _BoundedRequest:
 
 
 class AdmittedExchange:
-    """A request with a hold, from the upstream to its settlement. `is_recorded`: its answer is to be stored."""
+    """A request with a hold, to its settlement. `is_recorded`: its answer is to be stored."""
 
     def __init__(
         self, request: AdmittedRequest, services: Services, client: Client, *, is_recorded: bool
@@ -130,6 +132,7 @@ class AdmittedExchange:
         self._writer = ResponseWriter(client, services.settlements.spawn, services.keep_alive_seconds)
         if is_recorded:
             self._writer.recording = Recording()
+        # They share the outcome: a settlement that interrupts the forwarding charges what is known by then.
         self.forwarding = Forwarding(request, services, client, self._writer)
         self.charging = Charging(request, services, client, self._writer, self.forwarding.outcome)
 

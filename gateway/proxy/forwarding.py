@@ -1,7 +1,8 @@
-"""Sends an admitted request upstream and relays the answer, whether plain, binary or streamed, but for its end.
+"""Sends an admitted request upstream and relays the answer, whether plain, binary or streamed, but for its
+end.
 
-The end waits for the settlement (gateway/proxy/charging.py). The request is sent once: again only where the upstream
-refused it for its price before it generated anything.
+The end waits for the settlement (gateway/proxy/charging.py). The request is sent once: again only where the
+upstream refused it for its price before it generated anything.
 """
 
 from __future__ import annotations
@@ -61,12 +62,14 @@ class Forwarding:
             self.outcome.refused = True  # by its own client: nothing is sent
             return self.outcome
         try:
+            # The deadline counts from the request's arrival: the hold outlives it by a minute.
             async with asyncio.timeout(deadline - (time.monotonic() - self.admitted.started)):
                 await self._send_at_current_prices()
         except TimeoutError:
             self.outcome.failure = UpstreamTimeout(f"The request took longer than {deadline:g} seconds.")
         except GatewayError as failure:
             self.outcome.failure = failure
+            # Nothing was sent, so nothing can be billed.
             self.outcome.refused = self.outcome.refused or isinstance(failure, Unreachable)
         except EventTooLarge:
             self.outcome.failure = UpstreamError("The model provider's answer is too large.")
@@ -78,8 +81,8 @@ class Forwarding:
         return self.outcome
 
     def client_left(self) -> None:
-        """Stops the upstream where closing the connection stops the bill; else the answer is read to its end, to
-        learn what it cost.
+        """Stops the upstream where closing the connection stops the bill; else the answer is read to its end,
+        to learn what it cost.
         """
         if self._relaying is not None and self._may_abort():
             self._relaying.cancel()
@@ -91,8 +94,8 @@ class Forwarding:
         self._timers.clear()
 
     def _is_own_abort(self) -> bool:
-        """Whether `client_left` cancelled the relay: then the task goes on, to settle. A cancellation from outside
-        ends the task.
+        """Whether `client_left` cancelled the relay: then the task goes on, to settle. A cancellation from
+        outside ends the task.
         """
         task = asyncio.current_task()
         if not self.client.gone or self._relaying is None or task is None:
@@ -110,6 +113,7 @@ class Forwarding:
             raised = await reprice(self.admitted, self.services)
             if not raised or self.client.gone:
                 raise
+            # The refused attempt has ended: what is learned from now on is of the second one.
             self.outcome.refused, self.outcome.generation_id = False, None
             self.forget_generation()
             await self._send()
@@ -182,6 +186,8 @@ class Forwarding:
             async for chunk in chunks:
                 passed = stream.feed(chunk)
                 self._learn_progress(stream)
+                # The headers wait for the first chunk: until then an error can still be answered with its
+                # status.
                 if not writer.started:
                     await writer.start_stream(self._headers())
                 await writer.send(passed)
@@ -190,6 +196,7 @@ class Forwarding:
         if not writer.started:
             await writer.start_stream(self._headers())
         await writer.send(stream.end())
+        # From here on a client that leaves must not cancel anything: the cost is known, and is settled next.
         self._relaying = None
         self.outcome.completed = stream.is_whole and not stream.has_failed
         if not stream.is_whole and stream.error is None and not self.client.gone:
@@ -211,6 +218,7 @@ class Forwarding:
                 if outcome.body is None:
                     outcome.first_token_ms = self.admitted.elapsed_ms
                 elif not writer.started:
+                    # A second piece has come: the first is not the last, and may go.
                     await writer.start({**self._headers(), "content-type": outcome.content_type})
                 await writer.send(outcome.body or b"")
                 outcome.body = chunk
@@ -226,8 +234,8 @@ class Forwarding:
         return stream is not None and stops_on_abort(stream.provider)
 
     def _learn_generation(self, generation_id: str | None) -> None:
-        """Has the generation id of a request that is still running in two seconds stored, so that any instance can
-        finish it should this one die. Shorter requests save the round trip.
+        """Has the generation id of a request that is still running in two seconds stored, so that any
+        instance can finish it should this one die. Shorter requests save the round trip.
         """
         self.outcome.generation_id = generation_id
         if generation_id is not None:
@@ -237,12 +245,13 @@ class Forwarding:
 
 
 def read_answer(raw: bytes, dialect: Dialect, outcome: Outcome, origin: RequestOrigin) -> bytes:
-    """A whole answer as the client gets it: the same bytes unless something must be hidden. Notes in `outcome` what
-    it says of itself.
+    """A whole answer as the client gets it: the same bytes unless something must be hidden. Notes in
+    `outcome` what it says of itself.
 
     Raises UpstreamError for what is no JSON object, and the GatewayError that an error in it means (see
     `error_from_upstream`).
     """
+    # Some middlemen put a byte order mark in front, which JSON forbids.
     raw = raw.removeprefix(BOM)
     try:
         data = parse_json(raw)

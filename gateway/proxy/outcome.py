@@ -28,8 +28,8 @@ class Client(Protocol):
 class Outcome:
     """What the upstream answered, and how that ended.
 
-    An answer is a `stream` of events, or `body`: a whole answer, or the last piece of a binary one. It stays here
-    until the settlement is known, since the end of an answer tells the client what was charged.
+    An answer is a `stream` of events, or `body`: a whole answer, or the last piece of a binary one. It stays
+    here until the settlement is known, since the end of an answer tells the client what was charged.
     """
 
     completed: bool = False
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def has_final_usage(self) -> bool:
-        """Whether usage that is known is the last word: in a stream that broke off it may be a running count."""
+        """False where usage may be a running count: in a stream that broke off."""
         return self.stream is None or self.stream.is_whole
 
     @property

@@ -1,8 +1,8 @@
 """Reads Idempotency-Key and the cache headers, and sends and seals stored answers.
 
-`Idempotency-Key` asks for one run, however often it is sent; the cache headers ask for an answer that this account
-has had before. OpenRouter's own cache headers are read as ours: its cache belongs to the operator's account, and would
-be shared by all tenants.
+`Idempotency-Key` asks for one run, however often it is sent; the cache headers ask for an answer that this
+account has had before. OpenRouter's own cache headers are read as ours: its cache belongs to the operator's
+account, and would be shared by all tenants.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """Where this request's answer may be found, and is to be stored. `default_cache` makes the slot in case its key
-    uses the cache by default.
+    """Where this request's answer may be found, and is to be stored. `default_cache` makes the slot in case
+    its key uses the cache by default.
     """
 
     idempotency: AnswerSlot | None = None
@@ -71,12 +71,13 @@ def _idempotency_slot(request: IncomingRequest, parsed: ParsedRequest, mode: str
 
 
 def _repeatable_content(request: IncomingRequest, parsed: ParsedRequest) -> bytes:
-    """What is the same when a request is repeated. Of a form these are its contents: clients make a new boundary
-    each time they send it.
+    """What is the same when a request is repeated. Of a form these are its contents: clients make a new
+    boundary each time they send it.
     """
     if parsed.file is None:
         return request.body
     file = parsed.file
+    # Of the file its hash: the body of a form may have 25 MB.
     contents = [parsed.fields, file.name, file.content_type, hashlib.sha256(file.content).hexdigest()]
     return orjson.dumps(contents, option=orjson.OPT_SORT_KEYS)
 
@@ -137,6 +138,7 @@ async def send_stored_answer(stored: StoredReply, client: Client, more_headers: 
     """Sends an answer that was stored, with what it was charged then (a cached one: nothing)."""
     answer = stored.answer
     body = answer.body(gateway_usage(stored.request_id, stored.tokens, stored.charge))
+    # The charge is written anew: a cached answer costs nothing, whatever its first request cost.
     headers = {**limit_headers(stored.limits), **more_headers, **answer.headers}
     if stored.source == "cache":
         headers |= {**HIT, "age": str(stored.age_seconds)}

@@ -1,7 +1,7 @@
 """Raises the hold of a running request when prices changed since it was bounded.
 
-Where the client's own `provider.max_price` excludes every provider (`Bound.client_caps_price`) nothing is raised: that
-cap is the client's to change.
+Where the client's own `provider.max_price` excludes every provider (`Bound.client_caps_price`) nothing is
+raised: that cap is the client's to change.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ REFRESH_SECONDS = 5.0
 
 
 async def reprice(admitted: AdmittedRequest, services: Services) -> bool:
-    """Gives the request the bound and the hold of today's prices. False where they are those that were held, or
-    cannot be fetched.
+    """Gives the request the bound and the hold of today's prices. False where they are those that were held,
+    or cannot be fetched.
 
-    Raises InsufficientCredits or BudgetExceeded where the account does not cover them; the hold then stays as it was.
+    Raises InsufficientCredits or BudgetExceeded where the account does not cover them; the hold then stays as
+    it was.
     """
     try:
         models = await services.catalog.refresh_within(REFRESH_SECONDS)
@@ -30,6 +31,7 @@ async def reprice(admitted: AdmittedRequest, services: Services) -> bool:
         log.warning("prices_not_refreshed", reason=error.message)
         return False
     bound = bound_with(models, services, admitted.incoming, admitted.parsed)
+    # The same prices: the upstream refused for another reason, and a second attempt would end as the first.
     if bound == admitted.bound:
         return False
     basis = bound.price_basis

@@ -16,7 +16,7 @@ from gateway.proxy.sse import KEEP_ALIVE
 
 @dataclass(slots=True)
 class ResponseWriter:
-    """One response on its way to the client; for a client that is gone it sends nothing, but still records."""
+    """One response; to a client that is gone it sends nothing, but it still records."""
 
     client: Client
     spawn: Callable[[Coroutine[object, None, object], str], None]
@@ -40,6 +40,7 @@ class ResponseWriter:
 
     async def send(self, data: bytes) -> None:
         """Sends a part of the body."""
+        # Recorded although the client may be gone: a repetition of the request gets the whole answer.
         if self.recording is not None:
             self.recording.add(data)
         if data and not self.client.gone:
@@ -63,7 +64,9 @@ class ResponseWriter:
         self._timer = asyncio.get_running_loop().call_later(max(0.0, due), self._tick)
 
     def _tick(self) -> None:
-        """Sends a comment after so many seconds of silence: a proxy in between would take the stream for dead."""
+        """Sends a comment after so many seconds of silence: a proxy in between would take the stream for
+        dead.
+        """
         if self.client.gone:
             return
         if time.monotonic() - self._silent_since >= self.keep_alive_seconds:

@@ -1,4 +1,4 @@
-"""The first screen. Where it is, in which mode, and two lines to paste."""
+"""The first screen in a terminal: where the gateway is, its mode, and commands for a first completion."""
 
 from __future__ import annotations
 
@@ -28,29 +28,24 @@ WENT_LIVE = "\n               (from now on, for good: play credits have ended)"
 
 def welcome(service: Service) -> str:
     """The first screen."""
-    runtime = service.runtime
+    runtime, url = service.runtime, service.url
     if runtime is None:
-        reason = service.problem.message if service.problem else "unknown"
-        return "\n".join(
-            ["", "The gateway is up, but cannot serve:", *(f"  {line}" for line in reason.splitlines()), ""]
-        )
+        return _cannot_serve(service)
     mode = f"  mode         {MODES[runtime.mode]}{WENT_LIVE if runtime.goes_live else ''}"
-    url = service.url
     if url is None:
         return "\n".join(["", "AI Gateway", mode, *_admin_key(runtime), ""])
-    about = [
-        "",
-        "AI Gateway",
-        f"  base URL     {url}/v1",
-        mode,
-        f"  API docs     {url}/docs",
-        *_admin_key(runtime),
-        "",
-    ]
-    return "\n".join(about + _lines_to_paste(runtime, url))
+    addresses = [f"  base URL     {url}/v1", mode, f"  API docs     {url}/docs"]
+    return "\n".join(["", "AI Gateway", *addresses, *_admin_key(runtime), "", *_lines_to_paste(runtime, url)])
+
+
+def _cannot_serve(service: Service) -> str:
+    reason = service.problem.message if service.problem else "unknown"
+    lines = [f"  {line}" for line in reason.splitlines()]
+    return "\n".join(["", "The gateway is up, but cannot serve:", *lines, ""])
 
 
 def _admin_key(runtime: Runtime) -> list[str]:
+    """The administrator's key, on the one start that made it."""
     secrets, settings = runtime.secrets, runtime.settings
     if secrets is None or not secrets.is_new or settings.admin_api_key is not None:
         return []
@@ -59,18 +54,21 @@ def _admin_key(runtime: Runtime) -> list[str]:
 
 
 def _lines_to_paste(runtime: Runtime, url: str) -> list[str]:
+    """Commands that register a user, grant credits where there are none, and make a completion."""
     is_open = runtime.settings.registration_open
     parts = {"url": url, "json": JSON, "key_only": KEY_ONLY, "admin": "" if is_open else ADMIN}
-    kept = (
-        f", which is in {runtime.settings.gateway_data_dir / 'secrets.json'}"
-        if runtime.secrets and not runtime.settings.admin_api_key
-        else ""
-    )
-    register = "Register a user:" if is_open else f"Register a user (ADMIN_API_KEY is your admin key{kept}):"
+    register = "Register a user:" if is_open else _register_as_administrator(runtime)
     lines = [register, "", REGISTER.format(**parts), ""]
     if not runtime.settings.credits_at_signup:
         lines += ["Grant them a credit:", "", GRANT.format(**{**parts, "admin": ADMIN}), ""]
     return [*lines, "Ask for a completion:", "", COMPLETE.format(**parts), ""]
+
+
+def _register_as_administrator(runtime: Runtime) -> str:
+    where = ""
+    if runtime.secrets and not runtime.settings.admin_api_key:
+        where = f", which is in {runtime.settings.gateway_data_dir / 'secrets.json'}"
+    return f"Register a user (ADMIN_API_KEY is your admin key{where}):"
 
 
 def print_welcome(service: Service) -> None:

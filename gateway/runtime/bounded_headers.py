@@ -1,6 +1,4 @@
-"""Uvicorn's parser with a limit on request headers. uvicorn's faster parser asks nobody, and keeps a header
-of any length in memory.
-"""
+"""uvicorn's HTTP parser with a limit on the size of request headers, which uvicorn's faster parser lacks."""
 
 from __future__ import annotations
 
@@ -10,7 +8,9 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class BoundedHeads(HttpToolsProtocol):
-    """uvicorn's protocol, which gives up on a head that has not ended after 64 KiB."""
+    """Refuses a request whose headers have not ended after 64 KiB: they would be kept in memory, whatever
+    their size.
+    """
 
     _in_head = True
     _head_bytes = 0

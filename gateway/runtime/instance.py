@@ -34,7 +34,7 @@ KEEP_ALIVE_SECONDS = 15.0
 
 
 class Runtime:
-    """The parts of an instance that serves. It needs a running event loop, and opens no connection by itself."""
+    """The parts of an instance that serves. Making it needs a running event loop."""
 
     def __init__(self, settings: Settings, client: AsyncClient, secrets: Secrets | None) -> None:
         self.settings = settings
@@ -103,12 +103,12 @@ class Runtime:
     # What requests need.
 
     async def verify(self, credential: Credential, *, request_id: str, verb: str, resource: str) -> Verified:
-        """The key and its user, checked by the database. Raises InvalidKey, Forbidden, DatabaseUnavailable."""
+        """The verified key and its user. Raises InvalidKey, Forbidden, DatabaseUnavailable."""
         return await self.admission.verify(credential, request_id=request_id, verb=verb, resource=resource)
 
     async def check(self) -> None:
-        """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance took
-        the database live.
+        """Raises what keeps it from serving now: DatabaseUnavailable, or Misconfigured where another instance
+        took the database live.
         """
         if await db.get_mode(self.client) != self.mode:
             raise wrong_mode()

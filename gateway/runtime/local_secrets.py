@@ -1,4 +1,6 @@
-"""Secrets of a bare machine, made once. Secrets and an admin key, made once and kept in the data folder."""
+"""The secrets of a bare machine: made on the first start and kept in the data folder, readable by its owner
+only.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,14 @@ class Secrets:
 
 
 def keep_secrets(data_dir: Path) -> Secrets:
-    """The secrets of this data folder; of several processes that start at once, one makes them. Raises
-    OSError.
+    """The secrets of this data folder. Of several processes that start at once, one makes them.
+
+    Raises OSError, and ValueError or KeyError for a damaged file.
     """
     path = data_dir / FILE
     is_new = not path.exists() and _create(path)
-    found = json.loads(path.read_text())
-    return Secrets(found["key_hash_secret"], found["encryption_key"], found["admin_api_key"], is_new)
+    texts = json.loads(path.read_text())
+    return Secrets(texts["key_hash_secret"], texts["encryption_key"], texts["admin_api_key"], is_new)
 
 
 def _create(path: Path) -> bool:
@@ -37,23 +40,26 @@ def _create(path: Path) -> bool:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(
-            {
-                "key_hash_secret": _secret(),
-                "encryption_key": _secret(),
-                "admin_api_key": "gw_admin_" + secrets.token_urlsafe(32),
-            },
-            file,
-        )
+        json.dump(_new_texts(), file)
         file.flush()
         os.fsync(file.fileno())
     try:
-        os.link(temporary, path)  # fails where another process was first, as a rename would not
+        # A link fails where another process was first; a rename would replace the secrets that it already
+        # uses.
+        os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
         temporary.unlink()
     return True
+
+
+def _new_texts() -> dict[str, str]:
+    return {
+        "key_hash_secret": _secret(),
+        "encryption_key": _secret(),
+        "admin_api_key": "gw_admin_" + secrets.token_urlsafe(32),
+    }
 
 
 def _secret() -> str:

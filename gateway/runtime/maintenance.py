@@ -1,6 +1,8 @@
-"""What an instance does on the side: it sweeps up after crashed requests and brings the usage sums up to date.
+"""What an instance does on the side: it sweeps up after crashed requests and brings the usage sums up to
+date.
 
-Nothing depends on it: any instance may do it, or none, and a scheduler may ask for it through /internal/sweep.
+Nothing depends on it: any instance may do it, or none, and a scheduler may ask for it through
+/internal/sweep.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ DELETE_ROUNDS = 30
 
 
 async def sweep(runtime: Runtime) -> dict[str, int]:
-    """Ends the requests that crashed instances left behind, sends due webhook deliveries, and deletes stored answers
-    that have expired. Returns counts: expired and resolved holds.
+    """Ends the requests that crashed instances left behind, sends due webhook deliveries, and deletes stored
+    answers that have expired. Returns counts: expired and resolved holds.
     """
     counts = await runtime.settlements.sweep(
         lambda limit, skip: db.list_expired_holds(runtime.client, limit, skip)

@@ -1,7 +1,7 @@
-"""Uvicorn on 127.0.0.1, for `make run`. On 127.0.0.1 and PORT, or one sentence why not.
+"""Serves the gateway with uvicorn on 127.0.0.1 and PORT, for `make run`.
 
-Under somebody else's server a wrong setting becomes an answer; here it ends the process, since nobody but its
-starter can put it right.
+Under another server a wrong setting becomes an answer. Here it ends the process: whoever started it
+can mend it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def serve(app: FastAPI, service: Service) -> None:
         sys.exit("\n".join(service.configuration.problems))
     listener = _listen(service.settings.port)
     service.url = f"http://{HOST}:{listener.getsockname()[1]}"
-    from gateway.runtime.bounded_headers import (
-        BoundedHeads,
-    )  # where it is served by somebody else, its parser may not be there
+    # Imported here: it needs httptools, which may be missing where another server serves the gateway.
+    from gateway.runtime.bounded_headers import BoundedHeads
 
     config = uvicorn.Config(
         app, http=BoundedHeads, proxy_headers=False, access_log=False, log_level="warning"
@@ -42,26 +41,23 @@ def serve(app: FastAPI, service: Service) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says what an interrupt waits for. A second one ends it at once, and without a traceback for everything
-    that it drops.
+    """Says what an interrupt waits for. A second interrupt ends the process at once, without a traceback for
+    each request that it drops.
     """
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         running = len(self.server_state.tasks)
         if self.should_exit and sig == signal.SIGINT:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
-            print(
-                "Stopped. What was running is charged when it is known what it cost, by the sweep.",
-                file=sys.stderr,
-                flush=True,
-            )
+            _tell("Stopped. The sweep charges what was running once its cost is known.")
         elif running:
-            print(
-                f"Waiting for {running} that {'is' if running == 1 else 'are'} running. Ctrl-C stops at once.",
-                file=sys.stderr,
-                flush=True,
-            )
+            are_running = "request is" if running == 1 else "requests are"
+            _tell(f"Waiting: {running} {are_running} running. Ctrl-C stops at once.")
         super().handle_exit(sig, frame)
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _listen(port: int) -> socket.socket:
@@ -72,7 +68,8 @@ def _listen(port: int) -> socket.socket:
         listener.bind((HOST, port))
     except OSError as error:
         sys.exit(
-            f"Port {port} of {HOST} cannot be used ({error.strerror}). Choose another one: PORT={port + 1} make run"
+            f"Port {port} of {HOST} cannot be used ({error.strerror}). "
+            f"Choose another one: PORT={port + 1} make run"
         )
     listener.listen(2048)
     return listener

@@ -1,4 +1,6 @@
-"""The instance as the app holds it, whether it can serve or not: starts when it can, says why it cannot, shuts down."""
+"""The instance as the app holds it, whether it can serve or not: starts when it can, says why it cannot,
+shuts down.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ class Service:
 
 
 def tune_garbage_collection() -> None:
-    """Exempts what start-up made from collections: it stays, and looking through it costs a fifth of the speed."""
+    """Exempts what start-up made from collections: it stays, and looking through it costs a fifth of the
+    speed.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 10, 20)

@@ -1,7 +1,7 @@
 """Which upstream serves whom: test keys have the sandbox in every mode, and in sandbox mode everybody has it.
 
-Upstreams, model lists and provider lists are opened when they are first asked for: most live instances never need the
-sandbox.
+Upstreams, model lists and provider lists are opened when they are first asked for: most live instances never
+need the sandbox.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Upstreams:
         return self._open(_kind(self._mode, environment))
 
     def upstream_of_record(self, mode: Mode, environment: str | None) -> Upstream | None:
-        """The upstream that served a record of another time; None for a live one without OPENROUTER_API_KEY."""
+        """The upstream that served a record; None for a live one without OPENROUTER_API_KEY."""
         kind = _kind(mode, environment)
         if kind == "live" and self._settings.openrouter_api_key is None:
             return None

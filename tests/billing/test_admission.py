@@ -20,6 +20,7 @@ from common.errors import (
     IdempotencyRunning,
     InsufficientCredits,
 )
+from common.json_types import JsonObject
 from common.request_ids import new_request_id
 from gateway.billing.admission import AdmissionRequest
 from gateway.billing.hold import Hold, StoredReply
@@ -42,7 +43,7 @@ from tests.support.gateway import SECRET, Gateway, User, live
 from tests.support.servers import served
 from tests.support.upstream import Upstream
 
-BODY = {"model": "m", "messages": []}
+BODY: JsonObject = {"model": "m", "messages": []}
 
 
 @dataclass

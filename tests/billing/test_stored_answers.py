@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadRequest
+from common.json_types import JsonObject
 from gateway.billing.stored_answers import (
     CHARGE_MARK,
     MAX_ANSWER_BYTES,
@@ -132,7 +133,8 @@ def test_a_place_is_what_decides_the_answer_and_nothing_else() -> None:
 
 
 def test_the_order_of_fields_does_not_matter_to_the_cache_and_the_body_does_to_a_key() -> None:
-    one, other = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+    one: JsonObject = {"a": 1, "b": {"c": 2, "d": 3}}
+    other: JsonObject = {"b": {"d": 3, "c": 2}, "a": 1}
     assert cache_slot("live", None, "p", one, VAULT) == cache_slot("live", None, "p", other, VAULT)
     first, second = (idempotency_slot("live", None, "p", "key", raw) for raw in (b'{"a":1}', b'{"a": 1}'))
     assert first.place == second.place and first.fingerprint != second.fingerprint == fingerprint(b'{"a": 1}')

@@ -372,11 +372,11 @@ async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_pa
             await anext(answer.aiter_raw())
             process.send_signal(signal.SIGINT)
             assert (
-                await process.stderr.readline() == b"Waiting for 1 that is running. Ctrl-C stops at once.\n"
+                await process.stderr.readline() == b"Waiting: 1 request is running. Ctrl-C stops at once.\n"
             )
             process.send_signal(signal.SIGINT)
             rest = await asyncio.wait_for(process.stderr.read(), 20)
-    assert rest == b"Stopped. What was running is charged when it is known what it cost, by the sweep.\n"
+    assert rest == b"Stopped. The sweep charges what was running once its cost is known.\n"
     await process.wait()
 
 
