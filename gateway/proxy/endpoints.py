@@ -1,8 +1,4 @@
-"""The billable endpoints. Every one that is goes through the same gate.
-
-What exists at OpenAI or OpenRouter and is not offered here is refused by its name, so that nobody takes it
-for a typing error of theirs.
-"""
+"""The billable endpoints. A path that is not listed here must never reach the upstream."""
 
 from __future__ import annotations
 
@@ -19,12 +15,12 @@ PREFIXES = ("/v1", OPENROUTER_PREFIX)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One billable endpoint. `name` is its path here and upstream, what records call it, and what decides how
-    its cost is bounded.
+    """One billable endpoint. `name` is its path, here and upstream, and its name in records; it decides how
+    the cost is bounded.
     """
 
     name: str
-    resource: str  # what a key's scopes call it
+    resource: str  # the word for it in a key's scopes
     dialect: Dialect = CHAT
     paths: tuple[str, ...] = ()  # more paths of ours that lead to it
     may_stream: bool = False
@@ -37,7 +33,7 @@ class Endpoint:
         return tuple(f"{prefix}/{path}" for path in (self.name, *self.paths) for prefix in PREFIXES)
 
     def at(self, path: str) -> Endpoint:
-        """The same as it is served at this path: OpenRouter's clients are told of errors in OpenRouter's
+        """The endpoint as it is served at this path: under OpenRouter's prefix, errors have OpenRouter's
         form.
         """
         return replace(self, dialect=FOR_OPENROUTER[self.dialect]) if is_openrouter(path) else self
@@ -50,10 +46,11 @@ ENDPOINTS = (
     Endpoint("responses", "responses", RESPONSES, may_stream=True),
     Endpoint("messages", "messages", MESSAGES, may_stream=True),
     Endpoint("rerank", "rerank"),
-    Endpoint("images", "images", paths=("images/generations",)),
+    Endpoint("images", "images", paths=("images/generations",)),  # OpenRouter's path, and OpenAI's
     Endpoint("audio/speech", "audio", answers_bytes=True),
     Endpoint("audio/transcriptions", "audio", takes_forms=True),
 )
+BY_PATH = {path: endpoint for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)}
 
 
 def endpoint_of(path: str) -> Endpoint:
@@ -61,14 +58,13 @@ def endpoint_of(path: str) -> Endpoint:
     return BY_PATH[path]
 
 
-BY_PATH = {path: endpoint for endpoint in ENDPOINTS for path in (endpoint.name, *endpoint.paths)}
-
-
 def is_anthropic(path: str) -> bool:
-    """Whether those who ask for this path expect Anthropic's form of errors."""
+    """Whether clients of this path expect Anthropic's form of errors."""
     return any(path == f"{prefix}/messages" or path.startswith(f"{prefix}/messages/") for prefix in PREFIXES)
 
 
 def is_openrouter(path: str) -> bool:
-    """Whether they expect OpenRouter's: all that lies under its prefix, but for Anthropic's endpoint."""
+    """Whether clients of this path expect OpenRouter's form of errors: all below its prefix, except
+    Anthropic's endpoint.
+    """
     return path.startswith(f"{OPENROUTER_PREFIX}/") and not is_anthropic(path)

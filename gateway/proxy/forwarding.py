@@ -265,7 +265,7 @@ def read_answer(raw: bytes, dialect: Dialect, outcome: Outcome, origin: RequestO
     outcome.generation_id = outcome.generation_id or read_generation_id(data.get("id"))
     if dialect.is_error(data):
         error = data.get("error")
-        status = error_status(dialect.error_of(error)) if isinstance(error, dict) else None
+        status = error_status(dialect.with_status(error)) if isinstance(error, dict) else None
         raise error_from_upstream(status or 502, {}, raw, origin)
     outcome.completed = not dialect.has_failed(state)
     return dialect.without_secrets(raw, sanitised_error)

@@ -1,4 +1,7 @@
-"""Paths of other APIs that are refused by name."""
+"""Paths of OpenAI's, Anthropic's and OpenRouter's APIs that exist there and are refused here, by name.
+
+With a plain 404 a client would look for a typing error of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ NO_STORE = "The gateway keeps no conversations, files or jobs: what a request ne
 NOT_UPSTREAM = "OpenRouter has no such endpoint."
 OPERATORS = "That belongs to the operator's account at the model provider."
 
-
-# A name that ends with a slash: what lies below it.
+# A name covers itself and all below it; one that ends with a slash only what is below it.
 NOT_OFFERED = {
     **dict.fromkeys(
         (
@@ -76,15 +78,15 @@ NOT_OFFERED = {
 def not_offered_reason(path: str) -> str | None:
     """Why a path of OpenAI's, Anthropic's or OpenRouter's API is not served here; None for any other."""
     prefix = next((prefix for prefix in PREFIXES if path.startswith(f"{prefix}/")), None)
-    asked = path[len(prefix) + 1 :] if prefix is not None else ""
-    found = next((name for name in NOT_OFFERED if _covers(name, asked)), None)
-    if found is None:
+    rest = "" if prefix is None else path[len(prefix) + 1 :]
+    name = next((name for name in NOT_OFFERED if _covers(name, rest)), None)
+    if name is None:
         return None
-    what = f"Nothing below `{found[:-1]}` is" if found.endswith("/") else f"`{found}` is not"
-    return f"{what} offered here. {NOT_OFFERED[found]}"
+    subject = f"Nothing below `{name[:-1]}` is" if name.endswith("/") else f"`{name}` is not"
+    return f"{subject} offered here. {NOT_OFFERED[name]}"
 
 
-def _covers(name: str, asked: str) -> bool:
+def _covers(name: str, path: str) -> bool:
     if name.endswith("/"):
-        return asked.startswith(name) and asked != name
-    return asked == name or asked.startswith(f"{name}/")
+        return path.startswith(name) and path != name
+    return path == name or path.startswith(f"{name}/")

@@ -1,1 +1,1 @@
-"""How each API says usage, errors and its end."""
+"""How each API reports usage, errors and the end of an answer. Nothing here knows accounts or databases."""

@@ -1,60 +1,68 @@
-"""Chat and text completions. Where an answer, a stream and an error keep usage, cost, and their end.
+"""Chat and text completions: https://openrouter.ai/docs/api-reference/streaming.
 
-`Dialect` itself speaks for chat and text completions, and for everything that answers with one JSON object
-and its `usage`. It knows nothing of accounts or databases.
+A stream has unnamed events, each a chunk of the answer. Its last chunk holds `usage`, with empty `choices` or
+the last ones; then comes `[DONE]`. A provider that fails in mid-stream sends a chunk with `error` and the
+finish reason "error". `Dialect` also reads every whole answer that is one JSON object with `usage`:
+embeddings, rerank, images and transcriptions.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import orjson
 
 from common.errors import GatewayError
-from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise, as_object, note_origin
-from gateway.proxy.sse import DONE, with_charge, with_field
+from common.json_types import Json, JsonObject
+from gateway.proxy.dialects.base import (
+    AnswerState,
+    EventAction,
+    Sanitise,
+    StreamEnd,
+    as_object,
+    note_origin,
+)
+from gateway.proxy.sse import DONE, data_event, with_charge, with_field
 from gateway.upstream.usage import read_integer, read_text, read_usage
 
-FINISHED = re.compile(rb'"finish_reason"(?!:null)')
-
-
-# What clients do not get to see: the operator's account, and numbers that are no JSON.
+FINISH_REASON = re.compile(rb'"finish_reason"(?!:null)')
+# Fields that name or describe the operator's account. No client sees them.
 HIDDEN = ("user_id", "openrouter_metadata", "debug")
-MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
+# Without one of these there is nothing to hide: the fields above, errors, and numbers that are not JSON.
+HIDDEN_MARKS = (*(b'"' + name.encode() + b'"' for name in (*HIDDEN, "error")), b"NaN", b"Infinity")
 
 
 class Dialect:
-    """One of the upstream's APIs. This is chat completions'; the others say what differs."""
+    """One of the upstream's APIs: chat completions. The others override what differs."""
 
-    # Chunks that begin so and hold nothing remarkable pass unparsed, whole runs of events at once.
-    # Keys stand in quotes, so that no text that a model writes is taken for one.
+    # A chunk that begins so and has nothing remarkable in it passes unparsed, whole runs of events at once.
+    # The names are searched with their quotes: inside a string that a model writes, quotes are escaped.
     starts: bytes | tuple[bytes, ...] = b"data:"
     remarkable: tuple[bytes, ...] = (b'"usage"', b'"error"', b'"user_id"', b"[DONE]", b"\r")
-    marks: tuple[bytes, ...] = MARKS  # without one of these there is nothing to hide
+    hidden_marks: tuple[bytes, ...] = HIDDEN_MARKS
     is_anthropic = False
 
     def plain_until(self, chunk: bytes) -> int:
-        """Where the first thing stands that we would have to look at; the chunk's length where there is none."""
-        end = self._marked(chunk)
+        """The position of the first thing in a chunk that must be parsed; its length where there is none."""
+        end = self._first_remarkable(chunk)
         if chunk.count(b'"finish_reason"', 0, end) != chunk.count(b'"finish_reason":null', 0, end):
-            finished = FINISHED.search(chunk, 0, end)
-            end = finished.start() if finished else end
+            finish = FINISH_REASON.search(chunk, 0, end)
+            end = finish.start() if finish else end
         return end
 
-    def _marked(self, chunk: bytes) -> int:
+    def _first_remarkable(self, chunk: bytes) -> int:
         end = len(chunk)
-        for (
-            mark
-        ) in self.remarkable:  # each by itself: a search for all of them at once takes ten times as long
-            found = chunk.find(mark, 0, end)
-            end = end if found < 0 else found
+        # Each by itself: a search for all of them at once takes ten times as long.
+        for mark in self.remarkable:
+            position = chunk.find(mark, 0, end)
+            end = end if position < 0 else position
         return end
 
     def is_plain(self, event: bytes) -> bool:
-        """Nothing in this event that we would have to look at."""
+        """Whether nothing in this event has to be parsed."""
+        # Written out: a loop over `remarkable` takes a quarter longer, and this runs for every event.
         return (
             b'"usage"' not in event
             and b'"error"' not in event
@@ -62,15 +70,16 @@ class Dialect:
             and event.count(b'"finish_reason"') == event.count(b'"finish_reason":null')
         )
 
-    def read(self, data: Mapping[str, Any], state: AnswerState, sanitise: Sanitise) -> EventAction:
+    def read(self, data: JsonObject, state: AnswerState, sanitise: Sanitise) -> EventAction:
         """Notes what one event, or a whole answer, says of itself."""
         note_origin(data, state)
-        _note_ends(data.get("choices"), state)
+        _note_finish_reasons(data.get("choices"), state)
         if error := data.get("error"):
             state.error = sanitise(as_object(error))
-        found = read_usage(data.get("usage"))
-        state.usage = found or state.usage
-        return EventAction.PASS if found is None else EventAction.HOLD
+        usage = read_usage(data.get("usage"))
+        state.usage = usage or state.usage
+        # Usage may be a running count: only the next event shows that this one was not the last.
+        return EventAction.PASS if usage is None else EventAction.HOLD
 
     def is_whole(self, state: AnswerState) -> bool:
         """Whether the answer in a stream has come to its end, whatever may follow."""
@@ -80,21 +89,21 @@ class Dialect:
         """Whether the answer says itself that it failed."""
         return state.error is not None or state.finish_reason == "error"
 
-    def is_error(self, data: Mapping[str, Any]) -> bool:
+    def is_error(self, data: JsonObject) -> bool:
         """Whether a whole body is nothing but an error."""
         return bool(data.get("error")) and not data.get("choices")
 
-    def error_of(self, error: Mapping[str, Any]) -> Mapping[str, Any]:
-        """An `error` object with its status as a `code`, as the other dialects have it."""
+    def with_status(self, error: JsonObject) -> JsonObject:
+        """An `error` object whose `code` is its status, where the API's own errors have none."""
         return error
 
-    def parts(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def revealing_parts(self, data: dict[str, Json]) -> Iterator[dict[str, Json]]:
         """The objects of an answer that may name the operator or hold an `error`."""
         yield data
         choices = data.get("choices")
         yield from (part for part in (choices if isinstance(choices, list) else ()) if isinstance(part, dict))
 
-    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
+    def show_error(self, error: JsonObject, sanitise: Sanitise) -> dict[str, Json]:
         """An upstream's error as clients may see it."""
         return sanitise(error)
 
@@ -102,71 +111,66 @@ class Dialect:
         """A JSON object as clients may see it: the same bytes, unless it holds an error, the operator's
         identity or NaN.
         """
-        if not any(mark in raw for mark in self.marks):
+        if not any(mark in raw for mark in self.hidden_marks):
             return raw
         constants: list[str] = []
+        # `append` returns None, so that NaN and infinities, which are not JSON, become null.
         data = json.loads(raw, parse_constant=constants.append, parse_int=read_integer)
-        changed = [*constants, *(name for part in self.parts(data) for name in self._clean(part, sanitise))]
+        parts = self.revealing_parts(data)
+        changed = [*constants, *(name for part in parts for name in self._clean(part, sanitise))]
         return json.dumps(data, separators=(",", ":")).encode() if changed else raw
 
-    def _clean(self, part: dict[str, Any], sanitise: Sanitise) -> list[str]:
+    def _clean(self, part: dict[str, Json], sanitise: Sanitise) -> list[str]:
+        """Cleans an object in place; returns the names of the fields that changed."""
         changed = [name for name in HIDDEN if name in part]
         for name in changed:
             del part[name]
-        if part.get("error"):
-            part["error"] = self.show_error(as_object(part["error"]), sanitise)
+        if error := part.get("error"):
+            part["error"] = self.show_error(as_object(error), sanitise)
             changed.append("error")
         return changed
 
-    def tail(
-        self,
-        state: AnswerState,
-        held: bytes | None,
-        last: bytes,
-        gateway_usage: bytes,
-        failure: GatewayError | None,
-        request_id: str,
-    ) -> bytes:
-        """The last bytes of a stream: its accounting, with `gateway_usage`, and our error where there is one."""
-        parts = [usage_event(held, state, gateway_usage)]
-        if failure is not None:
-            parts.append(
-                b"data: "
-                + orjson.dumps(self.failure_event(failure, state, request_id), default=str)
-                + b"\n\n"
-            )
-        return b"".join((*parts, DONE))
+    def write_end(self, state: AnswerState, end: StreamEnd) -> bytes:
+        """The last bytes of a stream: the charge, and our error where the request failed."""
+        usage = usage_event(end.held, state, end.gateway_usage)
+        if end.failure is None:
+            return usage + DONE
+        failure = self.failure_data(end.failure, state, end.request_id)
+        return usage + data_event(write_failure(failure)) + DONE
 
-    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
-        """Our own error, as an event of a stream."""
+    def failure_data(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Json]:
+        """The data of an event that tells the client of our own error."""
         return failure.body(request_id)
 
 
+def write_failure(failure: dict[str, Json]) -> bytes:
+    """An error of ours as JSON. Amounts in its details are exact decimals, and are written as text."""
+    return orjson.dumps(failure, default=str)
+
+
 def usage_event(held: bytes | None, state: AnswerState, gateway_usage: bytes) -> bytes:
-    """The event that ends a chat stream's accounting: the held one with `gateway_usage`, or one of our own
-    with empty choices.
-    """
+    """The event of a chat stream with the charge: the held one, or one of our own with empty choices."""
     if held is not None:
         return with_charge(held, gateway_usage)
-    return b"data: " + with_field(orjson.dumps(own_chunk(state)), "gateway_usage", gateway_usage) + b"\n\n"
+    return data_event(with_field(orjson.dumps(own_chunk(state)), "gateway_usage", gateway_usage))
 
 
-def own_chunk(state: AnswerState, choices: tuple[Mapping[str, Any], ...] = ()) -> dict[str, Any]:
-    """A chunk of a chat stream that is ours."""
+def own_chunk(state: AnswerState, *choices: Json) -> dict[str, Json]:
+    """A chunk of a chat stream that is ours, with every field that clients' SDKs require."""
     return {
         "id": state.body_id or "gen-unknown",
         "object": "chat.completion.chunk",
         "created": 0,
         "model": state.model or "",
-        "choices": choices,
+        "choices": [*choices],
     }
 
 
-def _note_ends(choices: object, state: AnswerState) -> None:
-    """Which choices have ended and why: the first one's reason is told, but for that of one that failed."""
+def _note_finish_reasons(choices: Json, state: AnswerState) -> None:
+    """Notes which choices have ended, and why: the reason of the first one, unless one has failed."""
     for choice in reversed(choices) if isinstance(choices, list) else ():
-        reason = read_text(choice.get("finish_reason")) if isinstance(choice, dict) else None
-        if reason is not None:
+        if isinstance(choice, dict) and (reason := read_text(choice.get("finish_reason"))) is not None:
+            # As text: an index that is wrong may be a list, which cannot be in a set.
             state.ended_choices.add(repr(choice.get("index")))
             state.finish_reason = state.finish_reason if state.finish_reason == "error" else reason
 

@@ -1,58 +1,51 @@
-"""Anthropic Messages."""
+"""Anthropic Messages: https://docs.anthropic.com/en/docs/build-with-claude/streaming.
+
+`message_start` holds the prompt's tokens; `message_delta` holds the finish reason and the output's tokens so
+far, and `message_stop` ends the stream. `ping` may come anywhere. An `error` event may be the last one; its
+errors have a type in place of a status (https://docs.anthropic.com/en/api/errors). OpenRouter writes `cost`
+into the usage, which Anthropic's schema does not have: where it is missing, /generation is asked.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import orjson
 
 from common.errors import ANTHROPIC_TYPES, GatewayError
+from common.json_types import Json, JsonObject
 from gateway.proxy.dialects.base import AnswerState, EventAction, Sanitise, as_object, note_origin
 from gateway.proxy.dialects.chat import Dialect
-from gateway.proxy.dialects.named import Named, envelope, event
-from gateway.proxy.sse import with_charge, with_field
+from gateway.proxy.dialects.named import NamedEvents, answer_in
 from gateway.upstream.usage import Usage, read_text, read_usage
 
-# Those of Anthropic's error types that speak of the request, and not of the operator's account.
+# Anthropic's error types that concern the request, and not the operator's account.
 SHOWN_TYPES = frozenset((*ANTHROPIC_TYPES.values(), "api_error")) - {"authentication_error", "billing_error"}
-NO_CITATIONS = (b'"citations":null', b'"citations": null')
+STATUS_OF_TYPE = {kind: status for status, kind in ANTHROPIC_TYPES.items()}
+NULL_CITATIONS = (b'"citations":null', b'"citations": null')
+PROMPT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
-class Messages(Named):
-    """Anthropic's Messages: the prompt's tokens in the first event, the answer's in `message_delta`, then
-    `message_stop`.
-    """
+class Messages(NamedEvents):
+    """Usage comes in two parts; the second waits for the settlement, and `message_stop` behind it."""
 
     remarkable = (*Dialect.remarkable, b"message_start", b"message_delta", b"message_stop", b'"ping"')
+    usage_event_name = b"ping"  # which every client takes, with fields that it does not know
     is_anthropic = True
 
-    def read(self, data: Mapping[str, Any], state: AnswerState, sanitise: Sanitise) -> EventAction:
-        answer, kind = envelope(data, "message"), read_text(data.get("type"))
-        note_origin(answer, state)
-        for usage in (answer.get("usage"), data.get("usage")):
-            if isinstance(usage, dict):
-                state.counts |= {name: value for name, value in usage.items() if value is not None}
-                state.usage = read_message_usage(state.counts)
+    def read(self, data: JsonObject, state: AnswerState, sanitise: Sanitise) -> EventAction:
+        message, kind = answer_in(data, "message"), read_text(data.get("type"))
+        note_origin(message, state)
+        _note_usage(message.get("usage"), state)
+        _note_usage(data.get("usage"), state)
         delta = data.get("delta") if kind == "message_delta" else None
-        reason = (delta if isinstance(delta, dict) else answer).get("stop_reason")
+        reason = (delta if isinstance(delta, dict) else message).get("stop_reason")
         state.finish_reason = read_text(reason) or state.finish_reason
         if error := data.get("error"):
             state.error = self.show_error(as_object(error), sanitise)
         state.ended = state.ended or kind == "message_stop"
-        return self._action(data, kind)
-
-    def _action(self, data: Mapping[str, Any], kind: str | None) -> EventAction:
-        if kind == "message_stop":
-            return EventAction.TRAIL
-        if kind == "ping":
-            return EventAction.PASS_BESIDE
-        return (
-            EventAction.HOLD
-            if data.get("error") or (kind == "message_delta" and data.get("usage"))
-            else EventAction.PASS
-        )
+        return _action(data, kind)
 
     def is_whole(self, state: AnswerState) -> bool:
         return state.ended or state.finish_reason is not None
@@ -60,92 +53,88 @@ class Messages(Named):
     def has_failed(self, state: AnswerState) -> bool:
         return state.error is not None
 
-    def is_error(self, data: Mapping[str, Any]) -> bool:
+    def is_error(self, data: JsonObject) -> bool:
         return data.get("type") == "error" or (bool(data.get("error")) and data.get("content") is None)
 
-    def error_of(self, error: Mapping[str, Any]) -> Mapping[str, Any]:
-        statuses = {kind: status for status, kind in ANTHROPIC_TYPES.items()}
-        status = statuses.get(str(error.get("type")))
+    def with_status(self, error: JsonObject) -> JsonObject:
+        status = STATUS_OF_TYPE.get(str(error.get("type")))
         return error if status is None or error.get("code") is not None else {**error, "code": status}
 
-    def parts(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def revealing_parts(self, data: dict[str, Json]) -> Iterator[dict[str, Json]]:
         yield data
-        if isinstance(data.get("message"), dict):
-            yield data["message"]
+        if isinstance(message := data.get("message"), dict):
+            yield message
 
     def without_secrets(self, raw: bytes, sanitise: Sanitise) -> bytes:
         return without_null_citations(super().without_secrets(raw, sanitise))
 
-    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
-        shown = sanitise(self.error_of(error))
+    def show_error(self, error: JsonObject, sanitise: Sanitise) -> dict[str, Json]:
+        shown = sanitise(self.with_status(error))
         kind, code = error.get("type"), shown["code"]
         if not isinstance(kind, str) or kind not in SHOWN_TYPES:
             kind = ANTHROPIC_TYPES.get(code, "api_error") if isinstance(code, int) else "api_error"
         return {"type": kind, "message": shown["message"], "code": code}
 
-    def tail(
-        self,
-        state: AnswerState,
-        held: bytes | None,
-        last: bytes,
-        gateway_usage: bytes,
-        failure: GatewayError | None,
-        request_id: str,
-    ) -> bytes:
-        parts = [] if held is None else [with_charge(held, gateway_usage)]
-        if failure is not None:
-            data = orjson.dumps(failure.anthropic_body(request_id), default=str)
-            parts.append(event(b"error", data if parts else with_field(data, "gateway_usage", gateway_usage)))
-        elif not parts:  # a ping, which every client takes
-            parts.append(event(b"ping", with_field(b'{"type":"ping"}', "gateway_usage", gateway_usage)))
-        return b"".join((*parts, last))
+    def failure_data(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Json]:
+        return failure.anthropic_body(request_id)
+
+
+def _action(data: JsonObject, kind: str | None) -> EventAction:
+    if kind == "message_stop":
+        return EventAction.TRAIL
+    if kind == "ping":  # may come between the bill and the end, and must not release the bill
+        return EventAction.PASS_BESIDE
+    has_usage = kind == "message_delta" and data.get("usage")
+    return EventAction.HOLD if data.get("error") or has_usage else EventAction.PASS
+
+
+def _note_usage(usage: Json, state: AnswerState) -> None:
+    """Adds a part of the usage to the parts before it. Counts are totals so far: the latest one is right."""
+    if isinstance(usage, dict):
+        state.counts |= {name: count for name, count in usage.items() if count is not None}
+        state.usage = read_message_usage(state.counts)
 
 
 def without_null_citations(raw: bytes) -> bytes:
-    """A whole message whose text blocks name no citations where they have none; everything else as it came.
+    """A whole message without `citations` in text blocks where that is null; everything else is unchanged.
 
-    OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients take no null
+    OpenRouter writes null where Anthropic writes nothing, and some of Anthropic's clients reject null
     (Vercel's AI SDK).
     """
-    if not any(mark in raw for mark in NO_CITATIONS):
+    if not any(mark in raw for mark in NULL_CITATIONS):
         return raw
     try:
-        # Numbers stay as they are written: what a tool is called with may be longer than a float.
-        data = json.loads(raw, parse_int=orjson.Fragment, parse_float=orjson.Fragment)
-        content = data.get("content")
-        blocks = [
-            block for block in (content if isinstance(content, list) else ()) if isinstance(block, dict)
-        ]
-        bare = [
-            block
-            for block in blocks
-            if block.get("type") == "text" and "citations" in block and block["citations"] is None
-        ]
-        for block in bare:
+        # Numbers stay as they are written: a tool's arguments may hold one that a float would round.
+        message = json.loads(raw, parse_int=orjson.Fragment, parse_float=orjson.Fragment)
+        blocks = _blocks_with_null_citations(message.get("content"))
+        for block in blocks:
             del block["citations"]
-        return orjson.dumps(data) if bare else raw
-    except (
-        orjson.JSONEncodeError,
-        RecursionError,
-    ):  # half surrogates, and depths, that no strict encoder takes
-        return raw
+        return orjson.dumps(message) if blocks else raw
+    except (orjson.JSONEncodeError, RecursionError):
+        return raw  # it has lone surrogates, or a depth, that no strict encoder takes
 
 
-def read_message_usage(value: Mapping[str, Any]) -> Usage | None:
-    """Anthropic's usage, in which `input_tokens` leaves out what was written to and read from the cache."""
-    cached = value.get("cache_read_input_tokens")
-    inputs = [
-        value.get(name) or 0
-        for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+def _blocks_with_null_citations(content: Json) -> list[dict[str, Json]]:
+    """Text blocks only: a tool's input may have a field of this name."""
+    return [
+        block
+        for block in (content if isinstance(content, list) else ())
+        if isinstance(block, dict) and block.get("type") == "text"
+        if "citations" in block and block["citations"] is None
     ]
-    plain = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in inputs)
-    return read_usage(
-        {
-            **value,
-            "prompt_tokens": sum(inputs) if plain else None,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
-    )
+
+
+def read_message_usage(counts: JsonObject) -> Usage | None:
+    """Anthropic's usage, in which `input_tokens` leaves out what was written to and read from the cache."""
+    parts = [counts.get(name) or 0 for name in PROMPT_COUNTS]
+    known = [part for part in parts if isinstance(part, int) and not isinstance(part, bool) and part >= 0]
+    usage: dict[str, Json] = {
+        **counts,
+        # A sum of fewer parts would be too small: then the prompt's tokens are unknown.
+        "prompt_tokens": sum(known) if len(known) == len(parts) else None,
+        "prompt_tokens_details": {"cached_tokens": counts.get("cache_read_input_tokens")},
+    }
+    return read_usage(usage)
 
 
 MESSAGES = Messages()

@@ -1,18 +1,23 @@
-"""The same for OpenRouter's clients."""
+"""The dialects as OpenRouter's own clients expect them, for requests under /api/v1.
+
+Only errors differ (docs/decisions/0009): their `code` is a status, and their word `metadata.error_type`
+(https://openrouter.ai/docs/api-reference/errors). OpenRouter's SDK rejects an event of another form, and
+with it the whole stream.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from common.errors import GatewayError
+from common.json_types import Json, JsonObject
 from gateway.proxy.dialects.base import AnswerState, Sanitise
 from gateway.proxy.dialects.chat import CHAT, Dialect, own_chunk
 from gateway.proxy.dialects.messages import MESSAGES
 from gateway.proxy.dialects.responses import RESPONSES, Responses
 
-# What OpenRouter's error types mean as a status, of those that an upstream may tell (its OpenAPI file, August
-# 2026).
+# The status that each of OpenRouter's error types means, of those that may be shown to a client (its OpenAPI
+# file, August 2026). Any other means 502.
 STATUSES = {
     "invalid_request": 400,
     "invalid_prompt": 400,
@@ -34,37 +39,32 @@ STATUSES = {
 
 
 class OpenRouterChat(Dialect):
-    """Chat completions as OpenRouter's clients read their errors: every `code` is a status, and an error
-    event is a chunk.
-    """
+    """Chat completions: every `code` is a status, and an error of ours is a whole chunk."""
 
-    def show_error(self, error: Mapping[str, Any], sanitise: Sanitise) -> dict[str, Any]:
+    def show_error(self, error: JsonObject, sanitise: Sanitise) -> dict[str, Json]:
         shown = sanitise(error)
-        code = shown["code"]
+        code, metadata = shown["code"], shown.get("metadata")
         if isinstance(code, int):
             return shown
-        about = shown.get("metadata") or {"error_type": code}
-        return {**shown, "code": STATUSES.get(about["error_type"], 502), "metadata": about}
+        error_type = metadata.get("error_type") if isinstance(metadata, dict) else code
+        status = STATUSES.get(str(error_type), 502)
+        return {**shown, "code": status, "metadata": {"error_type": error_type}}
 
-    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
-        choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
-        return {**own_chunk(state, (choice,)), **failure.openrouter_body(request_id)}
-
-
-CHAT_FOR_OPENROUTER = OpenRouterChat()
+    def failure_data(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Json]:
+        choice: Json = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
+        return {**own_chunk(state, choice), **failure.openrouter_body(request_id)}
 
 
 class OpenRouterResponses(Responses):
-    """Responses name their errors by words for OpenRouter's clients, too; what is ours beside that has
-    OpenRouter's form.
-    """
+    """Responses: `code` stays a word, as in OpenRouter's own events; only the envelope beside it differs."""
 
-    def failure_event(self, failure: GatewayError, state: AnswerState, request_id: str) -> dict[str, Any]:
+    def _envelope(self, failure: GatewayError, request_id: str) -> dict[str, Json]:
         return failure.openrouter_body(request_id)
 
 
+# Messages keep Anthropic's form: their clients are Anthropic's under either prefix.
 FOR_OPENROUTER: Mapping[Dialect, Dialect] = {
-    CHAT: CHAT_FOR_OPENROUTER,
+    CHAT: OpenRouterChat(),
     RESPONSES: OpenRouterResponses(),
     MESSAGES: MESSAGES,
 }
