@@ -90,9 +90,9 @@ async def quote(
         key_id=caller.key_id,
         end_user=end_user_of(endpoint, body.body, x_end_user),
     )
-    standing = {"free": caller.environment == "test", **answer}
-    fields = quotes.quote_fields(bound, standing, markup=markup, output_tokens=body.output_tokens)
-    return JsonResponse(Quote(**fields))
+    is_test, output_tokens = caller.environment == "test", body.output_tokens
+    fields = quotes.quote_fields(bound, answer, is_test=is_test, markup=markup, output_tokens=output_tokens)
+    return JsonResponse(Quote.model_validate(fields))
 
 
 async def _prices(runtime: Runtime, caller: Caller) -> tuple[ModelIndex, BoundPolicy]:

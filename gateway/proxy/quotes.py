@@ -1,19 +1,23 @@
-"""The bound of a body without sending it. The proxy's own bound of it, without sending, counting or holding
-anything.
+"""What a body would hold and roughly cost. A quote must never send, count or hold anything.
+
+It is computed by the code that bounds the real request, and judged by the same database, so that it cannot
+promise what the proxy would refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
+from typing import TypedDict
 
 import orjson
 
 from common.errors import BadRequest, GatewayError
+from common.json_types import JsonObject
 from common.money import EXACT, credits_from_nanos, plain
-from db_rows.requests import IdentityRefused, MoneyRefused, QuoteItem
-from gateway.billing.refusals import MONEY, error_for_refusal
+from db_rows.books import QuoteAnswer, QuoteRefused, QuoteShort
+from db_rows.requests import IdentityRefused, MoneyRefused, PriceBasis, QuoteItem
+from gateway.billing.refusals import error_for_refusal
 from gateway.pricing.catalog import ModelIndex
 from gateway.pricing.upper_bound import Bound, BoundPolicy, bound_request
 from gateway.proxy.endpoints import Endpoint
@@ -23,22 +27,42 @@ USUAL_OUTPUT_TOKENS = 256
 ESTIMATE = "An estimate of this moment: nothing is held or counted, and rate limits are not looked at."
 
 
-def bound_of(endpoint: Endpoint, body: Mapping[str, Any], models: ModelIndex, policy: BoundPolicy) -> Bound:
+class QuoteFields(TypedDict):
+    """The fields of a quote. Amounts are credits."""
+
+    models: list[str]
+    would_hold: Decimal
+    needed: Decimal
+    estimated_cost: Decimal
+    estimated_output_tokens: int
+    prompt_tokens_estimate: int
+    max_output_tokens: int
+    affordable_max_tokens: int | None
+    affordable: bool
+    reason: str | None
+    available: Decimal | None
+    byok: bool
+    free: bool
+    markup: Decimal
+    price_basis: PriceBasis
+    message: str
+
+
+def bound_of(endpoint: Endpoint, body: JsonObject, models: ModelIndex, policy: BoundPolicy) -> Bound:
     """The bound of a body, taken as JSON without superfluous spaces. Raises what the proxy would: BadRequest,
-    ModelNotFound, ...
+    ModelNotFound, UnboundedCost or Forbidden.
     """
     try:
         raw = orjson.dumps(body, default=_as_written)
     except TypeError as error:
-        raise BadRequest(
-            f"The request body cannot be read: {error}.", param="body", code="invalid_json"
-        ) from None
-    asked = read_request(endpoint, raw, "application/json")
-    return bound_request(endpoint.name, asked.fields, len(raw), models, policy)
+        message = f"The request body cannot be read: {error}."
+        raise BadRequest(message, param="body", code="invalid_json") from None
+    request = read_request(endpoint, raw, "application/json")
+    return bound_request(endpoint.name, request.fields, len(raw), models, policy)
 
 
 def _as_written(value: object) -> orjson.Fragment:
-    """Orders are read with exact decimals; the proxy reads the text."""
+    """A number as the client wrote it: quotes are read with exact decimals, and the proxy reads the text."""
     if isinstance(value, Decimal):
         return orjson.Fragment(str(value))
     raise TypeError(f"{type(value).__name__} is not JSON")
@@ -58,16 +82,19 @@ def quote_item(bound: Bound, *, markup: Decimal) -> QuoteItem:
 
 
 def quote_fields(
-    bound: Bound, found: Mapping[str, Any], *, markup: Decimal, output_tokens: int | None
-) -> dict[str, Any]:
-    """The fields of a Quote; `found` is what the database says of it."""
-    granted, short = found["outcome"] == "granted", found["outcome"] in MONEY
-    most = found["granted_output"] if granted else bound.max_output
+    bound: Bound, answer: QuoteAnswer, *, is_test: bool, markup: Decimal, output_tokens: int | None
+) -> QuoteFields:
+    """The fields of a quote, from the database's answer. `is_test`: the key is a test key. `output_tokens`:
+    what the client expects; None for USUAL_OUTPUT_TOKENS.
+    """
+    standing = _standing(answer, is_test=is_test)
+    refusal = standing.refusal
+    most = bound.max_output if standing.granted_output is None else standing.granted_output
     expected = min(USUAL_OUTPUT_TOKENS if output_tokens is None else output_tokens, most)
-    rate = Decimal(0) if found.get("free") or found.get("byok") else markup
+    # Where the gateway charges nothing, nothing is held either.
+    rate = Decimal(0) if standing.free or standing.byok else markup
     needed = _charged(_most_nanos(bound, bound.min_output), rate)
-    refusal = None if granted else _refusal(found, bound, needed)
-    available = found.get("available_nanos")
+    error = None if refusal is None else _error(refusal, bound, needed)
     return {
         "models": list(bound.models),
         "would_hold": credits_from_nanos(_charged(_most_nanos(bound, most), rate)),
@@ -75,17 +102,40 @@ def quote_fields(
         "estimated_cost": credits_from_nanos(_charged(bound.typical_nanos(expected), rate)),
         "estimated_output_tokens": expected,
         "prompt_tokens_estimate": bound.prompt_estimate,
-        "max_output_tokens": most if granted else 0,
-        "affordable_max_tokens": found["granted_output"] if short else None,
-        "affordable": granted,
-        "reason": None if refusal is None else refusal.code,
-        "available": None if available is None else credits_from_nanos(available),
-        "byok": bool(found.get("byok")),
-        "free": bool(found.get("free")),
+        "max_output_tokens": standing.granted_output or 0,
+        "affordable_max_tokens": standing.affordable_output,
+        "affordable": refusal is None,
+        "reason": None if error is None else error.code,
+        "available": None if standing.available is None else credits_from_nanos(standing.available),
+        "byok": standing.byok,
+        "free": standing.free,
         "markup": markup,
         "price_basis": bound.price_basis,
-        "message": ESTIMATE if refusal is None else f"{refusal.message} {ESTIMATE}",
+        "message": ESTIMATE if error is None else f"{error.message} {ESTIMATE}",
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """The database's answer, in one form for all outcomes. `available`: nano-dollars; None: none count."""
+
+    free: bool
+    byok: bool = False
+    granted_output: int | None = None
+    affordable_output: int | None = None  # where money is short
+    available: int | None = None
+    refusal: QuoteShort | QuoteRefused | None = None
+
+
+def _standing(answer: QuoteAnswer, *, is_test: bool) -> _Standing:
+    match answer["outcome"]:
+        case "granted":
+            available = answer.get("available_nanos")
+            return _Standing(answer["free"], answer["byok"], answer["granted_output"], None, available)
+        case "credits" | "budget" | "end_user_budget":
+            affordable, available = answer["granted_output"], answer["available_nanos"]
+            return _Standing(is_test, False, None, affordable, available, answer)
+    return _Standing(is_test, refusal=answer)
 
 
 def _most_nanos(bound: Bound, output_tokens: int) -> Decimal:
@@ -98,18 +148,27 @@ def _charged(nanos: Decimal, markup: Decimal) -> int:
     return int(EXACT.multiply(nanos, markup).to_integral_value(rounding=ROUND_CEILING))
 
 
-def _refusal(answer: Mapping[str, Any], bound: Bound, needed: int) -> GatewayError:
-    """What the request would be told instead of an answer."""
-    outcome: Any = "INVALID_KEY" if answer["outcome"] == "not_found" else answer["outcome"]
-    refusal: MoneyRefused | IdentityRefused = {"outcome": outcome, "request_id": ""}
-    if outcome in MONEY:
-        refusal = {
-            "outcome": outcome,
-            "request_id": "",
-            "needed_nanos": needed,
-            "available_nanos": answer["available_nanos"],
-            "balance_nanos": answer["available_nanos"],
-            "held_nanos": 0,
-            "affordable_output": answer["granted_output"],
-        }
-    return error_for_refusal(refusal, "chat", client_limit_field=bound.client_limit_field)
+def _error(refusal: QuoteShort | QuoteRefused, bound: Bound, needed: int) -> GatewayError:
+    """The error that the request itself would end with."""
+    field = bound.client_limit_field
+    return error_for_refusal(_admission_refusal(refusal, needed), "chat", client_limit_field=field)
+
+
+def _admission_refusal(refusal: QuoteShort | QuoteRefused, needed: int) -> MoneyRefused | IdentityRefused:
+    """The refusal as admission would answer it; there is no request, so its id is empty."""
+    match refusal["outcome"]:
+        case "credits" | "budget" | "end_user_budget" as outcome:
+            available = refusal["available_nanos"]
+            return {
+                "outcome": outcome,
+                "request_id": "",
+                "needed_nanos": needed,
+                "available_nanos": available,
+                "balance_nanos": available,
+                "held_nanos": 0,
+                "affordable_output": refusal["granted_output"],
+            }
+        case "not_found":  # the key was deleted since it was verified
+            return {"outcome": "INVALID_KEY", "request_id": ""}
+        case outcome:
+            return {"outcome": outcome, "request_id": ""}
