@@ -47,6 +47,7 @@ NOT_OFFERED = {
             "skills",
             "chatkit",
             "videos",
+            # Answers that OpenAI and Anthropic store, and jobs: /responses/{id}, /messages/batches.
             "chat/completions/",
             "responses/",
             "messages/",

@@ -99,6 +99,7 @@ def next_number(latest: bytes) -> int:
 
 def with_field(json_object: bytes, name: str, value: bytes) -> bytes:
     """A JSON object with one more field at its end; the rest stays as it was, to the byte."""
+    # As bytes, since parsing and writing it would round its numbers.
     text = json_object.rstrip()
     head = text[:-1].rstrip()
     comma = b"" if head.endswith(b"{") else b","

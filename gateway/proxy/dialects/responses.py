@@ -24,6 +24,7 @@ ERRORS = frozenset(("error", "response.error"))
 class Responses(NamedEvents):
     """The event that ends a stream is also the one with the bill."""
 
+    # A model's text that holds one of these names is parsed in vain, and passes: the `type` decides.
     remarkable = (
         *Dialect.remarkable,
         b'"response"',
@@ -65,6 +66,7 @@ class Responses(NamedEvents):
     def _clean(self, part: dict[str, Json], sanitise: Sanitise) -> list[str]:
         changed = super()._clean(part, sanitise)
         if read_text(part.get("type")) in ERRORS and "message" in part:
+            # Here `code` is a text in OpenAI's schema, whatever the upstream writes.
             shown = sanitise(part)
             part |= {"message": shown["message"], "code": str(shown["code"])}
             changed.append("message")
