@@ -1,6 +1,6 @@
 # `make run` and `make test` are the whole set-up on a machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test check format migrate fuzz bill clients bench vercel-check sandbox lock clean
+.PHONY: help run test coverage check format migrate fuzz bill clients bench vercel-check sandbox lock clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
@@ -16,6 +16,12 @@ run: .venv/local.done ## start the gateway on an embedded Supabase, 127.0.0.1:80
 
 test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
 	$(PY) -m pytest -q -n 4 --dist loadgroup $(ARGS)
+
+coverage: .venv/dev.done ## the same tests, and how much of the code they run (branches too); fails below the floor
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(PY) -m coverage run -m pytest -q -n 4 --dist loadgroup $(ARGS)
+	@$(PY) -m coverage combine -q
+	@$(PY) -m coverage report
 
 check: .venv/dev.done ## types, lint, imports, shape, dependencies, spelling (ARGS="imports spelling" for some)
 	@$(PY) -m tests.house.check $(ARGS)

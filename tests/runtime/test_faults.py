@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import re
 import signal
 import sys
@@ -38,7 +37,7 @@ from tests.support.gateway import (
     staged_start,
     staged_upstream,
 )
-from tests.support.servers import eventually, served
+from tests.support.servers import clean_environment, eventually, served
 from tests.support.upstream import Upstream, running_upstream
 
 Start = Callable[..., Awaitable[Gateway]]
@@ -336,7 +335,7 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
 async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
     tmp_path: Path, changes: dict[str, str], sentence: str
 ) -> None:
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PORT": "0", **RIGHT, **changes}
+    environment = clean_environment(**{"PYTHONPATH": str(ROOT), "PORT": "0", **RIGHT, **changes})
     process = await asyncio.create_subprocess_exec(
         sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE
     )
@@ -345,13 +344,9 @@ async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
 
 
 async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_path: Path) -> None:
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
-        "PORT": "0",
-        "GATEWAY_DATA_DIR": str(tmp_path),
-        "LOG_LEVEL": "error",
-    }
+    environment = clean_environment(
+        PYTHONPATH=str(ROOT), PORT="0", GATEWAY_DATA_DIR=str(tmp_path), LOG_LEVEL="error"
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,15 @@ from typing import Any
 
 import httpx
 import uvicorn
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """The environment of a server in a process of its own: these variables, and no settings of the machine.
+
+    Variables of coverage.py pass, so that `make coverage` measures the process.
+    """
+    measuring = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+    return {"PATH": os.environ["PATH"], **measuring, **variables}
 
 
 def listening() -> socket.socket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ import httpx
 from tests.support import ROOT
 from tests.support.database import Database
 from tests.support.gateway import ADMIN_KEY, OPERATOR_KEY, SECRET, Gateway, User
-from tests.support.servers import eventually, is_ready
+from tests.support.servers import clean_environment, eventually, is_ready
 
 
 @asynccontextmanager
@@ -26,17 +25,16 @@ async def running_workers(
     """`uvicorn app:app --workers 2` in live mode, as an operator would start it, and its process id."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
-    environment = {
-        "PATH": os.environ["PATH"],
-        "DATABASE_URL": database.url,
-        "ADMIN_API_KEY": ADMIN_KEY,
-        "KEY_HASH_SECRETS": SECRET,
-        "ENCRYPTION_KEYS": SECRET,
-        "OPENROUTER_API_KEY": OPERATOR_KEY,
-        "OPENROUTER_BASE_URL": upstream_url,
-        "GATEWAY_DATA_DIR": str(folder),
-        "LOG_LEVEL": "error",
-    }
+    environment = clean_environment(
+        DATABASE_URL=database.url,
+        ADMIN_API_KEY=ADMIN_KEY,
+        KEY_HASH_SECRETS=SECRET,
+        ENCRYPTION_KEYS=SECRET,
+        OPENROUTER_API_KEY=OPERATOR_KEY,
+        OPENROUTER_BASE_URL=upstream_url,
+        GATEWAY_DATA_DIR=str(folder),
+        LOG_LEVEL="error",
+    )
     options = ("--no-proxy-headers", "--workers", "2", "--port", str(port), "--log-level", "error")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "uvicorn", "app:app", *options),
