@@ -106,3 +106,13 @@ def test_a_package_that_no_layer_names_fails(check: Check, copy: Path) -> None:
     assert done.returncode == 1
     assert "the package payments is missing" in done.stdout
     assert check("shape").returncode == 1
+
+
+def test_code_beyond_a_limit_fails(check: Check, copy: Path) -> None:
+    body = "\n".join(f"    print({number})" for number in range(51))
+    add(copy / "security.py", f"def endless() -> None:\n{body}\n\n\nWIDE = {'1 + ' * 30}1")
+    (copy / "gateway" / "asking.py").write_text('"""What is this?"""\n')
+    done = check("shape")
+    assert done.returncode == 1
+    for problem in ("endless has 51 lines", "has 128 columns", "asking.py opens with a question"):
+        assert problem in done.stdout
