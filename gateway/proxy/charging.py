@@ -14,8 +14,8 @@ from gateway.billing.settlement import Generation, settlement, with_generation
 from gateway.billing.stored_answers import CHARGE_MARK
 from gateway.proxy.admitted_request import AdmittedRequest
 from gateway.proxy.charge_report import charge_headers, gateway_usage
+from gateway.proxy.idempotency_and_cache import EVENTS, seal_answer
 from gateway.proxy.outcome import JSON, Client, Outcome
-from gateway.proxy.replay import EVENTS, seal_answer
 from gateway.proxy.response_headers import response_headers
 from gateway.proxy.response_writer import ResponseWriter
 from gateway.proxy.services import Services

@@ -18,8 +18,8 @@ from gateway.pricing.upper_bound import Bound
 from gateway.proxy.admitted_request import AdmittedRequest, bound_with
 from gateway.proxy.charging import Charging
 from gateway.proxy.forwarding import Forwarding
+from gateway.proxy.idempotency_and_cache import ReplayOptions, read_replay_options, send_stored_answer
 from gateway.proxy.outcome import Client
-from gateway.proxy.replay import ReplayOptions, read_replay_options, send_stored_answer
 from gateway.proxy.request import IncomingRequest, ParsedRequest, end_user_of, read_request
 from gateway.proxy.response_writer import ResponseWriter
 from gateway.proxy.services import Services

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gateway.billing.rate_limit_headers import limit_headers
 from gateway.proxy.admitted_request import AdmittedRequest
+from gateway.proxy.idempotency_and_cache import MISS
 from gateway.proxy.outcome import Outcome
-from gateway.proxy.replay import MISS
 
 
 def response_headers(admitted: AdmittedRequest, outcome: Outcome) -> dict[str, str]:
