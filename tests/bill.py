@@ -114,11 +114,11 @@ async def send(user: User, kind: Kind, rng: random.Random) -> str:
     try:
         async with (
             asyncio.timeout(patience),
-            user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as answer,
+            user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as response,
         ):
-            async for _ in answer.aiter_raw():
+            async for _ in response.aiter_raw():
                 pass
-            return f"{kind.path} {'stream ' if streamed else ''}{answer.status_code}"
+            return f"{kind.path} {'stream ' if streamed else ''}{response.status_code}"
     except (TimeoutError, httpx.HTTPError) as error:
         ending = "left" if isinstance(error, TimeoutError) else "broken"
         return f"{kind.path} {'stream ' if streamed else ''}{ending}"

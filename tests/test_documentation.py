@@ -145,8 +145,8 @@ async def send(gateway: Gateway, words: list[str], values: dict[str, str]) -> ht
 async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: str) -> None:
     user = await gateway.register(credits=5)
     request_id = (await user.chat()).headers["x-request-id"]
-    order = {"key_name": "for the documents", "environment_tag": "test"}
-    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json=order)).json()
+    body = {"key_name": "for the documents", "environment_tag": "test"}
+    made = (await gateway.http.post("/user/api-keys", headers=user.headers, json=body)).json()
     values = {
         "API_KEY": user.key,
         "ADMIN_API_KEY": ADMIN_KEY,
@@ -156,9 +156,9 @@ async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: 
     calls = documented_calls(await asyncio.to_thread((ROOT / name).read_text))
     assert len(calls) >= DOCUMENTS[name]
     for words in calls:
-        answer = await send(gateway, words, values)
+        response = await send(gateway, words, values)
         expected = (429,) if "x-sandbox-scenario: error-429-upstream" in words else (200, 201)
-        assert answer.status_code in expected, (words, answer.text)
+        assert response.status_code in expected, (words, response.text)
 
 
 async def test_a_scenario_may_follow_the_model_with_parameters(gateway: Gateway) -> None:

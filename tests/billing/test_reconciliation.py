@@ -27,9 +27,9 @@ ITEMS = "/admin/reconciliation/items"
 async def reconciled(gateway: Gateway) -> Any:
     """The comparison, with exact numbers."""
     headers = {"authorization": "Bearer admin-key-for-tests"}
-    answer = await gateway.http.get("/admin/reconciliation", headers=headers)
-    assert answer.status_code == 200, answer.text
-    return json.loads(answer.text, parse_float=Decimal)
+    response = await gateway.http.get("/admin/reconciliation", headers=headers)
+    assert response.status_code == 200, response.text
+    return json.loads(response.text, parse_float=Decimal)
 
 
 async def resolve(gateway: Gateway, request_id: str) -> Any:
@@ -50,17 +50,17 @@ async def test_our_costs_are_what_the_upstream_says(start_gateway: Any, upstream
     for _ in range(3):
         await user.chat()
     await tester.chat()
-    found = await reconciled(gateway)
-    assert (found["mode"], found["upstream_problem"], found["journal_waiting"]) == ("live", None, [])
+    report = await reconciled(gateway)
+    assert (report["mode"], report["upstream_problem"], report["journal_waiting"]) == ("live", None, [])
     for window in ("daily", "weekly", "monthly"):
-        part = found["windows"][window]
+        part = report["windows"][window]
         assert part["requests"] == 3
         assert part["upstream_cost"] == part["upstream_says"] == upstream.sandbox.state.billed > 0
         assert (part["drift"], part["drift_percent"], part["overrun"]) == (0, 0, 0)
         assert 0 <= part["charged"] - part["upstream_cost"] * Decimal("1.5") < 3 * Decimal("1e-9")
         assert part["margin"] == part["charged"] - part["upstream_cost"]
-    assert found["open"] == {"expired": [], "unknown": [], "overrun": []}
-    assert "sk-or" not in json.dumps(found, default=str)
+    assert report["open"] == {"expired": [], "unknown": [], "overrun": []}
+    assert "sk-or" not in json.dumps(report, default=str)
 
 
 async def test_what_went_out_with_a_users_own_key_is_not_the_operators_bill(
@@ -104,10 +104,10 @@ async def test_an_upstream_that_cannot_be_reached_leaves_our_numbers(start_gatew
     async with running_upstream() as gone:
         url = gone.url
     gateway = await start_gateway(**live(url))
-    found = await reconciled(gateway)
-    assert found["upstream"] is None
-    assert found["upstream_problem"]
-    assert (found["windows"]["daily"]["upstream_cost"], found["windows"]["daily"]["drift"]) == (0, None)
+    report = await reconciled(gateway)
+    assert report["upstream"] is None
+    assert report["upstream_problem"]
+    assert (report["windows"]["daily"]["upstream_cost"], report["windows"]["daily"]["drift"]) == (0, None)
 
 
 async def test_an_upstream_that_refuses_the_operators_key_is_said_so(
@@ -115,8 +115,8 @@ async def test_an_upstream_that_refuses_the_operators_key_is_said_so(
 ) -> None:
     await start_gateway(**live(upstream.url))  # a database goes live with a key that is taken
     gateway = await start_gateway(**await refusing(401))
-    found = await reconciled(gateway)
-    assert (found["upstream"], found["upstream_problem"]) == (
+    report = await reconciled(gateway)
+    assert (report["upstream"], report["upstream_problem"]) == (
         None,
         "The upstream refuses the operator's key.",
     )
@@ -171,8 +171,8 @@ async def test_unknown_costs_are_listed_by_page_before_and_after_they_are_noted(
 
 async def test_what_nobody_knew_is_resolved_once(live_gateway: Gateway) -> None:
     user = await live_gateway.register(credits=5)
-    answer = await user.chat()
-    request_id, cost = answer.headers["x-request-id"], Decimal(answer.headers["x-gateway-cost"])
+    response = await user.chat()
+    request_id, cost = response.headers["x-request-id"], Decimal(response.headers["x-gateway-cost"])
     known = await resolve(live_gateway, request_id)
     assert (known.status_code, known.json()["error"]["param"]) == (409, "request_id")
     await make_unknown(live_gateway, user, request_id)

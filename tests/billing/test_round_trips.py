@@ -89,8 +89,8 @@ class Customer:
     async def send(self, headers: dict[str, str], question: str, **body: Any) -> tuple[httpx.Response, int]:
         content = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": question}], **body}
         before = self.link.round_trips
-        answer = await self.user.gateway.http.post("/v1/chat/completions", headers=headers, json=content)
-        return answer, self.link.round_trips - before
+        response = await self.user.gateway.http.post("/v1/chat/completions", headers=headers, json=content)
+        return response, self.link.round_trips - before
 
 
 async def customer_of(

@@ -45,8 +45,8 @@ from embedded.postgrest import PostgrestTransport
 async def test_a_result_has_the_shape_that_postgrest_gives_it(
     http: httpx.AsyncClient, name: str, arguments: str, status: int, body: str
 ) -> None:
-    answer = await http.post(f"/rpc/{name}", content=arguments)
-    assert (answer.status_code, answer.text) == (status, body)
+    response = await http.post(f"/rpc/{name}", content=arguments)
+    assert (response.status_code, response.text) == (status, body)
 
 
 async def test_a_row_of_a_table_is_answered_as_an_object(client: AsyncClient) -> None:
@@ -87,8 +87,8 @@ async def test_calls_act_as_service_role_within_the_statement_timeout_of_a_hoste
 async def test_a_slow_statement_is_cut_off(server: EmbeddedPostgres, owner: Any) -> None:
     quick = PostgrestTransport(server.connect_kwargs("authenticator"), statement_timeout_ms=50)
     async with httpx.AsyncClient(transport=quick) as http:
-        answer = await http.post("http://x.invalid/rest/v1/rpc/sleep", json={"p_seconds": 30})
-    assert (answer.status_code, answer.json()["code"]) == (500, "57014")
+        response = await http.post("http://x.invalid/rest/v1/rpc/sleep", json={"p_seconds": 30})
+    assert (response.status_code, response.json()["code"]) == (500, "57014")
 
 
 async def test_the_clients_own_timeout_is_a_read_timeout(http: httpx.AsyncClient) -> None:
@@ -115,9 +115,9 @@ async def test_the_clients_own_timeout_is_a_read_timeout(http: httpx.AsyncClient
 async def test_an_error_of_a_function_keeps_its_code_and_gets_postgrests_status(
     http: httpx.AsyncClient, sqlstate: str, status: int
 ) -> None:
-    answer = await http.post("/rpc/fail", json={"p_code": sqlstate})
-    assert answer.status_code == status
-    assert answer.json() == {"code": sqlstate, "message": "no", "details": "a detail", "hint": "a hint"}
+    response = await http.post("/rpc/fail", json={"p_code": sqlstate})
+    assert response.status_code == status
+    assert response.json() == {"code": sqlstate, "message": "no", "details": "a detail", "hint": "a hint"}
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ async def test_an_error_of_a_function_keeps_its_code_and_gets_postgrests_status(
 async def test_a_call_that_fits_no_function_is_refused(
     http: httpx.AsyncClient, name: str, body: str, status: int, code: str
 ) -> None:
-    answer = await http.post(f"/rpc/{name}", content=body)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    response = await http.post(f"/rpc/{name}", content=body)
+    assert (response.status_code, response.json()["code"]) == (status, code)
 
 
 async def test_a_function_is_found_when_a_migration_adds_or_changes_it(

@@ -54,9 +54,9 @@ CY = 'Cy, "the" (third)'
 async def test_filters_choose_rows(
     http: httpx.AsyncClient, parameters: dict[str, str], names: list[str]
 ) -> None:
-    answer = await http.get("/people", params={**parameters, "select": "name", "order": "id"})
-    assert answer.status_code == 200, answer.text
-    assert [row["name"] for row in answer.json()] == names
+    response = await http.get("/people", params={**parameters, "select": "name", "order": "id"})
+    assert response.status_code == 200, response.text
+    assert [row["name"] for row in response.json()] == names
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ async def test_filters_choose_rows(
     ],
 )
 async def test_select_chooses_columns(http: httpx.AsyncClient, select: str, row: dict[str, Any]) -> None:
-    answer = await http.get("/people", params={"select": select, "id": "eq.1"})
-    assert answer.json() == [row]
+    response = await http.get("/people", params={"select": select, "id": "eq.1"})
+    assert response.json() == [row]
 
 
 async def test_rows_come_in_the_order_that_was_asked(http: httpx.AsyncClient) -> None:
@@ -83,8 +83,8 @@ async def test_rows_come_in_the_order_that_was_asked(http: httpx.AsyncClient) ->
         ("age.desc.nullslast", [3, 1, 2]),
         ("age.nullsfirst,id", [2, 1, 3]),
     ]:
-        answer = await http.get("/people", params={"select": "id", "order": order})
-        assert [row["id"] for row in answer.json()] == ids
+        response = await http.get("/people", params={"select": "id", "order": order})
+        assert [row["id"] for row in response.json()] == ids
 
 
 async def test_a_page_says_where_it_is(http: httpx.AsyncClient) -> None:
@@ -148,8 +148,8 @@ async def test_empty_inserts_insert_defaults_or_nothing(http: httpx.AsyncClient)
 
 
 async def test_an_insert_answers_minimally_unless_asked(http: httpx.AsyncClient) -> None:
-    answer = await http.post("/journal", json={"note": "x"})
-    assert (answer.status_code, answer.text, answer.headers["content-range"]) == (201, "", "*/*")
+    response = await http.post("/journal", json={"note": "x"})
+    assert (response.status_code, response.text, response.headers["content-range"]) == (201, "", "*/*")
 
 
 async def test_a_value_too_long_for_its_column_is_refused_and_not_cut(client: AsyncClient) -> None:
@@ -214,10 +214,10 @@ async def test_names_with_quotes_are_only_names(http: httpx.AsyncClient) -> None
     wanted = {"prefer": "return=representation"}
     row = {"a b": 1, 'c"d': "x"}
     assert (await http.post('/odd "names"', json=row, headers=wanted)).json() == [row]
-    found = await http.get(
+    response = await http.get(
         '/odd "names"', params={"select": '"a b",z:"c\\"d"', '"a b"': "eq.1", "order": '"a b".desc'}
     )
-    assert found.json() == [{"a b": 1, "z": "x"}]
+    assert response.json() == [{"a b": 1, "z": "x"}]
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,8 @@ async def test_names_with_quotes_are_only_names(http: httpx.AsyncClient) -> None
 async def test_a_query_that_cannot_be_read_is_refused(
     http: httpx.AsyncClient, parameters: dict[str, str], status: int, code: str
 ) -> None:
-    answer = await http.get("/people", params=parameters)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    response = await http.get("/people", params=parameters)
+    assert (response.status_code, response.json()["code"]) == (status, code)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ async def test_a_query_that_cannot_be_read_is_refused(
 async def test_what_is_not_imitated_is_refused_by_name(
     http: httpx.AsyncClient, method: str, path: str, headers: dict[str, str], status: int, code: str
 ) -> None:
-    answer = await http.request(method, path, headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    response = await http.request(method, path, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (status, code)
 
 
 async def test_an_unknown_column_in_a_body_is_refused(client: AsyncClient) -> None:

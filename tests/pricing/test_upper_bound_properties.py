@@ -434,7 +434,7 @@ async def ask(
             endpoint, asked.fields, len(raw), index, POLICY_OF_SANDBOX, seconds=asked.seconds
         )
         granted = getattr(found, grant)
-        answer = await http.post(f"/{endpoint}", content=orjson.dumps({**body, **found.apply(granted)}))
+        response = await http.post(f"/{endpoint}", content=orjson.dumps({**body, **found.apply(granted)}))
     generations = sandbox.state.generations.values()
     billed = sum((each.cost + (each.upstream_cost if each.byok else 0) for each in generations), Decimal(0))
-    return answer.status_code, billed.scaleb(9), found.fixed_nanos + found.output_nanos * granted
+    return response.status_code, billed.scaleb(9), found.fixed_nanos + found.output_nanos * granted

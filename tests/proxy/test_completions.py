@@ -163,10 +163,10 @@ async def test_openrouter_s_paths_and_anthropic_s_key_header_work_too(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register(credits=1)
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         "/api/v1/chat/completions", headers={"x-api-key": user.key}, json={"model": MINI, "messages": HI}
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     await charged(user, upstream)
 
 
@@ -212,10 +212,10 @@ async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(
         "trace": {"trace_id": "t"},
         "max_completion_tokens": 50,
     }
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         "/v1/chat/completions", headers=user.headers, json={**kept, **changed}
     )
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     sent = upstream.sent()
     assert {name: sent[name] for name in kept if name != "provider"} == {
         name: kept[name] for name in kept if name != "provider"
@@ -262,10 +262,10 @@ async def test_no_header_of_the_client_reaches_the_upstream(
         "accept-encoding": "gzip, br",
         "anthropic-version": "1",
     }
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         "/v1/chat/completions", headers={**user.headers, **theirs}, json={"model": MINI, "messages": HI}
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     sent = upstream.sandbox.state.calls[-1].headers
     raw = upstream.sandbox.state.calls[-1].raw_headers
     assert (b"authorization", b"Bearer sk-or-v1-operator-secret") in raw
@@ -372,11 +372,11 @@ async def test_what_is_affordable_is_told_by_the_name_of_the_clients_own_limit(
 ) -> None:
     user = await live_gateway.register(credits=0.001)
     question = {"input": "Hi"} if path == "responses" else {"messages": [{"role": "user", "content": "Hi"}]}
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         f"/v1/{path}", headers=user.headers, json={"model": MINI, **question, limit: 16_000}
     )
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (402, limit) and f"With `{limit}` of at most" in error[
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (402, limit) and f"With `{limit}` of at most" in error[
         "message"
     ]
     assert upstream.inferences == 0
@@ -439,14 +439,14 @@ async def test_a_test_key_is_answered_by_the_sandbox_for_nothing(
 ) -> None:
     user = await live_gateway.register(environment="test")
     for streamed in (False, True):
-        answer = await user.chat(stream=streamed, scenario="cost-above-hold")
-        assert answer.status_code == 200 and answer.headers["x-gateway-mode"] == "sandbox"
+        response = await user.chat(stream=streamed, scenario="cost-above-hold")
+        assert response.status_code == 200 and response.headers["x-gateway-mode"] == "sandbox"
     assert (await user.chat(scenario="error-429")).status_code == 429
     odd = httpx.Headers([(b"x-sandbox-scenario", b"\xff"), (b"authorization", f"Bearer {user.key}".encode())])
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         "/v1/chat/completions", headers=odd, json={"model": MINI, "messages": HI}
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert upstream.inferences == 0
     records = await user.records()
     assert len(records) == 4 and {

@@ -219,14 +219,14 @@ async def test_an_answer_passes_and_is_charged(scene: Stage, name: str) -> None:
     user = await gateway.register(credits=1)
     request, said = CASES[name]
     upstream.say(plain(said))
-    answer = await post(user, name, prefix="/api/v1")
-    assert answer.status_code == 200, answer.text
-    charge = answer.json().pop("gateway_usage")
-    assert {key: value for key, value in answer.json().items() if key != "gateway_usage"} == said
+    response = await post(user, name, prefix="/api/v1")
+    assert response.status_code == 200, response.text
+    charge = response.json().pop("gateway_usage")
+    assert {key: value for key, value in response.json().items() if key != "gateway_usage"} == said
     assert (charge["tokens_charged"], Decimal(str(charge["cost"]))) == (13, Decimal(COST))
     assert (
-        Decimal(answer.headers["x-gateway-cost"]) == Decimal(COST)
-        and answer.headers["x-generation-id"] == GENERATION
+        Decimal(response.headers["x-gateway-cost"]) == Decimal(COST)
+        and response.headers["x-generation-id"] == GENERATION
     )
     record = await settled(user)
     assert (record["endpoint"], record["status"], record["streamed"]) == (name, "completed", False)
@@ -248,14 +248,14 @@ async def test_a_refusal_of_the_upstream_costs_nothing_and_names_no_operator(sce
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(plain(ERROR_BODY, status=429))
-    answer = await post(user, name)
-    error = assert_error(name, answer, 429)
+    response = await post(user, name)
+    error = assert_error(name, response, 429)
     assert (error["type"], error["code"], error["message"]) == (
         "rate_limit_error",
         "rate_limit_exceeded",
         "Slow down, ***",
     )
-    assert answer.headers["retry-after"] and answer.headers["x-gateway-cost"] == "0"
+    assert response.headers["retry-after"] and response.headers["x-gateway-cost"] == "0"
     assert (await settled(user, "0"))["status"] == "failed" and len(upstream.sent) == 1
 
 
@@ -306,9 +306,9 @@ async def test_a_key_needs_the_scope_of_the_endpoint(scene: Stage, name: str) ->
 async def test_without_a_key_nothing_is_read(scene: Stage, name: str) -> None:
     gateway, upstream = scene
     upstream.say(Reply([]))
-    answer = await gateway.http.post(f"/v1/{name}", content=b"{")
-    assert_error(name, answer, 401)
-    assert answer.headers["www-authenticate"] == "Bearer" and upstream.sent == []
+    response = await gateway.http.post(f"/v1/{name}", content=b"{")
+    assert_error(name, response, 401)
+    assert response.headers["www-authenticate"] == "Bearer" and upstream.sent == []
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -341,9 +341,9 @@ async def test_a_body_too_large_is_refused_by_its_length_and_while_it_arrives(
 
 @pytest.mark.parametrize("name", REQUESTS)
 async def test_a_method_that_it_does_not_take_is_a_405(scene: Stage, name: str) -> None:
-    answer = await scene[0].http.get(f"/v1/{name}")
-    assert_error(name, answer, 405)
-    assert answer.headers["allow"] == "POST"
+    response = await scene[0].http.get(f"/v1/{name}")
+    assert_error(name, response, 405)
+    assert response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -353,9 +353,9 @@ async def test_a_browser_is_served_too(scene: Stage, name: str) -> None:
     said = Reply([b"all"], content_type="audio/mpeg") if name == "audio/speech" else plain(CASES[name][1])
     upstream.say(said)
     upstream.known_cost = COST
-    answer = await post(user, name, headers={"origin": "https://app.example"})
-    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
-    assert "x-gateway-cost" in answer.headers["access-control-expose-headers"]
+    response = await post(user, name, headers={"origin": "https://app.example"})
+    assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "*"
+    assert "x-gateway-cost" in response.headers["access-control-expose-headers"]
     await settled(user)
 
 
@@ -437,20 +437,20 @@ async def test_a_stream_passes_and_its_last_event_tells_the_charge(scene: Stage,
     user = await gateway.register(credits=1)
     raw = STREAMS[name]
     upstream.say(Reply([raw[:70], raw[70:201], raw[201:]], content_type="text/event-stream"))
-    answer = await post(user, name, {**REQUESTS[name], "stream": True})
-    assert answer.status_code == 200 and answer.headers["content-type"] == "text/event-stream"
-    (charged,) = [event for event in events_of(answer) if "gateway_usage" in event]
+    response = await post(user, name, {**REQUESTS[name], "stream": True})
+    assert response.status_code == 200 and response.headers["content-type"] == "text/event-stream"
+    (charged,) = [event for event in events_of(response) if "gateway_usage" in event]
     assert (
         Decimal(str(charged["gateway_usage"]["cost"])) == Decimal(COST)
         and charged["gateway_usage"]["tokens_charged"] == 13
     )
-    assert [{**event, "gateway_usage": 0} for event in events_of(answer)] == [
+    assert [{**event, "gateway_usage": 0} for event in events_of(response)] == [
         {**orjson.loads(line[6:]), "gateway_usage": 0}
         for line in raw.decode().splitlines()
         if line.startswith("data: {")
     ]
-    assert LAST[name] in answer.text.strip().splitlines()[-1]
-    assert answer.text.count("event: ") == raw.count(b"event: ")
+    assert LAST[name] in response.text.strip().splitlines()[-1]
+    assert response.text.count("event: ") == raw.count(b"event: ")
     record = await settled(user)
     assert (record["endpoint"], record["status"], record["streamed"], record["settlement_source"]) == (
         name,
@@ -469,8 +469,8 @@ async def test_a_message_without_a_cost_is_charged_by_its_generation(scene: Stag
         user = await gateway.register(credits=1)
         upstream.say(reply)
         upstream.known_cost = COST
-        answer = await post(user, "messages", {**REQUESTS["messages"], **body})
-        assert answer.status_code == 200 and f'"cost":{COST}' in answer.text
+        response = await post(user, "messages", {**REQUESTS["messages"], **body})
+        assert response.status_code == 200 and f'"cost":{COST}' in response.text
         assert (await settled(user))["settlement_source"] == "generation"
 
 
@@ -479,9 +479,9 @@ async def test_a_json_answer_to_a_streamed_request_passes_as_json(scene: Stage, 
     gateway, upstream = scene
     user = await gateway.register(credits=1)
     upstream.say(plain(CASES[name][1]))
-    answer = await post(user, name, {**REQUESTS[name], "stream": True})
-    assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
-    assert Decimal(str(answer.json()["gateway_usage"]["cost"])) == Decimal(COST)
+    response = await post(user, name, {**REQUESTS[name], "stream": True})
+    assert response.status_code == 200 and response.headers["content-type"] == "application/json"
+    assert Decimal(str(response.json()["gateway_usage"]["cost"])) == Decimal(COST)
     assert (await settled(user))["streamed"] is True
 
 
@@ -492,8 +492,8 @@ async def test_a_stream_of_openrouter_s_clients_ends_with_an_error_of_theirs(sce
     raw = STREAMS.get(name, STREAMS["completions"])
     upstream.say(Reply([raw[: raw.index(b"\n\n") + 2]], content_type="text/event-stream"))
     upstream.known_cost = COST
-    answer = await post(user, name, {**REQUESTS[name], "stream": True}, prefix="/api/v1")
-    (failed,) = [event for event in events_of(answer) if event.get("error")]
+    response = await post(user, name, {**REQUESTS[name], "stream": True}, prefix="/api/v1")
+    (failed,) = [event for event in events_of(response) if event.get("error")]
     if name == "messages":
         assert failed["error"]["code"] == "upstream_error"
     else:
@@ -508,14 +508,14 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_of_its_api(scene: Sta
     raw = STREAMS[name]
     upstream.say(Reply([raw[: raw.index(b"\n\n") + 2]], content_type="text/event-stream"))
     upstream.known_cost = COST
-    answer = await post(user, name, {**REQUESTS[name], "stream": True})
-    events = events_of(answer)
+    response = await post(user, name, {**REQUESTS[name], "stream": True})
+    events = events_of(response)
     (failed,) = [event for event in events if event.get("error")]
     (charged,) = [event for event in events if "gateway_usage" in event]
     assert Decimal(str(charged["gateway_usage"]["cost"])) == Decimal(COST)
     assert failed["error"]["code"] == "upstream_error"
     if name != "completions":
-        assert failed["type"] == "error" and "event: error\n" in answer.text and charged == failed
+        assert failed["type"] == "error" and "event: error\n" in response.text and charged == failed
     if name == "responses":
         assert [event["sequence_number"] for event in events] == [0, 1]
     assert (await settled(user))["status"] == "failed"
@@ -553,8 +553,8 @@ async def test_anthropic_s_headers_are_taken_and_not_needed(scene: Stage) -> Non
         "anthropic-version": "2023-06-01",
         "anthropic-beta": "context-1m-2025-08-07",
     }
-    answer = await gateway.http.post("/v1/messages", headers=headers, json=REQUESTS["messages"])
-    assert answer.status_code == 200
+    response = await gateway.http.post("/v1/messages", headers=headers, json=REQUESTS["messages"])
+    assert response.status_code == 200
     (sent,) = upstream.sent
     assert "x-api-key" not in sent.headers and "anthropic-beta" not in sent.headers
     assert len(sent.fields["metadata"]["user_id"]) == 32 and "user" not in sent.fields
@@ -614,10 +614,10 @@ async def test_speech_passes_in_pieces_and_its_last_piece_waits_for_the_charge(s
     rest = asyncio.Event()
     upstream.say(Reply([LONG, rest, b"\x00\xff", b"last"], content_type="audio/mpeg"))
     upstream.known_cost = COST
-    async with gateway.http.stream("POST", "/v1/audio/speech", headers=user.headers, json=SPEECH) as answer:
-        assert answer.status_code == 200 and answer.headers["content-type"] == "audio/mpeg"
-        assert answer.headers["x-generation-id"] == GENERATION and "x-gateway-cost" not in answer.headers
-        pieces = answer.aiter_raw()
+    async with gateway.http.stream("POST", "/v1/audio/speech", headers=user.headers, json=SPEECH) as response:
+        assert response.status_code == 200 and response.headers["content-type"] == "audio/mpeg"
+        assert response.headers["x-generation-id"] == GENERATION and "x-gateway-cost" not in response.headers
+        pieces = response.aiter_raw()
         first = await anext(pieces)
         assert LONG.startswith(first) and (await user.records())[0]["status"] == "pending"
         rest.set()
@@ -632,9 +632,9 @@ async def test_speech_in_one_piece_tells_its_charge_in_the_headers(scene: Stage)
     user = await gateway.register(credits=1)
     upstream.say(Reply([b"all"], content_type="audio/pcm;rate=24000"))
     upstream.known_cost = COST
-    answer = await post(user, "audio/speech")
-    assert answer.content == b"all" and answer.headers["content-type"] == "audio/pcm;rate=24000"
-    assert Decimal(answer.headers["x-gateway-cost"]) == Decimal(COST)
+    response = await post(user, "audio/speech")
+    assert response.content == b"all" and response.headers["content-type"] == "audio/pcm;rate=24000"
+    assert Decimal(response.headers["x-gateway-cost"]) == Decimal(COST)
     await settled(user)
 
 
@@ -671,8 +671,8 @@ async def test_a_listener_who_leaves_is_charged_for_what_was_made(scene: Stage) 
     rest = asyncio.Event()
     upstream.say(Reply([LONG, rest, b"last"], content_type="audio/mpeg"))
     upstream.known_cost = COST
-    async with gateway.http.stream("POST", "/v1/audio/speech", headers=user.headers, json=SPEECH) as answer:
-        assert LONG.startswith(await anext(answer.aiter_raw()))
+    async with gateway.http.stream("POST", "/v1/audio/speech", headers=user.headers, json=SPEECH) as response:
+        assert LONG.startswith(await anext(response.aiter_raw()))
     await eventually(user.records, lambda found: found[0]["status"] == "pending")
     rest.set()
     assert (await settled(user))["status"] == "cancelled"
@@ -710,10 +710,10 @@ async def test_a_form_without_its_model_or_file_names_the_field(scene: Stage) ->
         ({"file": ("a.wav", AUDIO)}, {}, "model"),
         ({"other": ("a.wav", AUDIO)}, {"model": WRITER}, "other"),
     ):
-        answer = await post(user, "audio/transcriptions", files=files, data=data)
-        assert assert_error("audio/transcriptions", answer, 400)["param"] == param
-    answer = await post(user, "chat/completions", files={"file": ("a.wav", AUDIO)})
-    assert assert_error("chat/completions", answer, 400)["param"] == "content-type"
+        response = await post(user, "audio/transcriptions", files=files, data=data)
+        assert assert_error("audio/transcriptions", response, 400)["param"] == param
+    response = await post(user, "chat/completions", files={"file": ("a.wav", AUDIO)})
+    assert assert_error("chat/completions", response, 400)["param"] == "content-type"
     assert upstream.sent == []
 
 
@@ -761,8 +761,8 @@ async def test_a_silent_stream_is_kept_alive_until_it_speaks(scene: Stage, name:
     raw = STREAMS.get(name, STREAMS["completions"])
     upstream.say(Reply([b": x\n\n", rest, raw], content_type="text/event-stream"))
     body = {**REQUESTS[name], "stream": True}
-    async with gateway.http.stream("POST", f"/v1/{name}", headers=user.headers, json=body) as answer:
-        lines = answer.aiter_lines()
+    async with gateway.http.stream("POST", f"/v1/{name}", headers=user.headers, json=body) as response:
+        lines = response.aiter_lines()
         seen = [line for line in [await anext(lines) for _ in range(8)] if line]
         assert seen == [": x", ": keep-alive", ": keep-alive", ": keep-alive"]
         rest.set()

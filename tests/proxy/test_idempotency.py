@@ -180,9 +180,9 @@ async def test_a_pending_charge_is_told_once_it_is_known(
     assert first.json()["gateway_usage"]["settlement"] == "pending"
     assert code_of(await ask(user)) == (409, "idempotency_request_running")
     record = await user.settled_record()
-    said = (await ask(user)).json()
-    usage = said.pop("gateway_usage")
-    assert said == {name: value for name, value in first.json().items() if name != "gateway_usage"}
+    body = (await ask(user)).json()
+    usage = body.pop("gateway_usage")
+    assert body == {name: value for name, value in first.json().items() if name != "gateway_usage"}
     assert (
         usage["request_id"] == record["request_id"]
         and Decimal(str(usage["cost"])) == upstream.sandbox.state.billed
@@ -235,8 +235,8 @@ async def test_everybody_has_keys_of_their_own(gateway: Gateway, upstream: Upstr
         (testing, "/v1/chat/completions"),
         (user, "/v1/responses"),
     ):
-        answer = await ask(caller, url=url)
-        assert answer.status_code == 200 and not is_replay(answer), answer.text
+        response = await ask(caller, url=url)
+        assert response.status_code == 200 and not is_replay(response), response.text
     assert is_replay(await ask(user, url="/api/v1/chat/completions"))
     second = await scoped(user, {"read": ["*"], "write": ["*"]})
     assert is_replay(await ask(second))  # another key of the same account and environment
@@ -248,10 +248,10 @@ async def test_what_cannot_be_a_key_is_refused_by_name(
 ) -> None:
     for headers, status in ((user.headers, 400), ({"authorization": f"Bearer {new_key('live')}"}, 401)):
         sent = {**headers, "idempotency-key": key.encode("latin-1")}
-        answer = await gateway.http.post("/v1/chat/completions", headers=sent, json=CHAT)  # type: ignore[arg-type]
-        assert answer.status_code == status, answer.text
+        response = await gateway.http.post("/v1/chat/completions", headers=sent, json=CHAT)  # type: ignore[arg-type]
+        assert response.status_code == status, response.text
         if status == 400:
-            assert answer.json()["error"]["param"] == "Idempotency-Key"
+            assert response.json()["error"]["param"] == "Idempotency-Key"
     assert upstream.inferences == 0 and await user.records() == []
 
 
@@ -324,8 +324,8 @@ async def leave(user: User, **body: Any) -> None:
     content = {**CHAT, "stream": True, **body}
     async with user.gateway.http.stream(
         "POST", "/v1/chat/completions", headers=headers, json=content
-    ) as answer:
-        async for line in answer.aiter_lines():
+    ) as response:
+        async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 break
 

@@ -55,9 +55,9 @@ async def streaming(user: User, **changes: Any) -> AsyncIterator[Lines]:
     """The lines of a stream whose client leaves at the end of the block."""
     async with user.gateway.http.stream(
         "POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True, **changes)
-    ) as answer:
-        assert answer.status_code == 200
-        yield answer.aiter_lines()
+    ) as response:
+        assert response.status_code == 200
+        yield response.aiter_lines()
 
 
 async def read_events(lines: Lines, count: int) -> None:
@@ -229,9 +229,9 @@ async def test_a_deadline_ends_an_upstream_that_says_nothing(
     gateway = await start_gateway(request_deadline_seconds=0.5, **live(upstream.url))
     user = await gateway.register(credits=1)
     upstream.scenario = "hang"
-    answer = await user.chat(stream=streamed)
-    assert answer.status_code == 504
-    assert answer.json()["error"]["code"] == "upstream_timeout"
+    response = await user.chat(stream=streamed)
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "upstream_timeout"
     record = await user.settled_record()
     assert (record["status"], record["settlement_source"], record["cost"]) == ("failed", "none", 0)
     assert upstream.inferences == 1
@@ -246,8 +246,8 @@ async def test_a_deadline_in_mid_stream_is_said_in_the_stream_and_charged_exactl
     gateway = await start_gateway(request_deadline_seconds=0.5, **live(upstream.url))
     user = await gateway.register(credits=1)
     upstream.scenario = "stall;count=4"
-    answer = await user.chat(stream=True, model=model)
-    lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    response = await user.chat(stream=True, model=model)
+    lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
     usage, error, done = lines[-3:]
     assert done == "data: [DONE]"
     assert orjson.loads(error[6:])["error"]["code"] == "upstream_timeout"
@@ -284,9 +284,9 @@ async def test_a_shutdown_in_mid_stream_settles_what_was_written(
             request = http.build_request(
                 "POST", "/v1/chat/completions", headers=user.headers, json=body(stream=True)
             )
-            answer = await http.send(request, stream=True)
-            await read_events(lines := answer.aiter_lines(), 2)
-        await answer.aclose()
+            response = await http.send(request, stream=True)
+            await read_events(lines := response.aiter_lines(), 2)
+        await response.aclose()
         assert lines
     (record,) = await database.rows("select status, cost_nanos, hold_nanos from public.usage_records")
     assert record["status"] == "cancelled"

@@ -114,8 +114,8 @@ async def settled(user: User, upstream: Upstream, kind: Kind) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "streamed"), SHAPES)
 async def test_an_ordinary_end(live_gateway: Gateway, upstream: Upstream, kind: Kind, streamed: bool) -> None:
     user = await live_gateway.register(credits=100)
-    answer = await post(user, kind, streamed=streamed)
-    assert answer.status_code == 200, answer.text
+    response = await post(user, kind, streamed=streamed)
+    assert response.status_code == 200, response.text
     record = await settled(user, upstream, kind)
     assert record["status"] == "completed" and record["cost"] > 0
     assert record["streamed"] is streamed
@@ -130,8 +130,8 @@ async def test_an_error_of_the_upstream_before_the_answer(
 ) -> None:
     user = await live_gateway.register(credits=100)
     upstream.scenario = scenario
-    answer = await post(user, kind, streamed=streamed)
-    assert answer.status_code == status, answer.text
+    response = await post(user, kind, streamed=streamed)
+    assert response.status_code == status, response.text
     record = await settled(user, upstream, kind)
     assert (record["status"], record["cost"]) == ("failed", 0)
 
@@ -143,8 +143,8 @@ async def test_an_error_of_the_upstream_in_mid_stream(
 ) -> None:
     user = await live_gateway.register(credits=100)
     upstream.scenario = scenario
-    answer = await post(user, kind, streamed=True)
-    assert answer.status_code == 200 and "error" in answer.text
+    response = await post(user, kind, streamed=True)
+    assert response.status_code == 200 and "error" in response.text
     record = await settled(user, upstream, kind)
     assert record["status"] == "failed"
 
@@ -170,8 +170,8 @@ async def test_a_client_gone_in_mid_stream(
     user = await live_gateway.register(credits=100)
     upstream.scenario = scenario
     content = kind.content(body_of(kind, streamed=True))
-    async with user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as answer:
-        lines = answer.aiter_lines()
+    async with user.gateway.http.stream("POST", kind.url, headers=user.headers, **content) as response:
+        lines = response.aiter_lines()
         for _ in range(3):
             while not (await anext(lines)).startswith("data: "):
                 pass
@@ -188,8 +188,8 @@ async def test_an_upstream_that_hangs(
     """
     user = await impatient.register(credits=100)
     upstream.scenario = "hang"
-    answer = await post(user, kind, streamed=streamed)
-    assert answer.status_code == 504, answer.text
+    response = await post(user, kind, streamed=streamed)
+    assert response.status_code == 504, response.text
     record = await user.settled_record()
     assert (record["status"], record["settlement_source"], record["cost"]) == ("failed", "none", 0)
     assert len(calls(upstream, kind)) == 1 and (await user.balance())["held"] == 0
@@ -202,8 +202,8 @@ async def test_an_upstream_that_hangs_in_mid_stream(
 ) -> None:
     user = await impatient.register(credits=100)
     upstream.scenario = "stall;count=3"
-    answer = await post(user, kind, streamed=True)
-    assert answer.status_code == 200 and "timeout" in answer.text
+    response = await post(user, kind, streamed=True)
+    assert response.status_code == 200 and "timeout" in response.text
     record = await settled(user, upstream, kind)
     assert record["status"] == "failed"
 

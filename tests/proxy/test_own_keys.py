@@ -89,14 +89,14 @@ async def test_a_request_goes_out_under_it_and_costs_nothing_here(
 ) -> None:
     body = kind.body(random.Random(kind.path))
     content = kind.content({**body, "stream": True} if streamed else body)
-    answer = await gateway.http.post(kind.url, headers=user.headers, **content)
-    assert answer.status_code == 200 and answer.headers["x-gateway-byok"] == "true", answer.text
+    response = await gateway.http.post(kind.url, headers=user.headers, **content)
+    assert response.status_code == 200 and response.headers["x-gateway-byok"] == "true", response.text
     assert authorized(upstream, kind.upstream_path) == [OWN]
     assert set(authorized(upstream)) == {OWN}
     row = await settled(user, upstream)
     assert (row["status"], row["upstream_cost_nanos"] > 0) == ("completed", True)
     if kind.tells:
-        assert '"cost":0,"user_balance_after":0}' in answer.text
+        assert '"cost":0,"user_balance_after":0}' in response.text
     receipt = (await gateway.http.get(f"/v1/receipts/{row['request_id']}", headers=user.headers)).json()
     assert receipt["byok"] is True and receipt["charge"]["charged"] == 0 < receipt["charge"]["upstream_cost"]
 
@@ -112,8 +112,8 @@ async def test_limits_count_and_budgets_do_not(gateway: Gateway, upstream: Upstr
 
 async def test_a_test_key_never_uses_it(gateway: Gateway, upstream: Upstream, user: User) -> None:
     testing = await scoped(user, {"read": ["*"], "write": ["*"]}, environment_tag="test")
-    answer = await testing.chat()
-    assert answer.status_code == 200 and "x-gateway-byok" not in answer.headers
+    response = await testing.chat()
+    assert response.status_code == 200 and "x-gateway-byok" not in response.headers
     assert authorized(upstream) == []
     assert (await testing.records())[0]["cost"] == 0
 
@@ -143,9 +143,11 @@ async def test_a_refused_key_is_the_users_to_mend_and_alarms_nobody(
     streamed: bool,
 ) -> None:
     upstream.scenario = scenario
-    answer = await user.chat(stream=streamed)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "provider_key_refused"), answer.text
-    assert answer.headers["x-gateway-byok"] == "true"
+    response = await user.chat(stream=streamed)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "provider_key_refused"), (
+        response.text
+    )
+    assert response.headers["x-gateway-byok"] == "true"
     row = await settled(user, upstream)
     assert (row["status"], row["error_code"]) == ("failed", "provider_key_refused")
     assert "upstream_refuses_operator" not in capsys.readouterr().out
@@ -162,8 +164,8 @@ async def test_a_refusal_inside_a_200_is_the_users_too(
         gateway = await start_gateway(**live(upstream.url))
         upstream.say(Reply([b'{"error": {"code": 402, "message": "Insufficient credits"}}']))
         user = await sealed_by(gateway, KEY)
-        answer = await user.chat(model=TEXT)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "provider_key_refused")
+        response = await user.chat(model=TEXT)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "provider_key_refused")
         assert "upstream_refuses_operator" not in capsys.readouterr().out
         assert [sent.headers["authorization"] for sent in upstream.sent] == [OWN]
 
@@ -184,8 +186,8 @@ async def test_a_key_that_cannot_be_read_is_never_replaced_by_the_operators(
 ) -> None:
     user = await sealed_by(gateway, None)
     await gateway.admin("POST", "/admin/add_credits", json={"user_id": user.id, "credits": 1})
-    answer = await user.chat(stream=streamed)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "provider_key_refused")
+    response = await user.chat(stream=streamed)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "provider_key_refused")
     assert upstream.inferences == 0
     row = await settled(user, upstream)
     assert (row["status"], row["settlement_source"]) == ("failed", "usage")
@@ -221,8 +223,8 @@ async def leave(user: User) -> None:
     body = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
     async with user.gateway.http.stream(
         "POST", "/v1/chat/completions", headers=user.headers, json=body
-    ) as answer:
-        async for line in answer.aiter_lines():
+    ) as response:
+        async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 return
 
@@ -316,8 +318,8 @@ async def test_a_changed_price_sends_it_again_under_it(start_gateway: Start) -> 
         assert (await user.chat(model=TEXT)).status_code == 200
         upstream.say(Reply([orjson.dumps(about)], status=404), Reply([orjson.dumps(said)]))
         upstream.factor = Decimal(3)
-        answer = await user.chat(model=TEXT, max_tokens=50)
-        assert answer.status_code == 200 and answer.json()["gateway_usage"]["cost"] == 0, answer.text
+        response = await user.chat(model=TEXT, max_tokens=50)
+        assert response.status_code == 200 and response.json()["gateway_usage"]["cost"] == 0, response.text
         assert [sent.headers["authorization"] for sent in upstream.sent] == [OWN, OWN]
         assert (await user.balance())["held"] == 0
 
@@ -352,5 +354,5 @@ async def test_nothing_shows_it(
     gateway: Gateway, upstream: Upstream, user: User, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upstream.scenario = "error-401"
-    answer = await user.chat()
-    assert KEY not in answer.text + str(answer.headers) + capsys.readouterr().out
+    response = await user.chat()
+    assert KEY not in response.text + str(response.headers) + capsys.readouterr().out

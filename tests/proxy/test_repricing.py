@@ -89,14 +89,14 @@ async def test_a_raised_price_raises_the_hold_and_the_client_gets_the_answer(
     event = b"data: " + orjson.dumps(SAID) + b"\n\ndata: [DONE]\n\n"
     upstream.say(REFUSED, Reply([event], content_type="text/event-stream") if streamed else ANSWERED)
     upstream.factor = Decimal(3)
-    answer = await user.chat(model=TEXT, max_tokens=50, stream=streamed)
-    record = await ended(user, answer, 200)
+    response = await user.chat(model=TEXT, max_tokens=50, stream=streamed)
+    record = await ended(user, response, 200)
     assert (record["status"], record["generation_id"], Decimal(str(record["cost"]))) == (
         "completed",
         GENERATION,
         Decimal("0.0000123"),
     )
-    assert '"cost":0.0000123' in answer.text and answer.headers["x-generation-id"] == GENERATION
+    assert '"cost":0.0000123' in response.text and response.headers["x-generation-id"] == GENERATION
     assert prices(upstream) == [1, 3] and upstream.lists == 1
 
 
@@ -119,9 +119,9 @@ async def test_a_dearer_hold_that_credits_do_not_cover_is_a_402(gateway: Gateway
     user = await warm(gateway, upstream, credits="0.001")
     upstream.say(REFUSED, ANSWERED)
     upstream.factor = Decimal(100)
-    answer = await user.chat(model=TEXT, max_tokens=50)
-    record = await ended(user, answer, 402)
-    assert answer.json()["error"]["code"] == "insufficient_credits"
+    response = await user.chat(model=TEXT, max_tokens=50)
+    record = await ended(user, response, 402)
+    assert response.json()["error"]["code"] == "insufficient_credits"
     assert (record["status"], record["cost"], record["error_code"]) == ("failed", 0, "insufficient_credits")
     assert len(upstream.sent) == 1
 
@@ -131,22 +131,22 @@ async def test_prices_that_have_not_changed_are_not_asked_for_twice(
 ) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED)
-    answer = await user.chat(model=TEXT, max_tokens=50)
-    record = await ended(user, answer, 503)
-    assert (answer.json()["error"]["code"], record["error_code"], record["cost"]) == (
+    response = await user.chat(model=TEXT, max_tokens=50)
+    record = await ended(user, response, 503)
+    assert (response.json()["error"]["code"], record["error_code"], record["cost"]) == (
         "price_changed",
         "price_changed",
         0,
     )
-    assert len(upstream.sent) == 1 and answer.headers["retry-after"] == "5"
+    assert len(upstream.sent) == 1 and response.headers["retry-after"] == "5"
 
 
 async def test_a_second_refusal_ends_it(gateway: Gateway, upstream: Scripted) -> None:
     user = await warm(gateway, upstream)
     upstream.say(REFUSED)
     upstream.factor = Decimal(3)
-    answer = await user.chat(model=TEXT, max_tokens=50)
-    record = await ended(user, answer, 503)
+    response = await user.chat(model=TEXT, max_tokens=50)
+    record = await ended(user, response, 503)
     assert (record["error_code"], record["cost"]) == ("price_changed", 0) and len(upstream.sent) == 2
 
 
@@ -157,8 +157,10 @@ async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_li
     upstream.say(REFUSED)
     upstream.factor = Decimal(3)
     for limit in (0.0001, "0.5", 1):
-        answer = await user.chat(model=TEXT, max_tokens=50, provider={"max_price": {"prompt": limit}})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "upstream_refused"), answer.text
+        response = await user.chat(model=TEXT, max_tokens=50, provider={"max_price": {"prompt": limit}})
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "upstream_refused"), (
+            response.text
+        )
     assert len(upstream.sent) == 3 and upstream.lists == 0
     assert {record["status"] for record in await user.records()} == {"failed"} and (await user.balance())[
         "credits"
@@ -171,8 +173,8 @@ async def test_a_client_s_limit_above_the_price_stands_in_no_way(
     user = await warm(gateway, upstream)
     upstream.say(REFUSED, ANSWERED)
     upstream.factor = Decimal(3)
-    answer = await user.chat(model=TEXT, max_tokens=50, provider={"max_price": {"prompt": 2}})
-    await ended(user, answer, 200)
+    response = await user.chat(model=TEXT, max_tokens=50, provider={"max_price": {"prompt": 2}})
+    await ended(user, response, 200)
     assert prices(upstream) == [1, 2]
 
 

@@ -38,12 +38,12 @@ async def user(gateway: Gateway) -> User:
 
 
 async def ask(user: User, headers: dict[str, str] = ON, **body: Any) -> httpx.Response:
-    answer = await user.gateway.http.post(
+    response = await user.gateway.http.post(
         "/v1/chat/completions", headers={**user.headers, **headers}, json={**CHAT, **body}
     )
-    said = answer.headers.get("x-gateway-cache")
-    assert said in (None, "HIT", "MISS") and answer.headers.get("x-openrouter-cache-status") == said
-    return answer
+    said = response.headers.get("x-gateway-cache")
+    assert said in (None, "HIT", "MISS") and response.headers.get("x-openrouter-cache-status") == said
+    return response
 
 
 def said(answer: httpx.Response) -> str | None:
@@ -148,8 +148,8 @@ async def test_a_header_that_means_nothing_is_refused_by_name(
     headers: Any = {**user.headers, **ON, name: value.encode("latin-1")}
     if name == "x-openrouter-cache":
         del headers["x-gateway-cache"]
-    answer = await gateway.http.post("/v1/chat/completions", headers=headers, json=CHAT)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+    response = await gateway.http.post("/v1/chat/completions", headers=headers, json=CHAT)
+    assert response.status_code == 400 and response.json()["error"]["param"] == name
     assert upstream.inferences == 0 and await user.records() == []
 
 
@@ -312,8 +312,8 @@ async def test_without_being_asked_nothing_is_kept(gateway: Gateway, upstream: U
 
 
 async def test_what_is_kept_is_unreadable(gateway: Gateway, upstream: Upstream, user: User) -> None:
-    answer = await ask(user, messages=[{"role": "user", "content": "my secret question"}])
-    text = answer.json()["choices"][0]["message"]["content"]
+    response = await ask(user, messages=[{"role": "user", "content": "my secret question"}])
+    text = response.json()["choices"][0]["message"]["content"]
     (row,) = await gateway.database.rows(
         "select a::text as whole from public.stored_answers a where user_id = $1", user.id
     )
@@ -360,11 +360,11 @@ async def test_a_key_that_caches_by_default_may_be_made_changed_and_overridden(
 
 @pytest.mark.parametrize("ttl", [0, -1, 86_401, 1.5, "60", True])
 async def test_a_time_to_live_that_is_none_is_refused_by_name(gateway: Gateway, user: User, ttl: Any) -> None:
-    order = {"key_name": "cached", "cache_ttl_seconds": ttl}
+    body = {"key_name": "cached", "cache_ttl_seconds": ttl}
     listed = (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"]
     for method, path in (("POST", "/user/api-keys"), ("PUT", f"/user/api-keys/{listed[0]['id']}")):
-        answer = await gateway.http.request(method, path, headers=user.headers, json=order)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cache_ttl_seconds")
+        response = await gateway.http.request(method, path, headers=user.headers, json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "cache_ttl_seconds")
     assert (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"] == listed
 
 

@@ -129,18 +129,18 @@ async def test_oddities_of_the_wire_change_nothing_that_is_read(
 ) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = scenario
-    answer = await user.chat(stream=True)
-    lines = answer.text.splitlines()
+    response = await user.chat(stream=True)
+    lines = response.text.splitlines()
     words = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert "".join(word["choices"][0]["delta"]["content"] or "" for word in words if word["choices"])
     assert lines.count("data: [DONE]") == 1
-    assert (": OPENROUTER PROCESSING" in answer.text) == (scenario != "no-comments")
+    assert (": OPENROUTER PROCESSING" in response.text) == (scenario != "no-comments")
     await charged(user, upstream)
 
 
 async def test_all_but_the_last_event_pass_to_the_byte(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register(credits=1)
-    answer = await user.chat(stream=True)
+    response = await user.chat(stream=True)
     sent = upstream.sent()
     direct = await live_gateway.http.post(
         f"{upstream.url}/chat/completions", headers={"authorization": "Bearer x"}, json=sent
@@ -156,7 +156,7 @@ async def test_all_but_the_last_event_pass_to_the_byte(live_gateway: Gateway, up
             found.append(event)
         return found
 
-    ours, theirs = events(answer.text), events(direct.text)
+    ours, theirs = events(response.text), events(direct.text)
     assert len(ours) == len(theirs)
     assert ours[:-3] == theirs[:-3]
     assert ours[-3].startswith(theirs[-3][:-1] + ',"gateway_usage":{')
@@ -195,8 +195,8 @@ async def test_the_headers_of_a_stream_name_the_generation_and_no_charge_yet(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register(credits=1)
-    answer = await user.chat(stream=True)
-    assert answer.headers["content-type"] == "text/event-stream"
-    assert answer.headers["cache-control"] == "no-cache"
-    assert answer.headers["x-generation-id"] == (await charged(user, upstream))["generation_id"]
-    assert not {"x-gateway-cost", "x-gateway-balance", "content-length"} & set(answer.headers)
+    response = await user.chat(stream=True)
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-generation-id"] == (await charged(user, upstream))["generation_id"]
+    assert not {"x-gateway-cost", "x-gateway-balance", "content-length"} & set(response.headers)

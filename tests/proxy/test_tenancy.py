@@ -30,8 +30,8 @@ CHANGES_OF_THE_ACCOUNT = [
 
 
 async def keep_own_key(user: User, key: str) -> None:
-    answer = await user.gateway.http.put("/user/provider-key", headers=user.headers, json={"key": key})
-    assert answer.status_code == 200, answer.text
+    response = await user.gateway.http.put("/user/provider-key", headers=user.headers, json={"key": key})
+    assert response.status_code == 200, response.text
 
 
 def keys_sent(upstream: Upstream) -> list[str]:
@@ -71,11 +71,11 @@ async def test_nor_where_they_run_at_the_same_time(live_gateway: Gateway, upstre
     mine = {OPERATOR_KEY: plain, OWN_KEYS[0]: one, OWN_KEYS[1]: other}
 
     async def ask(key: str, number: int) -> str | None:
-        answer = await mine[key].chat(
+        response = await mine[key].chat(
             messages=[{"role": "user", "content": f"{key} {number}"}]
         )  # which key it should come under
-        assert answer.status_code == 200
-        told: str | None = answer.headers.get("x-gateway-byok")
+        assert response.status_code == 200
+        told: str | None = response.headers.get("x-gateway-byok")
         return told
 
     heard = await asyncio.gather(*(ask(key, number) for number in range(8) for key in mine))
@@ -90,15 +90,15 @@ async def test_nor_where_they_run_at_the_same_time(live_gateway: Gateway, upstre
 
 
 async def key_of(user: User, **order: object) -> User:
-    answer = await user.gateway.http.post("/user/api-keys", headers=user.headers, json=order)
-    assert answer.status_code == 200, answer.text
-    return User(user.gateway, answer.json()["key"]["id"], answer.json()["api_key"])
+    response = await user.gateway.http.post("/user/api-keys", headers=user.headers, json=order)
+    assert response.status_code == 200, response.text
+    return User(user.gateway, response.json()["key"]["id"], response.json()["api_key"])
 
 
 async def ask(user: User, method: str, path: str, body: object = None) -> tuple[int, str | None]:
     """The status, and the error's code."""
-    answer = await user.gateway.http.request(method, path, headers=user.headers, json=body)
-    return answer.status_code, None if answer.is_success else answer.json()["error"]["code"]
+    response = await user.gateway.http.request(method, path, headers=user.headers, json=body)
+    return response.status_code, None if response.is_success else response.json()["error"]["code"]
 
 
 @pytest.mark.parametrize(("method", "path", "body"), CHANGES_OF_THE_ACCOUNT)
@@ -211,8 +211,10 @@ async def test_a_file_of_the_operators_account_cannot_be_named(
     live_gateway: Gateway, upstream: Upstream, part: dict[str, object]
 ) -> None:
     user = await live_gateway.register(credits=100)
-    answer = await user.chat(messages=[{"role": "user", "content": [part]}], plugins=[NATIVE_FILES])
-    assert (answer.status_code, "file_id" in answer.json()["error"]["message"]) == (400, True), answer.text
+    response = await user.chat(messages=[{"role": "user", "content": [part]}], plugins=[NATIVE_FILES])
+    assert (response.status_code, "file_id" in response.json()["error"]["message"]) == (400, True), (
+        response.text
+    )
     assert upstream.inferences == 0
 
 
@@ -261,8 +263,8 @@ async def test_any_time_of_any_zone_is_a_range(gateway: Gateway, moment: str) ->
     ] + logs:
         key = user.key if path.startswith("/user") else ADMIN_KEY
         for name in names:
-            answer = await gateway.http.get(path, params={name: moment}, headers={"x-api-key": key})
-            assert answer.status_code in (200, 400), (path, name, answer.text)
+            response = await gateway.http.get(path, params={name: moment}, headers={"x-api-key": key})
+            assert response.status_code in (200, 400), (path, name, response.text)
 
 
 async def test_the_zone_of_a_time_counts(gateway: Gateway) -> None:
@@ -275,10 +277,10 @@ async def test_the_zone_of_a_time_counts(gateway: Gateway) -> None:
     far = datetime.timezone(datetime.timedelta(hours=23))
     for shift, found in ((-1, 1), (1, 0)):
         start = (made + datetime.timedelta(seconds=shift)).astimezone(far).isoformat()
-        answer = await gateway.http.get(
+        response = await gateway.http.get(
             "/user/transactions", params={"start": start, "limit": 1}, headers=user.headers
         )
-        assert len(answer.json()["transactions"]) == found, start
+        assert len(response.json()["transactions"]) == found, start
 
 
 @pytest.mark.parametrize(
@@ -287,14 +289,14 @@ async def test_the_zone_of_a_time_counts(gateway: Gateway) -> None:
 async def test_a_cursor_of_any_time_is_one_or_is_none_of_ours(gateway: Gateway, moment: str) -> None:
     user = await gateway.register()
     cursor = cursor_of(f"{moment} 0199f0a0-0000-7000-8000-000000000000")
-    answer = await gateway.http.get("/user/usage/records", params={"cursor": cursor}, headers=user.headers)
-    assert answer.status_code in (200, 400), answer.text
+    response = await gateway.http.get("/user/usage/records", params={"cursor": cursor}, headers=user.headers)
+    assert response.status_code in (200, 400), response.text
 
 
 async def test_a_zone_that_only_this_machine_knows_is_none(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.get("/user/usage", params={"timezone": "localtime"}, headers=user.headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "timezone")
+    response = await gateway.http.get("/user/usage", params={"timezone": "localtime"}, headers=user.headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "timezone")
 
 
 @pytest.mark.parametrize("code", [401, 402])

@@ -19,18 +19,18 @@ LIMITS_OF_FREE = {
 
 
 async def get(user: User, path: str) -> Any:
-    answer = await user.gateway.http.get(path, headers=user.headers)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = await user.gateway.http.get(path, headers=user.headers)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def test_a_profile_is_read_and_changed(gateway: Gateway) -> None:
     user = await gateway.register()
     before = await get(user, "/user/profile")
-    answer = await gateway.http.put(
+    response = await gateway.http.put(
         "/user/profile", headers=user.headers, json={"name": "Ada", "preferences": {"theme": "dark"}}
     )
-    after = answer.json()
+    after = response.json()
     assert (after["username"], after["preferences"], after["email"]) == (
         "Ada",
         {"theme": "dark"},
@@ -51,8 +51,8 @@ async def test_a_profile_change_that_is_wrong_changes_nothing(gateway: Gateway, 
 async def test_a_taken_email_is_a_conflict(gateway: Gateway) -> None:
     first, second = await gateway.register(), await gateway.register()
     taken = (await get(first, "/user/profile"))["email"].upper()
-    answer = await gateway.http.put("/user/profile", headers=second.headers, json={"email": taken})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (409, "email")
+    response = await gateway.http.put("/user/profile", headers=second.headers, json={"email": taken})
+    assert (response.status_code, response.json()["error"]["param"]) == (409, "email")
 
 
 async def test_deleting_an_account_kills_its_keys_and_keeps_the_books(gateway: Gateway) -> None:
@@ -209,10 +209,10 @@ async def test_limits_are_shown_with_what_is_used_of_them(gateway: Gateway) -> N
         "POST", "/admin/limit", json={"user_id": user.id, "rate_limits": {"requests_per_minute": 2}}
     )
     assert [(await user.chat()).status_code for _ in range(3)] == [200, 200, 429]
-    shown = await get(user, "/user/limit")
+    response = await get(user, "/user/limit")
     assert (
-        shown["current_limits"]["requests_per_minute"],
-        shown["current_usage"]["requests_per_minute"],
+        response["current_limits"]["requests_per_minute"],
+        response["current_usage"]["requests_per_minute"],
     ) == (2, 2)
 
 
@@ -230,21 +230,21 @@ async def test_two_instances_enforce_one_limit_exactly(start_gateway: Any) -> No
 async def test_environment_usage_adds_up_the_keys(gateway: Gateway) -> None:
     user = await gateway.register()
     await user.chat()
-    found = (await get(user, "/user/environment-usage"))["environment_usage"]
-    assert found == {"live": {"total_requests": 1, "total_max_requests": None, "key_count": 1}}
+    response = (await get(user, "/user/environment-usage"))["environment_usage"]
+    assert response == {"live": {"total_requests": 1, "total_max_requests": None, "key_count": 1}}
 
 
 async def test_the_monitor_counts_what_was_used(gateway: Gateway) -> None:
     user = await gateway.register()
     await user.chat()
-    found = await get(user, "/user/monitor")
-    metrics = found["usage_metrics"]
+    response = await get(user, "/user/monitor")
+    metrics = response["usage_metrics"]
     assert (metrics["total_requests"], metrics["requests_today"], metrics["most_used_model"]) == (
         1,
         1,
         "openai/gpt-4o-mini",
     )
-    assert round(10 - metrics["total_cost"], 9) == found["current_credits"]
+    assert round(10 - metrics["total_cost"], 9) == response["current_credits"]
 
 
 @pytest.mark.parametrize(
@@ -252,31 +252,33 @@ async def test_the_monitor_counts_what_was_used(gateway: Gateway) -> None:
 )
 async def test_preferences_are_bounded(gateway: Gateway, preferences: dict[str, Any]) -> None:
     user = await gateway.register()
-    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"preferences": preferences})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "preferences")
+    response = await gateway.http.put(
+        "/user/profile", headers=user.headers, json={"preferences": preferences}
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "preferences")
 
 
 async def test_preferences_may_hold_fractions(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.put(
+    response = await gateway.http.put(
         "/user/profile", headers=user.headers, json={"preferences": {"a": 1.5, "b": 9e18, "c": 2**64 - 1}}
     )
-    assert answer.json()["preferences"] == {"a": 1.5, "b": 9e18, "c": 2**64 - 1}
+    assert response.json()["preferences"] == {"a": 1.5, "b": 9e18, "c": 2**64 - 1}
 
 
 async def test_names_of_deleted_accounts_are_reserved(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Deleted-7"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
+    response = await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Deleted-7"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "name")
 
 
 async def test_an_order_of_a_megabyte_is_refused_before_it_is_read(gateway: Gateway) -> None:
-    answer = await gateway.http.post("/auth/register", content=b"[" * 2**20)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    response = await gateway.http.post("/auth/register", content=b"[" * 2**20)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
 async def test_a_completion_with_a_million_parts_is_refused_before_it_is_parsed(gateway: Gateway) -> None:
     user = await gateway.register()
     body = b'{"z":[' + b"[]," * 300_000 + b"[]]}"
-    answer = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    response = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")

@@ -82,13 +82,13 @@ async def test_balances_show_keys_masked(gateway: Gateway) -> None:
 
 async def test_a_grant_with_the_same_idempotency_key_is_granted_once(gateway: Gateway) -> None:
     user = await gateway.register()
-    order = {"user_id": user.id, "credits": 5, "idempotency_key": "invoice-17"}
+    body = {"user_id": user.id, "credits": 5, "idempotency_key": "invoice-17"}
     answers = await asyncio.gather(
-        *(gateway.admin("POST", "/admin/add_credits", json=order) for _ in range(8))
+        *(gateway.admin("POST", "/admin/add_credits", json=body) for _ in range(8))
     )
     assert len({answer["transaction_id"] for answer in answers}) == 1
     assert (await user.balance())["credits"] == 15
-    changed = await gateway.http.post("/admin/add_credits", headers=ADMIN, json={**order, "credits": 6})
+    changed = await gateway.http.post("/admin/add_credits", headers=ADMIN, json={**body, "credits": 6})
     assert (changed.status_code, changed.json()["error"]["param"]) == (409, "idempotency_key")
     await gateway.database.assert_books_balance()
 
@@ -118,9 +118,9 @@ async def test_a_refund_or_adjustment_that_cannot_be_says_why_and_what_can(gatew
     user = await gateway.register()
 
     async def refused(path: str, order: dict[str, Any], status: int = 400) -> tuple[str, str | None]:
-        answer = await gateway.http.post(f"/admin/{path}", headers=ADMIN, json=order)
-        assert answer.status_code == status, answer.text
-        return answer.json()["error"]["message"], answer.json()["error"]["param"]
+        response = await gateway.http.post(f"/admin/{path}", headers=ADMIN, json=order)
+        assert response.status_code == status, response.text
+        return response.json()["error"]["message"], response.json()["error"]["param"]
 
     request_id = (await user.chat(model="sandbox/fixed-price")).headers["x-request-id"]
     assert await refused("refund", {"request_id": request_id, "credits": 0.6}) == (
@@ -162,18 +162,18 @@ async def test_play_credits_are_not_refunded_as_real_ones(start_gateway: Any, up
     sandbox = await start_gateway()
     request_id = (await (await sandbox.register()).chat(model="sandbox/fixed-price")).headers["x-request-id"]
     gateway = await start_gateway(**live(upstream.url))
-    answer = await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": request_id})
+    response = await gateway.http.post("/admin/refund", headers=ADMIN, json={"request_id": request_id})
     message = "This request was paid with play credits of the sandbox, which are not refunded."
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)
 
 
 async def test_concurrent_refunds_of_one_request_give_its_cost_back_once(gateway: Gateway) -> None:
     user = await gateway.register()
     await user.chat(model="sandbox/fixed-price")
     (record,) = await user.records()
-    order = {"request_id": record["request_id"], "credits": 0.5}
+    body = {"request_id": record["request_id"], "credits": 0.5}
     answers = await asyncio.gather(
-        *(gateway.http.post("/admin/refund", headers=ADMIN, json=order) for _ in range(8))
+        *(gateway.http.post("/admin/refund", headers=ADMIN, json=body) for _ in range(8))
     )
     assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
     assert (await user.balance())["credits"] == 10
@@ -195,21 +195,21 @@ async def test_an_adjustment_takes_no_more_than_is_unheld(gateway: Gateway) -> N
 
 async def test_amounts_keep_every_digit(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.post(
+    response = await gateway.http.post(
         "/admin/add_credits",
         headers={**ADMIN, "content-type": "application/json"},
         content=f'{{"user_id": {user.id}, "credits": 123456789.123456789}}',
     )
-    assert '"new_balance":123456799.123456789' in answer.text
+    assert '"new_balance":123456799.123456789' in response.text
 
 
 @pytest.mark.parametrize("credits", [0, -1, 1e-10, 1e300, "NaN", "Infinity", True, None, [], "ten"])
 async def test_a_grant_of_nonsense_is_refused(gateway: Gateway, credits: Any) -> None:
     user = await gateway.register()
-    answer = await gateway.http.post(
+    response = await gateway.http.post(
         "/admin/add_credits", headers=ADMIN, json={"user_id": user.id, "credits": credits}
     )
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "credits")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "credits")
     assert (await user.balance())["credits"] == 10
 
 
@@ -263,10 +263,10 @@ async def test_a_user_has_fifty_active_keys_whoever_makes_them(gateway: Gateway)
     user = await gateway.register()
     for number in range(49):
         await gateway.admin("POST", "/admin/keys", json={"user_id": user.id, "key_name": f"key{number}"})
-    answer = await gateway.http.post(
+    response = await gateway.http.post(
         "/admin/keys", headers=ADMIN, json={"user_id": user.id, "key_name": "one more"}
     )
-    assert answer.status_code == 409
+    assert response.status_code == 409
 
 
 async def test_every_action_is_in_the_audit_log_with_its_request(gateway: Gateway) -> None:
@@ -339,10 +339,10 @@ async def spend(user: User) -> None:
 async def test_every_grouping_adds_up_to_the_ledger(gateway: Gateway, group: str, bucket: str) -> None:
     user = await gateway.register()
     await spend(user)
-    answer = await gateway.http.get(
+    response = await gateway.http.get(
         f"/user/usage?group_by={group}&bucket={bucket}&timezone=Asia/Kolkata", headers=user.headers
     )
-    report = answer.json()
+    report = response.json()
     spent = 10 - (await user.balance())["credits"]
     assert report["total"]["requests"] == sum(row["requests"] for row in report["rows"]) == 4
     assert round(report["total"]["cost"], 9) == round(spent, 9)
@@ -361,9 +361,9 @@ async def test_the_percentiles_of_one_request_are_its_own_latency(gateway: Gatew
 async def test_usage_is_exported_as_csv(gateway: Gateway) -> None:
     user = await gateway.register()
     await spend(user)
-    answer = await gateway.http.get("/user/usage?format=csv", headers=user.headers)
-    assert answer.headers["content-type"].startswith("text/csv")
-    header, *rows = answer.text.splitlines()
+    response = await gateway.http.get("/user/usage?format=csv", headers=user.headers)
+    assert response.headers["content-type"].startswith("text/csv")
+    header, *rows = response.text.splitlines()
     assert header.startswith("bucket,group,requests,")
     assert len(rows) == 3
     records = await gateway.http.get("/user/usage/records?format=csv", headers=user.headers)
@@ -383,5 +383,5 @@ async def test_usage_is_exported_as_csv(gateway: Gateway) -> None:
 )
 async def test_a_report_that_is_wrong_names_its_field(gateway: Gateway, query: str, param: str) -> None:
     user = await gateway.register()
-    answer = await gateway.http.get(f"/user/usage?{query}", headers=user.headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    response = await gateway.http.get(f"/user/usage?{query}", headers=user.headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

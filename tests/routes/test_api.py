@@ -107,19 +107,19 @@ async def test_a_user_s_key_opens_no_admin_route(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     for method, path in routes_of(live_gateway.app):
         if path.startswith(("/admin", "/internal")):
-            answer = await live_gateway.http.request(
+            response = await live_gateway.http.request(
                 method, path.replace("{", "").replace("}", ""), json={}, headers=user.headers
             )
-            assert answer.status_code in (401, 403, 503), (path, answer.text)
-            assert not answer.is_success
+            assert response.status_code in (401, 403, 503), (path, response.text)
+            assert not response.is_success
 
 
 async def test_an_admin_user_s_key_needs_the_scope_and_the_role(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
-    order = {"user_id": user.id, "credits": 1}
+    body = {"user_id": user.id, "credits": 1}
 
     async def grant() -> httpx.Response:
-        return await live_gateway.http.post("/admin/add_credits", headers=user.headers, json=order)
+        return await live_gateway.http.post("/admin/add_credits", headers=user.headers, json=body)
 
     error_of(await grant(), 403)
     async with live_gateway.database.owner() as owner:
@@ -161,11 +161,11 @@ NUMBERS = iter(range(1000, 9999))
 
 
 async def test_a_new_account_gets_a_key_once_and_its_first_credits(live_gateway: Gateway) -> None:
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.post(
         "/auth/register", headers=ADMIN, json=registration(environment_tag="staging", key_name="Mine")
     )
-    body = answer.json()
-    assert answer.status_code == 200
+    body = response.json()
+    assert response.status_code == 200
     assert key_environment(body["api_key"]) == "staging" and body["scope_permissions"] == DEFAULT_SCOPES
     assert body["credits"] == 0 and body["subscription_status"] == "trial"
     balance = await User(live_gateway, body["user_id"], body["api_key"]).balance()
@@ -256,17 +256,17 @@ async def test_open_registration_is_limited_by_address_and_grants_what_the_opera
     )
     for number in range(5):
         headers = {"x-forwarded-for": f"2001:db8::{number}"}  # one /64 is one address
-        answer = await gateway.http.post("/auth/register", headers=headers, json=registration())
-        assert answer.status_code == 200
-        assert '"credits":0.000000001,' in answer.text
-    answer = await gateway.http.post(
+        response = await gateway.http.post("/auth/register", headers=headers, json=registration())
+        assert response.status_code == 200
+        assert '"credits":0.000000001,' in response.text
+    response = await gateway.http.post(
         "/auth/register", headers={"x-forwarded-for": "2001:db8::9"}, json=registration()
     )
-    assert error_of(answer, 429)["type"] == "rate_limit_error" and int(answer.headers["retry-after"]) > 0
-    answer = await gateway.http.post(
+    assert error_of(response, 429)["type"] == "rate_limit_error" and int(response.headers["retry-after"]) > 0
+    response = await gateway.http.post(
         "/auth/register", headers={"x-forwarded-for": "2001:db8:1::1"}, json=registration()
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     await gateway.database.assert_books_balance()
 
 
@@ -275,22 +275,22 @@ async def test_open_registration_is_limited_by_address_and_grants_what_the_opera
 
 async def test_a_grant_is_exact_and_made_once_per_idempotency_key(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
-    order = {
+    body = {
         "user_id": user.id,
         "credits": 0.000000001,
         "idempotency_key": f"grant-{user.id}",
         "reason": "welcome",
     }
     for message in ("Added 0.000000001 credits", "Was granted before; nothing added"):
-        answer = await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json=order)
-        assert answer.json()["message"] == message
-        assert '"new_balance":0.000000001,' in answer.text
+        response = await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json=body)
+        assert response.json()["message"] == message
+        assert '"new_balance":0.000000001,' in response.text
     error_of(
-        await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json={**order, "credits": 2}), 409
+        await live_gateway.http.post("/admin/add_credits", headers=ADMIN, json={**body, "credits": 2}), 409
     )
-    answer = await live_gateway.http.get("/user/balance", headers=user.headers)
-    assert '"credits":0.000000001,"held":0,"available":0.000000001' in answer.text
-    assert "e-" not in answer.text.lower().replace("key", "")
+    response = await live_gateway.http.get("/user/balance", headers=user.headers)
+    assert '"credits":0.000000001,"held":0,"available":0.000000001' in response.text
+    assert "e-" not in response.text.lower().replace("key", "")
     transactions = (await live_gateway.http.get("/user/transactions", headers=user.headers)).json()[
         "transactions"
     ]
@@ -335,8 +335,8 @@ async def test_what_is_wrong_in_a_grant_is_refused(
 async def test_limits_are_set_for_a_user_or_a_key_and_only_those_named(live_gateway: Gateway) -> None:
     user = await live_gateway.register(credits=1)
     for target in ({"user_id": user.id}, {"api_key": user.key}):
-        order = {**target, "rate_limits": {"requests_per_minute": 3}}
-        found = await live_gateway.admin("POST", "/admin/limit", json=order)
+        body = {**target, "rate_limits": {"requests_per_minute": 3}}
+        found = await live_gateway.admin("POST", "/admin/limit", json=body)
         found = await live_gateway.admin(
             "POST", "/admin/limit", json={**target, "rate_limits": {"tokens_per_day": 5}}
         )
@@ -392,9 +392,9 @@ async def test_pages_hold_every_record_once_and_only_one_s_own(
             break
     assert len(seen) == len(set(seen)) == 5 and seen == sorted(seen, reverse=True)
     assert len(await other.records()) == 1
-    answer = await live_gateway.http.get("/user/usage/records", headers=user.headers)
-    assert Decimal(answer.text.split('"cost":')[1].split(",")[0]) > 0
-    assert not re.search(r"\d[eE]-\d+[,}]", answer.text), "an amount in exponent notation"
+    response = await live_gateway.http.get("/user/usage/records", headers=user.headers)
+    assert Decimal(response.text.split('"cost":')[1].split(",")[0]) > 0
+    assert not re.search(r"\d[eE]-\d+[,}]", response.text), "an amount in exponent notation"
 
 
 @pytest.mark.parametrize("path", ["/user/usage/records", "/user/transactions"])
@@ -519,9 +519,9 @@ async def test_one_model_is_read_by_its_author_and_slug(live_gateway: Gateway, p
 async def test_errors_under_openrouter_s_prefix_have_its_form_and_anthropic_s_keep_theirs(
     live_gateway: Gateway,
 ) -> None:
-    answer = await live_gateway.http.post("/api/v1/chat/completions", json={})
-    assert answer.status_code == 401
-    error = answer.json()["error"]
+    response = await live_gateway.http.post("/api/v1/chat/completions", json={})
+    assert response.status_code == 401
+    error = response.json()["error"]
     assert (error["code"], error["metadata"]) == (401, {"error_type": "invalid_api_key"})
     assert (error["type"], error["param"]) == ("authentication_error", None) and error["message"]
     for path, status in (
@@ -545,12 +545,12 @@ async def test_errors_under_openrouter_s_prefix_have_its_form_and_anthropic_s_ke
 
 async def test_what_is_not_there_is_said_in_the_same_envelope(live_gateway: Gateway) -> None:
     assert error_of(await live_gateway.http.get("/nowhere"), 404)["code"] == "not_found"
-    answer = await live_gateway.http.get("/v1/chat/completions")
-    assert error_of(answer, 405)["code"] == "method_not_allowed" and "POST" in answer.headers["allow"]
-    answer = await live_gateway.http.post(
+    response = await live_gateway.http.get("/v1/chat/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed" and "POST" in response.headers["allow"]
+    response = await live_gateway.http.post(
         "/auth/register", headers={**ADMIN, "content-type": "application/json"}, content=b"{"
     )
-    assert error_of(answer, 400)["code"] == "invalid_json"
+    assert error_of(response, 400)["code"] == "invalid_json"
 
 
 # The sweep.
@@ -558,8 +558,8 @@ async def test_what_is_not_there_is_said_in_the_same_envelope(live_gateway: Gate
 
 async def test_the_sweep_wants_the_admin_s_key_or_its_own_secret(live_gateway: Gateway) -> None:
     for method in ("GET", "POST"):
-        answer = await live_gateway.http.request(method, "/internal/sweep", headers=ADMIN)
-        assert answer.json() == {"status": "success", "expired": 0, "resolved": 0}
+        response = await live_gateway.http.request(method, "/internal/sweep", headers=ADMIN)
+        assert response.json() == {"status": "success", "expired": 0, "resolved": 0}
     assert (
         error_of(
             await live_gateway.http.get("/internal/sweep", headers={"authorization": "Bearer wrong"}), 503
@@ -606,8 +606,8 @@ async def test_any_origin_may_ask_but_none_with_credentials(live_gateway: Gatewa
 @pytest.mark.asyncio(loop_scope="function")
 async def test_only_the_origins_that_are_named_may_ask_with_credentials(start_gateway: Start) -> None:
     gateway = await start_gateway(cors_origins="https://app.example,https://b.example")
-    answer = await gateway.http.get("/health/live", headers={"origin": "https://app.example"})
-    assert answer.headers["access-control-allow-origin"] == "https://app.example"
-    assert answer.headers["access-control-allow-credentials"] == "true"
-    answer = await gateway.http.get("/health/live", headers={"origin": "https://evil.example"})
-    assert "access-control-allow-origin" not in answer.headers
+    response = await gateway.http.get("/health/live", headers={"origin": "https://app.example"})
+    assert response.headers["access-control-allow-origin"] == "https://app.example"
+    assert response.headers["access-control-allow-credentials"] == "true"
+    response = await gateway.http.get("/health/live", headers={"origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in response.headers

@@ -156,10 +156,10 @@ async def test_no_field_takes_what_it_should_not(
     for name, part in body_schema(schema, endpoint)["properties"].items():
         for path, value in wrong(schema, part, (name,)):
             count += 1
-            answer = await send(world, endpoint, json.dumps(placed(base, path, value)).encode())
-            param = str(answer.json().get("error", {}).get("param"))
-            if answer.status_code != 400 or not f"{param}.".startswith(f"{'.'.join(path)}."):
-                found.append((".".join(path), repr(value)[:60], answer.status_code, param))
+            response = await send(world, endpoint, json.dumps(placed(base, path, value)).encode())
+            param = str(response.json().get("error", {}).get("param"))
+            if response.status_code != 400 or not f"{param}.".startswith(f"{'.'.join(path)}."):
+                found.append((".".join(path), repr(value)[:60], response.status_code, param))
     assert count >= 5
     assert found == []
     assert await world.gateway.database.value(STATE) == before
@@ -175,13 +175,13 @@ async def test_no_body_is_taken_that_is_no_order(world: World, endpoint: Endpoin
     for body in bodies:
         if optional and body in (b"", b"null", b"1" * 10_000):  # absurdly long integers are read as null
             continue
-        answer = await send(world, endpoint, body)
-        assert answer.status_code == 400, (body[:20], answer.text)
-        assert answer.json()["error"]["type"] == "invalid_request_error"
+        response = await send(world, endpoint, body)
+        assert response.status_code == 400, (body[:20], response.text)
+        assert response.json()["error"]["type"] == "invalid_request_error"
     if endpoint is not REGISTER:  # where clients may send more than we read
         assert endpoint.body is not None
-        answer = await send(world, endpoint, json.dumps({**endpoint.body(world), "misspelt": 1}).encode())
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "misspelt")
+        response = await send(world, endpoint, json.dumps({**endpoint.body(world), "misspelt": 1}).encode())
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "misspelt")
 
 
 @pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain"])
@@ -209,11 +209,11 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
             ),
             (b"[1]", None, 'The request body must be a JSON object, such as {"name": "value"}.'),
         ):
-            answer = await world.gateway.http.request(
+            response = await world.gateway.http.request(
                 endpoint.method, world.fill(endpoint.path), headers=headers, content=content
             )
-            error = answer.json()["error"]
-            if (answer.status_code, error["param"]) != (400, param) or said not in error["message"]:
+            error = response.json()["error"]
+            if (response.status_code, error["param"]) != (400, param) or said not in error["message"]:
                 found.append((str(endpoint), content[:20], error))
     assert found == []
 
@@ -230,8 +230,8 @@ async def test_a_field_may_have_the_name_of_a_part_of_the_request(
     world: World, order: bytes, message: str
 ) -> None:
     headers = {**world.user.headers, "content-type": "application/x-www-form-urlencoded"}
-    answer = await world.gateway.http.post("/v1/quote", headers=headers, content=order)
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+    response = await world.gateway.http.post("/v1/quote", headers=headers, content=order)
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)
 
 
 # Parameters of paths and queries.
@@ -266,9 +266,11 @@ async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[
             path += f"{'&' if endpoint.query else '?'}{name}={value}" if parameter["in"] == "query" else ""
             headers = ADMIN if endpoint.scope is None else world.user.headers
             content = json.dumps(endpoint.body(world)).encode() if endpoint.body else b""
-            answer = await world.gateway.http.request(endpoint.method, path, headers=headers, content=content)
-            if (answer.status_code, answer.json().get("error", {}).get("param")) != (400, name):
-                found.append((str(endpoint), name, value[:40], answer.status_code))
+            response = await world.gateway.http.request(
+                endpoint.method, path, headers=headers, content=content
+            )
+            if (response.status_code, response.json().get("error", {}).get("param")) != (400, name):
+                found.append((str(endpoint), name, value[:40], response.status_code))
     assert cases > 100
     assert found == []
     assert await world.gateway.database.value(STATE) == before
@@ -309,11 +311,11 @@ async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[
 async def test_a_key_order_that_makes_no_sense_names_its_field(
     world: World, order: dict[str, Any], status: int, param: str
 ) -> None:
-    answer = await world.gateway.http.post(
+    response = await world.gateway.http.post(
         "/user/api-keys", headers=world.user.headers, json={"key_name": "another", **order}
     )
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (status, param), answer.text
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), response.text
 
 
 @pytest.mark.parametrize(
@@ -337,16 +339,16 @@ async def test_a_key_order_that_makes_no_sense_names_its_field(
 async def test_times_in_the_wrong_order_and_foreign_cursors_name_their_field(
     world: World, path: str, param: str
 ) -> None:
-    answer = await world.gateway.http.get(path, headers=world.user.headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    response = await world.gateway.http.get(path, headers=world.user.headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 async def test_limits_of_zero_are_limits_and_not_mistakes(world: World) -> None:
-    order = {
+    body = {
         "user_id": world.stranger.id,
         "rate_limits": dict.fromkeys(("requests_per_minute", "tokens_per_day", "concurrency", "burst"), 0),
     }
-    assert (await world.gateway.http.post("/admin/limit", headers=ADMIN, json=order)).status_code == 200
+    assert (await world.gateway.http.post("/admin/limit", headers=ADMIN, json=body)).status_code == 200
     refused = await world.stranger.chat()
     assert (refused.status_code, refused.headers["x-should-retry"]) == (429, "false")
 
@@ -384,11 +386,11 @@ async def test_limits_of_zero_are_limits_and_not_mistakes(world: World) -> None:
 async def test_what_is_wrong_is_said_in_a_sentence_that_names_the_field(
     world: World, order: dict[str, Any], message: str
 ) -> None:
-    answer = await world.gateway.http.post("/user/api-keys", headers=world.user.headers, json=order)
+    response = await world.gateway.http.post("/user/api-keys", headers=world.user.headers, json=order)
     if order.get("key_name") == "a\n":
-        assert answer.json()["key_name"] == "a"
+        assert response.json()["key_name"] == "a"
     else:
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+        assert (response.status_code, response.json()["error"]["message"]) == (400, message)
 
 
 async def test_every_pattern_of_the_models_has_a_sentence(schema: dict[str, Any]) -> None:
@@ -415,10 +417,10 @@ async def test_no_sentence_speaks_the_library_s_language(world: World, schema: d
         assert endpoint.body is not None
         for name, part in body_schema(schema, endpoint)["properties"].items():
             for path, value in wrong(schema, part, (name,)):
-                answer = await send(
+                response = await send(
                     world, endpoint, json.dumps(placed(endpoint.body(world), path, value)).encode()
                 )
-                spoken.add(answer.json()["error"]["message"])
+                spoken.add(response.json()["error"]["message"])
     assert [
         text
         for text in spoken

@@ -55,12 +55,12 @@ async def test_a_test_key_changes_nothing(
 async def test_an_own_key_is_kept_encrypted_and_shown_masked(gateway: Gateway) -> None:
     user, other = await gateway.register(), await gateway.register()
     assert (await ask(user, "GET", "/user/provider-key")).status_code == 404
-    kept = (await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})).json()
-    assert kept["provider_key"]["label"] == "sk-or-v1-012...def"
-    assert kept["checked"] is False
-    shown = await ask(user, "GET", "/user/provider-key")
-    assert (shown.status_code, shown.json()["provider_key"]["label"]) == (200, "sk-or-v1-012...def")
-    assert PROVIDER_KEY not in shown.text
+    body = (await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})).json()
+    assert body["provider_key"]["label"] == "sk-or-v1-012...def"
+    assert body["checked"] is False
+    response = await ask(user, "GET", "/user/provider-key")
+    assert (response.status_code, response.json()["provider_key"]["label"]) == (200, "sk-or-v1-012...def")
+    assert PROVIDER_KEY not in response.text
     assert (await ask(other, "GET", "/user/provider-key")).status_code == 404
     stored = await gateway.database.value(
         "select encrypted_key from public.provider_keys where user_id = $1", user.id
@@ -179,8 +179,8 @@ async def test_what_goes_out_with_an_own_key_is_shown_as_such(
 async def test_with_an_own_key_a_quote_holds_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
     await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
-    found = (await quote(user, {"body": CHAT_BODY})).json()
-    assert (found["byok"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
+    body = (await quote(user, {"body": CHAT_BODY})).json()
+    assert (body["byok"], body["affordable"], body["would_hold"], body["estimated_cost"]) == (
         True,
         True,
         0,

@@ -93,13 +93,13 @@ async def test_a_request_counts_for_whom_it_names(
     user: User, path: str, body: dict[str, Any], headers: dict[str, str]
 ) -> None:
     await budget(user, "ann", 10)
-    answer = await user.gateway.http.post(path, headers={**user.headers, **headers}, json=body)
-    assert answer.status_code == 200, answer.text
+    response = await user.gateway.http.post(path, headers={**user.headers, **headers}, json=body)
+    assert response.status_code == 200, response.text
     await user.settled_record()
     assert await recorded(user) == ["ann"]
     found = await standing(user, "ann")
     assert found["spent"] == (await user.records())[0]["cost"] > 0 == found["held"]
-    receipt = await manage(user, "GET", f"/v1/receipts/{answer.headers['x-request-id']}")
+    receipt = await manage(user, "GET", f"/v1/receipts/{response.headers['x-request-id']}")
     assert receipt.json()["end_user"] == "ann"
 
 
@@ -165,8 +165,8 @@ async def test_a_budget_leaves_what_a_failure_did_not_cost(user: User) -> None:
 
 async def test_what_leaves_less_output_than_asked_for_grants_less(user: User) -> None:
     await budget(user, "ann", 0.0001)
-    answer = await ask(user, "ann", model="openai/gpt-4o-mini")
-    assert answer.status_code == 200 and 0 < int(answer.headers["x-gateway-max-tokens"]) < 1000
+    response = await ask(user, "ann", model="openai/gpt-4o-mini")
+    assert response.status_code == 200 and 0 < int(response.headers["x-gateway-max-tokens"]) < 1000
     explicit = await ask(user, "ann", model="openai/gpt-4o-mini", max_tokens=16_000)
     assert (explicit.status_code, explicit.json()["error"]["code"]) == (402, "end_user_budget_exceeded")
     assert explicit.json()["gateway"]["affordable_max_tokens"] > 0
@@ -209,17 +209,17 @@ async def test_what_is_no_name_is_refused(
 ) -> None:
     for key, status in ((user.key, 400), (new_key("live"), 401)):  # strangers learn nothing of what is wrong
         sent: Any = {"authorization": f"Bearer {key}", **headers}
-        answer = await user.gateway.http.post("/v1/chat/completions", headers=sent, json={**CHAT, **body})
-        assert answer.status_code == status, answer.text
+        response = await user.gateway.http.post("/v1/chat/completions", headers=sent, json={**CHAT, **body})
+        assert response.status_code == status, response.text
         if status == 400:
-            assert answer.json()["error"]["param"] == param
+            assert response.json()["error"]["param"] == param
     assert await user.records() == []
 
 
 async def test_anthropics_name_is_refused_in_anthropics_form(user: User) -> None:
     body = {**CHAT, "max_tokens": 10, "metadata": {"user_id": "x" * 257}}
-    answer = await user.gateway.http.post("/v1/messages", headers=user.headers, json=body)
-    assert answer.status_code == 400 and answer.json()["type"] == "error" and "user_id" in answer.text
+    response = await user.gateway.http.post("/v1/messages", headers=user.headers, json=body)
+    assert response.status_code == 400 and response.json()["type"] == "error" and "user_id" in response.text
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "Müller & 日本", "a b", "*"])

@@ -90,9 +90,9 @@ async def test_nobody_is_told_to_send_a_key(gateway: Gateway, endpoint: Endpoint
         endpoint.path.format(user_id=1, key_id=1, plan_id=1, budget_id=1, webhook_id=1, request_id=NO_REQUEST)
         + endpoint.query
     )
-    answer = await gateway.http.request(endpoint.method, path, json={})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-    assert answer.headers["www-authenticate"] == "Bearer"
+    response = await gateway.http.request(endpoint.method, path, json={})
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("endpoint", SCOPED, ids=str)
@@ -108,15 +108,15 @@ async def test_a_key_with_every_scope_but_this_one_is_refused(shared: World, end
         json={"key_name": str(endpoint), "scope_permissions": scopes},
     )
     headers = {"authorization": f"Bearer {made.json()['api_key']}"}
-    answer = await call(shared, endpoint, headers, {}, body_of(endpoint, shared))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "missing_scope")
-    assert answer.json()["gateway"]["scope"] == resource
+    response = await call(shared, endpoint, headers, {}, body_of(endpoint, shared))
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "missing_scope")
+    assert response.json()["gateway"]["scope"] == resource
 
 
 @pytest.mark.parametrize("endpoint", FOR_ADMINS, ids=str)
 async def test_a_user_s_key_opens_no_administrator_s_endpoint(shared: World, endpoint: Endpoint) -> None:
-    answer = await call(shared, endpoint, shared.user.headers, {}, body_of(endpoint, shared))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "missing_scope")
+    response = await call(shared, endpoint, shared.user.headers, {}, body_of(endpoint, shared))
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "missing_scope")
 
 
 @pytest.mark.parametrize(("endpoint", "number"), WITH_MISSING, ids=str)
@@ -124,15 +124,15 @@ async def test_what_is_not_there_or_somebody_else_s_is_a_404_that_names_it(
     shared: World, endpoint: Endpoint, number: int
 ) -> None:
     ids, body = endpoint.missing[number](shared)
-    answer = await call(
+    response = await call(
         shared,
         endpoint,
         headers_for(endpoint, shared),
         ids,
         body if body is not None else body_of(endpoint, shared),
     )
-    assert answer.status_code == 404, answer.text
-    assert answer.json()["error"]["param"]
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["param"]
 
 
 @pytest.mark.parametrize(
@@ -141,22 +141,24 @@ async def test_what_is_not_there_or_somebody_else_s_is_a_404_that_names_it(
     ids=str,
 )
 async def test_without_a_plan_there_is_none_to_see_or_cancel(shared: World, endpoint: Endpoint) -> None:
-    answer = await call(shared, endpoint, shared.stranger.headers, {}, None)
-    assert answer.status_code == (404 if endpoint.path == "/user/plan" else 200)
+    response = await call(shared, endpoint, shared.stranger.headers, {}, None)
+    assert response.status_code == (404 if endpoint.path == "/user/plan" else 200)
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_without_a_key_of_one_s_own_there_is_none_to_see_or_forget(shared: World, method: str) -> None:
-    answer = await shared.gateway.http.request(method, "/user/provider-key", headers=shared.stranger.headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    response = await shared.gateway.http.request(
+        method, "/user/provider-key", headers=shared.stranger.headers
+    )
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)
 async def test_a_valid_call_answers_with_its_documented_fields(world: World, endpoint: Endpoint) -> None:
-    answer = await call(world, endpoint, headers_for(endpoint, world), {}, body_of(endpoint, world))
-    assert answer.status_code == endpoint.status, answer.text
-    assert endpoint.fields <= answer.json().keys()
-    assert answer.headers["x-request-id"] and answer.headers["content-type"] == "application/json"
+    response = await call(world, endpoint, headers_for(endpoint, world), {}, body_of(endpoint, world))
+    assert response.status_code == endpoint.status, response.text
+    assert endpoint.fields <= response.json().keys()
+    assert response.headers["x-request-id"] and response.headers["content-type"] == "application/json"
     await world.gateway.database.assert_books_balance()
 
 
@@ -167,11 +169,11 @@ async def test_a_public_endpoint_answers_anybody_and_refuses_nonsense(
     headers = (
         ADMIN if endpoint.method == "POST" else {}
     )  # registration is closed in live mode, but for administrators
-    answer = await gateway.http.request(
+    response = await gateway.http.request(
         endpoint.method, endpoint.call or endpoint.path, headers=headers, json=endpoint.body
     )
-    assert answer.status_code == 200, answer.text
-    assert not endpoint.fields or endpoint.fields <= answer.json().keys()
+    assert response.status_code == 200, response.text
+    assert not endpoint.fields or endpoint.fields <= response.json().keys()
     for path, body, status, param in endpoint.wrong:
         refused = await gateway.http.request(endpoint.method, path, headers=headers, json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (status, param), path

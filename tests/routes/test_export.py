@@ -44,9 +44,9 @@ async def fill(user: User, count: int = MANY) -> None:
 
 
 async def text(user: User, path: str) -> httpx.Response:
-    answer = await user.gateway.http.get(path, headers=user.headers)
-    assert answer.status_code == 200, answer.text
-    return answer
+    response = await user.gateway.http.get(path, headers=user.headers)
+    assert response.status_code == 200, response.text
+    return response
 
 
 def rows_of(answer: httpx.Response) -> list[dict[str, str]]:
@@ -315,8 +315,10 @@ async def test_a_client_notices_json_lines_that_break_off(start_gateway: Start, 
     gateway = await start_gateway(database_url=link.url)
     user = await gateway.register()
     await fill(user, 40_000)  # more than the sockets between here and there hold
-    async with gateway.http.stream("GET", "/user/usage/records?format=jsonl", headers=user.headers) as answer:
-        chunks = answer.aiter_bytes()
+    async with gateway.http.stream(
+        "GET", "/user/usage/records?format=jsonl", headers=user.headers
+    ) as response:
+        chunks = response.aiter_bytes()
         await anext(chunks)
         link.cut()
         with pytest.raises(httpx.RemoteProtocolError):
@@ -330,8 +332,8 @@ async def test_an_export_without_a_database_is_an_ordinary_error(
     gateway = await start_gateway(database_url=link.url)
     user = await gateway.register()
     link.cut()
-    answer = await gateway.http.get("/user/usage/records?format=csv", headers=user.headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+    response = await gateway.http.get("/user/usage/records?format=csv", headers=user.headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "database_unavailable")
     link.mend()
 
 
@@ -346,5 +348,5 @@ async def test_an_export_without_a_database_is_an_ordinary_error(
 )
 async def test_an_export_that_is_wrong_names_its_field(gateway: Gateway, query: str, param: str) -> None:
     user = await gateway.register()
-    answer = await gateway.http.get(f"/user/usage/records?format=csv&{query}", headers=user.headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    response = await gateway.http.get(f"/user/usage/records?format=csv&{query}", headers=user.headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

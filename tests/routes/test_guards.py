@@ -49,25 +49,25 @@ async def limited(gateway: Gateway, **limits: int) -> User:
 async def test_every_answer_to_a_key_says_what_is_left_of_its_limits(gateway: Gateway, path: str) -> None:
     user = await limited(gateway, requests_per_minute=5, tokens_per_day=100_000)
     assert (await user.chat()).status_code == 200
-    answer = await gateway.http.get(path, headers=user.headers)
+    response = await gateway.http.get(path, headers=user.headers)
     assert (
-        answer.headers["x-ratelimit-limit-requests"],
-        answer.headers["x-ratelimit-remaining-requests"],
+        response.headers["x-ratelimit-limit-requests"],
+        response.headers["x-ratelimit-remaining-requests"],
     ) == ("5", "4")
-    assert 0 < int(answer.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 70
-    assert 0 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 100_000
+    assert 0 < int(response.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 70
+    assert 0 < int(response.headers["x-ratelimit-remaining-tokens"]) < 100_000
     assert (
-        answer.headers["ratelimit"].startswith('"requests";r=4;t=')
-        and '"requests";q=5' in answer.headers["ratelimit-policy"]
+        response.headers["ratelimit"].startswith('"requests";r=4;t=')
+        and '"requests";q=5' in response.headers["ratelimit-policy"]
     )
 
 
 async def test_management_answers_say_what_the_proxied_one_before_them_said(gateway: Gateway) -> None:
     user = await limited(gateway, requests_per_minute=5, requests_per_hour=50)
     proxied = await user.chat()
-    answer = await gateway.http.get("/user/balance", headers=user.headers)
+    response = await gateway.http.get("/user/balance", headers=user.headers)
     for name in ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "ratelimit-policy"):
-        assert answer.headers[name] == proxied.headers[name]
+        assert response.headers[name] == proxied.headers[name]
 
 
 async def test_the_tighter_limit_of_key_and_user_is_shown(gateway: Gateway) -> None:
@@ -75,10 +75,10 @@ async def test_the_tighter_limit_of_key_and_user_is_shown(gateway: Gateway) -> N
     await gateway.admin(
         "POST", "/admin/limit", json={"api_key": user.key, "rate_limits": {"requests_per_day": 3}}
     )
-    answer = await gateway.http.get("/user/balance", headers=user.headers)
+    response = await gateway.http.get("/user/balance", headers=user.headers)
     assert (
-        answer.headers["x-ratelimit-limit-requests"],
-        answer.headers["x-ratelimit-remaining-requests"],
+        response.headers["x-ratelimit-limit-requests"],
+        response.headers["x-ratelimit-remaining-requests"],
     ) == ("3", "3")
 
 
@@ -87,24 +87,24 @@ async def test_management_requests_are_shown_the_limits_and_not_counted_against_
 ) -> None:
     user = await limited(gateway, requests_per_minute=1)
     for _ in range(3):
-        answer = await gateway.http.get("/user/balance", headers=user.headers)
-        assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (200, "1")
+        response = await gateway.http.get("/user/balance", headers=user.headers)
+        assert (response.status_code, response.headers["x-ratelimit-remaining-requests"]) == (200, "1")
     assert (await user.chat()).status_code == 200
     assert (await user.chat()).status_code == 429
-    answer = await gateway.http.get("/user/balance", headers=user.headers)
-    assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (200, "0")
+    response = await gateway.http.get("/user/balance", headers=user.headers)
+    assert (response.status_code, response.headers["x-ratelimit-remaining-requests"]) == (200, "0")
 
 
 async def test_answers_without_a_user_s_key_have_no_limits_to_show(gateway: Gateway) -> None:
     for path, headers in (("/health", {}), ("/plans", {}), ("/admin/users", ADMIN), ("/user/balance", {})):
-        answer = await gateway.http.get(path, headers=headers)
-        assert not [name for name in answer.headers if "ratelimit" in name]
+        response = await gateway.http.get(path, headers=headers)
+        assert not [name for name in response.headers if "ratelimit" in name]
 
 
 async def test_without_any_limit_there_is_none_to_show(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
-    answer = await gateway.http.get("/user/balance", headers=user.headers)
-    assert answer.status_code == 200 and not [name for name in answer.headers if "ratelimit" in name]
+    response = await gateway.http.get("/user/balance", headers=user.headers)
+    assert response.status_code == 200 and not [name for name in response.headers if "ratelimit" in name]
 
 
 async def test_the_sdk_waits_out_the_retry_after_of_a_minute_and_not_that_of_a_day(gateway: Gateway) -> None:
@@ -194,9 +194,9 @@ async def test_guesses_of_the_sweep_s_secret_and_at_registration_count_too(behin
         assert (await guess(behind_proxy, path="/internal/sweep")).status_code == 401
     assert (await guess(behind_proxy, path="/internal/sweep")).status_code == 429
     assert (await guess(behind_proxy)).status_code == 429
-    order = {"username": "ada", "email": "ada@example.com"}
+    body = {"username": "ada", "email": "ada@example.com"}
     headers = {"x-api-key": "wrong-admin-key", "x-forwarded-for": "203.0.113.9"}
-    assert (await behind_proxy.http.post("/auth/register", headers=headers, json=order)).status_code == 429
+    assert (await behind_proxy.http.post("/auth/register", headers=headers, json=body)).status_code == 429
     assert (await guess(behind_proxy, "secret-of-the-scheduler", path="/internal/sweep")).status_code == 200
 
 
@@ -224,15 +224,15 @@ async def test_what_is_taken_counts_towards_the_five_an_hour_of_an_address(start
     an hour.
     """
     gateway = await start_gateway(registration="open")
-    order = {"username": "ada", "email": "ada@example.com"}
-    answers = [await gateway.http.post("/auth/register", json=order) for _ in range(6)]
+    body = {"username": "ada", "email": "ada@example.com"}
+    answers = [await gateway.http.post("/auth/register", json=body) for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200, 409, 409, 409, 409, 429]
 
 
 async def delete(user: User) -> None:
-    order = {"confirmation": "DELETE_ACCOUNT"}
-    answer = await user.gateway.http.request("DELETE", "/user/account", headers=user.headers, json=order)
-    assert answer.status_code == 200
+    body = {"confirmation": "DELETE_ACCOUNT"}
+    response = await user.gateway.http.request("DELETE", "/user/account", headers=user.headers, json=body)
+    assert response.status_code == 200
 
 
 async def credits_of_new(gateway: Gateway, username: str, email: str) -> tuple[User, Any]:
@@ -309,10 +309,10 @@ async def test_a_user_has_at_most_five_hundred_keys_in_all(gateway: Gateway) -> 
     ]
     assert [answer.status_code for answer in makes] == [200, 409]
     assert "500 keys" in makes[1].json()["error"]["message"]
-    order = {"confirmation": "DELETE_KEY"}
+    body = {"confirmation": "DELETE_KEY"}
     made = makes[0].json()["key"]["id"]
     assert (
-        await gateway.http.request("DELETE", f"/user/api-keys/{made}", headers=user.headers, json=order)
+        await gateway.http.request("DELETE", f"/user/api-keys/{made}", headers=user.headers, json=body)
     ).status_code == 200
     assert (
         await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": "again"})
@@ -325,9 +325,9 @@ async def test_a_user_sees_what_an_administrator_did_and_not_from_where(gateway:
     await gateway.database.value(
         'update public.api_keys_new set scope_permissions = \'{"admin": ["*"]}\' where user_id = $1', staff.id
     )
-    order = {"user_id": user.id, "credits": 1}
+    body = {"user_id": user.id, "credits": 1}
     assert (
-        await gateway.http.post("/admin/add_credits", headers=staff.headers, json=order)
+        await gateway.http.post("/admin/add_credits", headers=staff.headers, json=body)
     ).status_code == 200
     assert (
         await gateway.http.put("/user/profile", headers=user.headers, json={"name": "Ada"})
@@ -413,8 +413,8 @@ async def test_a_health_check_counts_the_users_once_in_a_while(
 
 async def assert_dead(gateway: Gateway, link: DatabaseLink) -> None:
     link.cut()
-    answer = await gateway.http.get("/health")
-    assert (answer.status_code, answer.json()["database"]) == (503, "unavailable")
+    response = await gateway.http.get("/health")
+    assert (response.status_code, response.json()["database"]) == (503, "unavailable")
     link.mend()
 
 
@@ -424,12 +424,12 @@ async def test_a_browser_may_read_that_its_body_was_too_large(
     start_gateway: Start, origins: str, path: str
 ) -> None:
     gateway = await start_gateway(cors_origins=origins, max_body_bytes=MAX_MANAGEMENT_BYTES)
-    answer = await gateway.http.post(
+    response = await gateway.http.post(
         path, headers={"origin": "https://app.example"}, content=b"x" * (MAX_MANAGEMENT_BYTES + 1)
     )
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-    assert answer.headers["access-control-allow-origin"] == origins
-    assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    assert response.headers["access-control-allow-origin"] == origins
+    assert "x-request-id" in response.headers["access-control-expose-headers"].lower()
 
 
 # 404s of administrators' orders name their field.
@@ -456,13 +456,13 @@ async def test_a_browser_may_read_that_its_body_was_too_large(
 async def test_who_is_not_found_is_named(
     gateway: Gateway, method: str, path: str, body: Any, param: str
 ) -> None:
-    answer = await gateway.http.request(method, path, headers=ADMIN, json=body)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (404, param), answer.text
+    response = await gateway.http.request(method, path, headers=ADMIN, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (404, param), response.text
 
 
 async def test_an_unknown_plan_is_named_where_the_user_exists(gateway: Gateway) -> None:
     user = await gateway.register()
-    answer = await gateway.http.post(
+    response = await gateway.http.post(
         "/admin/assign-plan", headers=ADMIN, json={"user_id": user.id, "plan_id": 999}
     )
-    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "plan_id")
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "plan_id")

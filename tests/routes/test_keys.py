@@ -18,9 +18,9 @@ async def send(user: User | str, method: str, path: str, gateway: Gateway, **bod
 
 
 async def make(user: User | str, gateway: Gateway, **order: Any) -> dict[str, Any]:
-    answer = await send(user, "POST", "/user/api-keys", gateway, **{"key_name": "second", **order})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
+    response = await send(user, "POST", "/user/api-keys", gateway, **{"key_name": "second", **order})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
 async def test_a_made_key_works_and_is_listed_masked(gateway: Gateway) -> None:
@@ -64,8 +64,8 @@ async def test_a_deleted_primary_key_no_longer_works(gateway: Gateway) -> None:
 async def test_deleting_a_key_needs_the_confirmation(gateway: Gateway) -> None:
     user = await gateway.register()
     made = await make(user, gateway)
-    answer = await send(user, "DELETE", f"/user/api-keys/{made['key']['id']}", gateway, confirmation="yes")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "confirmation")
+    response = await send(user, "DELETE", f"/user/api-keys/{made['key']['id']}", gateway, confirmation="yes")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "confirmation")
 
 
 async def test_rotation_changes_the_secret_and_keeps_id_and_settings(gateway: Gateway) -> None:
@@ -94,7 +94,7 @@ async def test_bulk_rotation_takes_the_keys_of_one_environment(gateway: Gateway)
     user = await gateway.register()
     staging = await make(user, gateway, key_name="a", environment_tag="staging")
     await make(user, gateway, key_name="b", environment_tag="staging")
-    answer = await send(
+    response = await send(
         user,
         "PUT",
         f"/user/api-keys/{staging['key']['id']}",
@@ -102,7 +102,7 @@ async def test_bulk_rotation_takes_the_keys_of_one_environment(gateway: Gateway)
         action="bulk_rotate",
         environment_tag="staging",
     )
-    body = answer.json()
+    body = response.json()
     assert (body["rotated_count"], [key["key_name"] for key in body["new_keys"]]) == (2, ["a", "b"])
     assert (await send(staging["api_key"], "GET", "/user/balance", gateway)).status_code == 401
     assert (await send(body["new_keys"][0]["api_key"], "GET", "/user/balance", gateway)).status_code == 200
@@ -112,7 +112,7 @@ async def test_bulk_rotation_takes_the_keys_of_one_environment(gateway: Gateway)
 async def test_an_update_changes_the_key_of_the_path_and_no_other(gateway: Gateway) -> None:
     user = await gateway.register()
     made = await make(user, gateway)
-    answer = await send(
+    response = await send(
         user,
         "PUT",
         f"/user/api-keys/{made['key']['id']}",
@@ -120,7 +120,7 @@ async def test_an_update_changes_the_key_of_the_path_and_no_other(gateway: Gatew
         key_name="renamed",
         ip_allowlist=["10.0.0.1"],
     )
-    assert answer.json()["updated_key"]["key_name"] == "renamed"
+    assert response.json()["updated_key"]["key_name"] == "renamed"
     refused = await send(made["api_key"], "GET", "/user/balance", gateway)
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "ip_not_allowed")
     assert (await send(user, "GET", "/user/balance", gateway)).status_code == 200
@@ -149,15 +149,15 @@ async def test_a_key_order_that_is_wrong_names_its_field(
     gateway: Gateway, order: dict[str, Any], param: str
 ) -> None:
     user = await gateway.register()
-    answer = await send(user, "POST", "/user/api-keys", gateway, **{"key_name": "second", **order})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    response = await send(user, "POST", "/user/api-keys", gateway, **{"key_name": "second", **order})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 async def test_a_name_is_unique_among_a_users_keys(gateway: Gateway) -> None:
     user = await gateway.register()
     await make(user, gateway)
-    answer = await send(user, "POST", "/user/api-keys", gateway, key_name="second")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (409, "key_name")
+    response = await send(user, "POST", "/user/api-keys", gateway, key_name="second")
+    assert (response.status_code, response.json()["error"]["param"]) == (409, "key_name")
 
 
 async def test_a_user_has_at_most_fifty_active_keys(gateway: Gateway) -> None:
@@ -198,36 +198,36 @@ async def test_a_key_cannot_mint_a_broader_key(
     user = await gateway.register()
     narrow = await make(user, gateway, **{"scope_permissions": {"write": ["*"], "read": ["*"]}, **rules})
     wanted = {"key_name": "third", "environment_tag": rules.get("environment_tag", "live"), **order}
-    answer = await send(
+    response = await send(
         narrow["api_key"],
         "POST",
         "/user/api-keys",
         gateway,
         **{"scope_permissions": {"write": ["keys"]}, **wanted},
     )
-    assert (answer.status_code, answer.json()["error"]["param"]) == (403, field)
+    assert (response.status_code, response.json()["error"]["param"]) == (403, field)
 
 
 async def test_a_narrow_key_cannot_rotate_a_broad_one_into_its_hands(gateway: Gateway) -> None:
     user = await gateway.register()
     (primary,) = (await send(user, "GET", "/user/api-keys", gateway)).json()["keys"]
     narrow = await make(user, gateway, scope_permissions={"write": ["keys"], "read": ["keys"]})
-    answer = await send(narrow["api_key"], "POST", f"/user/api-keys/{primary['id']}/rotate", gateway)
-    assert answer.status_code == 403
+    response = await send(narrow["api_key"], "POST", f"/user/api-keys/{primary['id']}/rotate", gateway)
+    assert response.status_code == 403
     assert (await send(user, "GET", "/user/balance", gateway)).status_code == 200
 
 
 async def test_a_key_cannot_widen_itself(gateway: Gateway) -> None:
     user = await gateway.register()
     narrow = await make(user, gateway, scope_permissions={"write": ["keys"]})
-    answer = await send(
+    response = await send(
         narrow["api_key"],
         "PUT",
         f"/user/api-keys/{narrow['key']['id']}",
         gateway,
         scope_permissions={"write": ["*"]},
     )
-    assert answer.status_code == 403
+    assert response.status_code == 403
 
 
 async def test_somebody_elses_key_does_not_exist(gateway: Gateway) -> None:
@@ -249,8 +249,8 @@ async def test_only_a_revealable_key_can_be_shown_again_and_the_look_is_audited(
     user = await gateway.register()
     shown = await make(user, gateway, key_name="shown", revealable=True)
     hidden = await make(user, gateway, key_name="hidden")
-    answer = await send(user, "GET", f"/user/api-keys/{shown['key']['id']}/reveal", gateway)
-    assert answer.json()["api_key"] == shown["api_key"]
+    response = await send(user, "GET", f"/user/api-keys/{shown['key']['id']}/reveal", gateway)
+    assert response.json()["api_key"] == shown["api_key"]
     assert (
         await send(user, "GET", f"/user/api-keys/{hidden['key']['id']}/reveal", gateway)
     ).status_code == 400
@@ -268,10 +268,10 @@ async def test_every_change_of_a_key_is_audited_and_no_secret_with_it(gateway: G
     rotated = (await send(user, "POST", f"/user/api-keys/{made['key']['id']}/rotate", gateway)).json()
     await send(user, "PUT", f"/user/api-keys/{made['key']['id']}", gateway, key_name="renamed")
     await send(user, "DELETE", f"/user/api-keys/{made['key']['id']}", gateway, confirmation="DELETE_KEY")
-    answer = await send(user, "GET", f"/user/api-keys/audit-logs?key_id={made['key']['id']}", gateway)
-    assert [log["action"] for log in answer.json()["logs"]] == ["delete", "update", "rotate", "create"]
-    assert made["api_key"] not in answer.text
-    assert rotated["api_key"] not in answer.text
+    response = await send(user, "GET", f"/user/api-keys/audit-logs?key_id={made['key']['id']}", gateway)
+    assert [log["action"] for log in response.json()["logs"]] == ["delete", "update", "rotate", "create"]
+    assert made["api_key"] not in response.text
+    assert rotated["api_key"] not in response.text
 
 
 async def test_a_key_of_an_older_system_works_once_imported_and_moves_on_first_use(
@@ -308,21 +308,19 @@ async def test_a_replaced_secret_in_its_grace_period_cannot_take_the_key_over(ga
 
 async def test_a_test_key_cannot_delete_the_account(gateway: Gateway) -> None:
     user = await gateway.register(environment="test")
-    answer = await gateway.http.request(
+    response = await gateway.http.request(
         "DELETE", "/user/account", headers=user.headers, json={"confirmation": "DELETE_ACCOUNT"}
     )
-    assert answer.status_code == 403
+    assert response.status_code == 403
 
 
 async def test_an_imported_key_cannot_be_a_test_key(gateway: Gateway) -> None:
     user = await gateway.register()
-    order = {
-        "keys": [{"user_id": user.id, "api_key": "old-system-key-0123456789", "environment_tag": "test"}]
-    }
-    answer = await gateway.http.post(
-        "/admin/keys/import", headers={"authorization": f"Bearer {ADMIN_KEY}"}, json=order
+    body = {"keys": [{"user_id": user.id, "api_key": "old-system-key-0123456789", "environment_tag": "test"}]}
+    response = await gateway.http.post(
+        "/admin/keys/import", headers={"authorization": f"Bearer {ADMIN_KEY}"}, json=body
     )
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "keys.0.environment_tag")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "keys.0.environment_tag")
 
 
 async def test_a_limited_key_makes_no_key_that_would_be_unlimited(gateway: Gateway) -> None:
@@ -330,5 +328,5 @@ async def test_a_limited_key_makes_no_key_that_would_be_unlimited(gateway: Gatew
     await gateway.admin(
         "POST", "/admin/limit", json={"api_key": user.key, "rate_limits": {"requests_per_minute": 10}}
     )
-    answer = await send(user, "POST", "/user/api-keys", gateway, key_name="second")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (403, "rate_limits")
+    response = await send(user, "POST", "/user/api-keys", gateway, key_name="second")
+    assert (response.status_code, response.json()["error"]["param"]) == (403, "rate_limits")

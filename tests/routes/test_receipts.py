@@ -28,9 +28,9 @@ READERS = [
 
 async def exact(user: User, path: str) -> Any:
     """An answer's JSON with exact numbers."""
-    answer = await user.gateway.http.get(path, headers=user.headers)
-    assert answer.status_code == 200, answer.text
-    return json.loads(answer.text, parse_float=Decimal)
+    response = await user.gateway.http.get(path, headers=user.headers)
+    assert response.status_code == 200, response.text
+    return json.loads(response.text, parse_float=Decimal)
 
 
 @pytest.mark.parametrize("path", READERS)
@@ -133,13 +133,13 @@ async def test_credits_less_usage_are_the_balance_whatever_was_booked(gateway: G
 
 async def test_a_generation_is_found_by_either_id_and_by_its_owner_only(gateway: Gateway) -> None:
     user, other = await gateway.register(), await gateway.register()
-    answer = await user.chat()
-    generation, request = answer.headers["x-generation-id"], answer.headers["x-request-id"]
+    response = await user.chat()
+    generation, request = response.headers["x-generation-id"], response.headers["x-request-id"]
     for wanted in (generation, request, request.upper()):
         data = (await exact(user, f"/v1/generation?id={wanted}"))["data"]
         assert (data["id"], data["request_id"], data["model"]) == (generation, request, "openai/gpt-4o-mini")
-        assert data["total_cost"] == data["usage"] == Decimal(answer.headers["x-gateway-cost"])
-        assert data["native_tokens_prompt"] == answer.json()["usage"]["prompt_tokens"]
+        assert data["total_cost"] == data["usage"] == Decimal(response.headers["x-gateway-cost"])
+        assert data["native_tokens_prompt"] == response.json()["usage"]["prompt_tokens"]
         assert (data["cancelled"], data["streamed"], data["is_byok"], data["finish_reason"]) == (
             False,
             False,
@@ -267,9 +267,9 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     gateway = await start_gateway(price_markup="1.1")
     user = await gateway.register()
     before = await user.balance()
-    answer = await quote(user, {"body": CHAT_BODY, "output_tokens": 10})
-    assert answer.status_code == 200, answer.text
-    found = json.loads(answer.text, parse_float=Decimal)
+    response = await quote(user, {"body": CHAT_BODY, "output_tokens": 10})
+    assert response.status_code == 200, response.text
+    found = json.loads(response.text, parse_float=Decimal)
     assert (found["affordable"], found["reason"], found["max_output_tokens"], found["free"]) == (
         True,
         None,
@@ -381,8 +381,8 @@ async def test_a_quote_knows_the_keys_models_and_its_number_of_requests(gateway:
 
 async def test_a_test_keys_quote_is_free(gateway: Gateway) -> None:
     user = await gateway.register(environment="test")
-    found = (await quote(user, {"body": CHAT_BODY})).json()
-    assert (found["free"], found["affordable"], found["would_hold"], found["estimated_cost"]) == (
+    body = (await quote(user, {"body": CHAT_BODY})).json()
+    assert (body["free"], body["affordable"], body["would_hold"], body["estimated_cost"]) == (
         True,
         True,
         0,
@@ -427,11 +427,11 @@ async def test_a_body_with_fractions_is_quoted_as_it_would_be_held(gateway: Gate
         b'"max_tokens":20,"temperature":0.70,"top_p":0.5}'
     )
     headers = {**user.headers, "content-type": "application/json"}
-    found = await gateway.http.post("/v1/quote", headers=headers, content=b'{"body":' + body + b"}")
-    assert found.status_code == 200, found.text
+    response = await gateway.http.post("/v1/quote", headers=headers, content=b'{"body":' + body + b"}")
+    assert response.status_code == 200, response.text
     sent = await gateway.http.post("/v1/chat/completions", headers=headers, content=body)
     receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
-    assert receipt["hold"]["amount"] == json.loads(found.text, parse_float=Decimal)["would_hold"]
+    assert receipt["hold"]["amount"] == json.loads(response.text, parse_float=Decimal)["would_hold"]
 
 
 @pytest.mark.parametrize(
@@ -501,8 +501,8 @@ async def test_an_unknown_model_is_not_found_and_not_asked_for(
     live_gateway: Gateway, upstream: Upstream, model: str
 ) -> None:
     upstream.forget()
-    answer = await live_gateway.http.get(f"/v1/models/{model}/endpoints")
-    assert answer.status_code == 404
+    response = await live_gateway.http.get(f"/v1/models/{model}/endpoints")
+    assert response.status_code == 404
     assert {call.path for call in upstream.sandbox.state.calls} <= {"/models"}
 
 

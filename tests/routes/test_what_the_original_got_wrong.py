@@ -137,8 +137,8 @@ async def test_an_expired_key_does_not_work(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
     await change_key(user, "expiration_date", datetime.datetime.now(datetime.UTC))
     assert (await user.chat()).status_code == 401
-    answer = await gateway.http.get("/user/balance", headers=user.headers)
-    assert (answer.status_code, answer.json()["error"]["message"]) == (401, "This API key has expired.")
+    response = await gateway.http.get("/user/balance", headers=user.headers)
+    assert (response.status_code, response.json()["error"]["message"]) == (401, "This API key has expired.")
 
 
 async def test_an_inactive_key_behind_a_thousand_others_does_not_pass(gateway: Gateway) -> None:
@@ -212,8 +212,8 @@ async def test_what_one_process_encrypted_another_can_read(start_gateway: Start)
             "/user/api-keys", headers=user.headers, json={"key_name": "second", "revealable": True}
         )
     ).json()
-    shown = await two.http.get(f"/user/api-keys/{made['key']['id']}/reveal", headers=user.headers)
-    assert shown.json()["api_key"] == made["api_key"]
+    response = await two.http.get(f"/user/api-keys/{made['key']['id']}/reveal", headers=user.headers)
+    assert response.json()["api_key"] == made["api_key"]
 
 
 async def test_scopes_are_checked_on_chat(gateway: Gateway) -> None:
@@ -338,9 +338,9 @@ async def test_no_table_is_summed_in_python(database: Database, start_gateway: S
 
         async def asked() -> tuple[int, Any]:
             before = link.round_trips
-            answer = await gateway.http.get(path, headers=headers)
-            assert answer.status_code == 200 and len(answer.content) < 20_000
-            return link.round_trips - before, answer.json()
+            response = await gateway.http.get(path, headers=headers)
+            assert response.status_code == 200 and len(response.content) < 20_000
+            return link.round_trips - before, response.json()
 
         empty, _ = await asked()
         await database.value(MANY_RECORDS, user.id)  # more than a page of a hosted database

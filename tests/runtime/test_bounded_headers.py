@@ -43,10 +43,10 @@ async def exchange(address: tuple[str, int], *parts: bytes) -> bytes:
 
 
 async def test_a_head_without_end_is_refused_before_it_fills_the_memory(address: tuple[str, int]) -> None:
-    answer = await exchange(
+    response = await exchange(
         address, BEGINNING + b"x-long: ", *[b"a" * 16_384] * (MAX_HEAD_BYTES // 16_384 + 1)
     )
-    assert answer.startswith(b"HTTP/1.1 400") and b"longer than 65536 bytes" in answer
+    assert response.startswith(b"HTTP/1.1 400") and b"longer than 65536 bytes" in response
 
 
 async def test_long_bodies_and_many_requests_on_a_connection_are_none_of_its_business(

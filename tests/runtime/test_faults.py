@@ -85,10 +85,11 @@ async def test_without_a_database_nothing_is_sent_and_the_answer_says_why(
     user = await gateway.register(credits=1)
     link.cut()
     for streamed in (False, True):
-        answer = await user.chat(stream=streamed)
-        assert answer.status_code == 503
+        response = await user.chat(stream=streamed)
+        assert response.status_code == 503
         assert (
-            error_of(answer)["code"] == "database_unavailable" and "database" in error_of(answer)["message"]
+            error_of(response)["code"] == "database_unavailable"
+            and "database" in error_of(response)["message"]
         )
     assert upstream.inferences == 0
     health = await gateway.http.get("/health")
@@ -191,8 +192,8 @@ async def test_a_settlement_that_the_database_refuses_is_kept_for_later(
     user = await live_gateway.register(credits=1)
     async with live_gateway.database.owner() as owner:
         await owner.execute("revoke execute on function public.settle_requests(jsonb) from service_role")
-        answer = await user.chat()
-        assert answer.status_code == 200 and answer.headers["x-gateway-settlement"] == "pending"
+        response = await user.chat()
+        assert response.status_code == 200 and response.headers["x-gateway-settlement"] == "pending"
         await owner.execute("grant execute on function public.settle_requests(jsonb) to service_role")
     await assert_settled_exactly(user, upstream)
 
@@ -307,19 +308,19 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
             ("GET", "/v1/models"),
             ("POST", "/admin/add_credits"),
         ):
-            answer = await http.request(
+            response = await http.request(
                 method,
                 path,
                 headers={"authorization": f"Bearer {new_key('live')}"},
                 json={"user_id": 1, "credits": 1},
             )
-            error = error_of(answer)
+            error = error_of(response)
             assert (
-                answer.status_code == 503
+                response.status_code == 503
                 and error["code"] == "misconfigured"
                 and sentence in error["message"]
             )
-            assert answer.headers["x-should-retry"] == "false"
+            assert response.headers["x-should-retry"] == "false"
         assert (await http.get("/health/live")).status_code == 200
         assert "secret-of-supabase" not in health.text and "short-one" not in health.text
 
@@ -363,8 +364,8 @@ async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_pa
         body = {**GOOD, "model": "openai/gpt-4o-mini:slow;ms=100;tokens=400", "stream": True}
         async with http.stream(
             "POST", "/v1/chat/completions", headers={"authorization": f"Bearer {key}"}, json=body
-        ) as answer:
-            await anext(answer.aiter_raw())
+        ) as response:
+            await anext(response.aiter_raw())
             process.send_signal(signal.SIGINT)
             assert (
                 await process.stderr.readline() == b"Waiting: 1 request is running. Ctrl-C stops at once.\n"
@@ -382,8 +383,8 @@ async def test_an_instance_whose_database_went_live_is_not_healthy(
     assert (await playing.http.get("/health/ready")).status_code == 200
     await start_gateway(**live(upstream.url))
     for path in ("/health", "/health/ready"):
-        answer = await playing.http.get(path)
-        assert answer.status_code == 503 and "disagree on live or sandbox mode" in answer.text
+        response = await playing.http.get(path)
+        assert response.status_code == 503 and "disagree on live or sandbox mode" in response.text
 
 
 async def test_a_database_does_not_go_live_for_a_key_that_the_upstream_refuses(
@@ -446,15 +447,15 @@ async def test_malformed_requests_are_refused_by_name_and_leave_no_trace(live_ga
     user = await gateway.register()
     stranger = {"authorization": f"Bearer {new_key('live')}"}
     for raw, status, code, param in MALFORMED:
-        answer = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=raw)
-        error = error_of(answer)
-        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), (
+        response = await gateway.http.post("/v1/chat/completions", headers=user.headers, content=raw)
+        error = error_of(response)
+        assert (response.status_code, error["code"], error["param"]) == (status, code, param), (
             raw[:200],
-            answer.text,
+            response.text,
         )
         assert error["type"] == "invalid_request_error"
-        answer = await gateway.http.post("/v1/chat/completions", headers=stranger, content=raw)
-        assert answer.status_code == 401  # who is not known here learns nothing of what is wrong
+        response = await gateway.http.post("/v1/chat/completions", headers=stranger, content=raw)
+        assert response.status_code == 401  # who is not known here learns nothing of what is wrong
     assert await user.records() == [] and (await user.balance())["held"] == 0
 
 
@@ -471,8 +472,8 @@ async def test_a_scope_is_asked_for_before_the_body_is_looked_at(live_gateway: G
         await owner.execute(
             "update public.api_keys_new set scope_permissions = '{}' where user_id = $1", user.id
         )
-    answer = await live_gateway.http.post("/v1/chat/completions", headers=user.headers, content=b"{")
-    assert answer.status_code == 403 and error_of(answer)["code"] == "missing_scope"
+    response = await live_gateway.http.post("/v1/chat/completions", headers=user.headers, content=b"{")
+    assert response.status_code == 403 and error_of(response)["code"] == "missing_scope"
 
 
 STRANGERS: list[tuple[dict[str, str], int, str]] = [
@@ -493,10 +494,10 @@ async def test_strangers_get_nothing_and_cause_nothing(start_gateway: Start, ups
     upstream.forget()  # it was asked whether it takes the operator's key
     for headers, status, code in STRANGERS:
         for content in (orjson.dumps(GOOD), b"{", orjson.dumps({**GOOD, "model": "no/model"})):
-            answer = await gateway.http.post("/v1/chat/completions", headers=headers, content=content)
-            assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+            response = await gateway.http.post("/v1/chat/completions", headers=headers, content=content)
+            assert (response.status_code, error_of(response)["code"]) == (status, code)
             if status == 401:
-                assert answer.headers["www-authenticate"] == "Bearer"
+                assert response.headers["www-authenticate"] == "Bearer"
     assert not upstream.sandbox.state.counts  # not even the model list was fetched
     assert await gateway.database.value("select count(*) from public.usage_records") == 0
 
@@ -514,20 +515,20 @@ async def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(
 
     for path in ("/v1/chat/completions", "/admin/add_credits"):
         for content in (large, pieces()):
-            answer = await gateway.http.post(
+            response = await gateway.http.post(
                 path, headers={**user.headers, "content-type": "application/json"}, content=content
             )
-            assert answer.status_code == 413, answer.text
-            assert error_of(answer)["code"] == "body_too_large" and "2048" in error_of(answer)["message"]
+            assert response.status_code == 413, response.text
+            assert error_of(response)["code"] == "body_too_large" and "2048" in error_of(response)["message"]
     assert upstream.inferences == 0 and await user.records() == []
 
 
 async def test_no_credits_is_402_which_nobody_retries(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register()
-    answer = await user.chat(max_tokens=100)
-    error = error_of(answer)
-    assert answer.status_code == 402 and error["code"] == "insufficient_credits"
-    assert answer.headers["x-should-retry"] == "false"
+    response = await user.chat(max_tokens=100)
+    error = error_of(response)
+    assert response.status_code == 402 and error["code"] == "insufficient_credits"
+    assert response.headers["x-should-retry"] == "false"
     assert upstream.inferences == 0 and await user.records() == []
 
 
@@ -543,14 +544,14 @@ async def test_every_answer_has_an_id_of_ours_and_the_client_s_own_is_only_kept(
         ("POST", "/v1/chat/completions"),
         ("OPTIONS", "/"),
     ):
-        answer = await live_gateway.http.request(method, path, headers={"x-request-id": "mine"})
-        ids.add(answer.headers["x-request-id"])
+        response = await live_gateway.http.request(method, path, headers={"x-request-id": "mine"})
+        ids.add(response.headers["x-request-id"])
     assert len(ids) == 5 and "mine" not in ids
     for client_id in ("mine", "x" * 300, "ü"):
         headers = {**user.headers, "x-request-id": client_id.encode("latin-1")}
-        answer = await live_gateway.http.post("/v1/chat/completions", headers=headers, json=GOOD)  # type: ignore[arg-type]
+        response = await live_gateway.http.post("/v1/chat/completions", headers=headers, json=GOOD)  # type: ignore[arg-type]
         record = (await user.records())[0]
-        assert record["request_id"] == answer.headers["x-request-id"]
+        assert record["request_id"] == response.headers["x-request-id"]
         assert record["client_request_id"] == client_id[:256]
 
 
@@ -564,6 +565,6 @@ async def test_a_fault_of_ours_is_a_plain_500_with_the_id(database: Database, tm
 
     app.add_api_route("/broken", break_down)
     async with served(app) as url, httpx.AsyncClient(base_url=url) as http:
-        answer = await http.get("/broken")
-    assert answer.status_code == 500 and error_of(answer)["code"] == "internal_error"
-    assert "s3cret" not in answer.text and "Traceback" not in answer.text
+        response = await http.get("/broken")
+    assert response.status_code == 500 and error_of(response)["code"] == "internal_error"
+    assert "s3cret" not in response.text and "Traceback" not in response.text

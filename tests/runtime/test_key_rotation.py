@@ -65,9 +65,9 @@ async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 async def make(user: User, gateway: Gateway, name: str) -> dict[str, Any]:
-    answer = await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": name})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
+    response = await gateway.http.post("/user/api-keys", headers=user.headers, json={"key_name": name})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
 async def test_every_key_works_on_both_instances_at_every_moment_of_a_rotation(fleet: Fleet) -> None:
@@ -94,8 +94,8 @@ async def test_the_old_secret_may_not_go_while_a_key_still_needs_it(fleet: Fleet
             await fleet.deploy(number, secrets)
     assert await fleet.statuses(user.key) == [200] * 4
     early = await fleet.deploy(0, NEW)
-    answer = await early.http.get("/health")
-    assert answer.status_code == 503 and "KEY_HASH_SECRETS" in answer.json()["problem"]
+    response = await early.http.get("/health")
+    assert response.status_code == 503 and "KEY_HASH_SECRETS" in response.json()["problem"]
     (query,) = [part.split("```")[0] for part in DOCUMENT.read_text().split("```sql")[1:]]
     needs = {row["hash_secret_id"]: row["array_agg"] for row in await early.database.rows(query)}
     assert [idle["key"]["id"]] in needs.values() and len(needs) == 2

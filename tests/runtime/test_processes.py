@@ -143,9 +143,9 @@ async def test_a_key_that_is_deleted_through_one_worker_is_dead_on_both(
     assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(10)))} == {
         200
     }
-    order = {"confirmation": "DELETE_KEY"}
+    body = {"confirmation": "DELETE_KEY"}
     gone = await gateway.http.request(
-        "DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=order
+        "DELETE", f"/user/api-keys/{made['key']['id']}", headers=user.headers, json=body
     )
     assert gone.status_code == 200
     assert {answer.status_code for answer in await asyncio.gather(*(second.chat() for _ in range(20)))} == {

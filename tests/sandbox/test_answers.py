@@ -185,12 +185,12 @@ async def test_a_model_without_vision_refuses_images(client: Client) -> None:
 async def test_reasoning_is_shown_counted_and_may_be_excluded(client: Client) -> None:
     model = "anthropic/claude-haiku-4.5"
     plain = (await client.ask(model=model)).json()
-    shown = (await client.ask(model=model, reasoning={"effort": "low"})).json()
+    body = (await client.ask(model=model, reasoning={"effort": "low"})).json()
     hidden = (await client.ask(model=model, reasoning={"effort": "low", "exclude": True})).json()
     assert plain["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
-    assert shown["choices"][0]["message"]["reasoning_details"][0]["format"] == "anthropic-claude-v1"
+    assert body["choices"][0]["message"]["reasoning_details"][0]["format"] == "anthropic-claude-v1"
     assert hidden["choices"][0]["message"]["reasoning"] is None
-    assert hidden["usage"] == shown["usage"]
+    assert hidden["usage"] == body["usage"]
 
 
 async def test_reasoning_is_part_of_the_token_limit(client: Client) -> None:

@@ -91,10 +91,10 @@ async def test_a_process_of_its_own_has_a_bill_of_its_own(process: Process) -> N
     base_url = (await process.stdout.readline()).decode().strip().removeprefix("OPENROUTER_BASE_URL=")
     async with httpx2.AsyncClient(base_url=base_url.removesuffix("/api/v1")) as http:
         body = {"model": "sandbox/fixed-price", "input": "x"}
-        answer = await http.post("/api/v1/responses", json=body, headers=KEY)
+        response = await http.post("/api/v1/responses", json=body, headers=KEY)
         bill = (await http.get("/sandbox/bill")).json()
     generation = {
-        "id": answer.headers["x-generation-id"],
+        "id": response.headers["x-generation-id"],
         "cost": "0.5",
         "endpoint": "/responses",
         "status": "completed",

@@ -460,9 +460,9 @@ async def make_world(gateway: Gateway) -> World:
     await make_unknown(gateway, user, unknown)
     budgets, webhooks = [], []
     for each in (user, stranger):
-        order = {"end_user": "ada", **BUDGET}
+        body = {"end_user": "ada", **BUDGET}
         budgets.append(
-            (await gateway.http.post("/user/end-users", headers=each.headers, json=order)).json()["id"]
+            (await gateway.http.post("/user/end-users", headers=each.headers, json=body)).json()["id"]
         )
         webhooks.append(
             (await gateway.http.post("/user/webhooks", headers=each.headers, json=HOOK)).json()["webhook"][

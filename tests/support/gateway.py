@@ -57,11 +57,11 @@ class Gateway:
         return user
 
     async def admin(self, method: str, path: str, **rest: Any) -> Any:
-        answer = await self.http.request(
+        response = await self.http.request(
             method, path, headers={"authorization": f"Bearer {ADMIN_KEY}"}, **rest
         )
-        assert answer.is_success, answer.text
-        return answer.json()
+        assert response.is_success, response.text
+        return response.json()
 
 
 @dataclass
@@ -92,12 +92,12 @@ class User:
         return await self.gateway.http.post("/v1/chat/completions", headers=headers, json=body)
 
     async def balance(self) -> dict[str, Any]:
-        answer = await self.gateway.http.get("/user/balance", headers=self.headers)
-        return dict(answer.json())
+        response = await self.gateway.http.get("/user/balance", headers=self.headers)
+        return dict(response.json())
 
     async def records(self) -> list[dict[str, Any]]:
-        answer = await self.gateway.http.get("/user/usage/records", headers=self.headers)
-        return list(answer.json()["records"])
+        response = await self.gateway.http.get("/user/usage/records", headers=self.headers)
+        return list(response.json()["records"])
 
     async def settled_record(self) -> dict[str, Any]:
         """The user's only record, once it is no longer pending."""

@@ -70,6 +70,6 @@ async def eventually(
     to await.
     """
     async with asyncio.timeout(seconds):
-        while not accept(found := await ask()):  # noqa: ASYNC110  # what it waits for happens elsewhere
+        while not accept(response := await ask()):  # noqa: ASYNC110  # what it waits for happens elsewhere
             await asyncio.sleep(0.02)
-    return found
+    return response

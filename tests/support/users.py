@@ -25,8 +25,8 @@ async def ask(user: User, method: str, path: str, body: Any = None) -> Any:
 
 async def scoped(user: User, scopes: dict[str, list[str]], **rules: Any) -> User:
     """The same user with another key."""
-    order = {"key_name": f"key {uuid4()}", "scope_permissions": scopes, **rules}
-    made = await user.gateway.http.post("/user/api-keys", headers=user.headers, json=order)
+    body = {"key_name": f"key {uuid4()}", "scope_permissions": scopes, **rules}
+    made = await user.gateway.http.post("/user/api-keys", headers=user.headers, json=body)
     assert made.status_code == 200, made.text
     return User(user.gateway, user.id, made.json()["api_key"])
 

@@ -78,8 +78,8 @@ async def start_stream(user: User) -> tuple[asyncio.Task[None], asyncio.Event]:
         try:
             async with user.gateway.http.stream(
                 "POST", "/v1/chat/completions", headers=user.headers, json=body
-            ) as answer:
-                async for line in answer.aiter_lines():
+            ) as response:
+                async for line in response.aiter_lines():
                     if line.startswith("data: {"):
                         begun.set()
         except httpx.HTTPError:

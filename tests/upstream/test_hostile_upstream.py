@@ -147,15 +147,15 @@ async def ask(hub: tuple[Gateway, Upstream], scenario: str, *, credits: str = "5
     upstream.sandbox.state.reset()
     before = upstream.sandbox.state.billed
     upstream.scenario = scenario
-    answer = await user.chat(**{"max_tokens": 40, **body})
+    response = await user.chat(**{"max_tokens": 40, **body})
     upstream.scenario = ""
     record = await only_record(user)
     assert upstream.inferences == 1
-    assert_no_secrets(answer)
-    assert answer.headers["x-request-id"] == record["request_id"]
+    assert_no_secrets(response)
+    assert response.headers["x-request-id"] == record["request_id"]
     balance = Decimal(str((await user.balance())["credits"]))
     assert balance == Decimal(credits) - Decimal(str(record["cost"]))
-    return Outcome(answer, record, upstream.sandbox.state.billed - before, balance)
+    return Outcome(response, record, upstream.sandbox.state.billed - before, balance)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
@@ -163,30 +163,30 @@ async def ask(hub: tuple[Gateway, Upstream], scenario: str, *, credits: str = "5
 async def test_each_scenario_is_charged_what_the_upstream_bills_for_one_call(
     hub: tuple[Gateway, Upstream], scenario: str, streamed: bool
 ) -> None:
-    found = await ask(hub, QUICK.get(scenario, scenario), stream=streamed)
+    response = await ask(hub, QUICK.get(scenario, scenario), stream=streamed)
     status = REFUSED.get(scenario, (200, 200))[streamed]
-    assert found.answer.status_code == status, found.answer.text
+    assert response.answer.status_code == status, response.answer.text
     if scenario == "byok":
-        assert found.billed == 0 and found.cost == Decimal(
+        assert response.billed == 0 and response.cost == Decimal(
             "0.00002055"
         )  # what the provider billed to the operator's own key
     else:
-        assert found.cost == found.billed
-    assert found.record["status"] == (
+        assert response.cost == response.billed
+    assert response.record["status"] == (
         "failed" if status != 200 or _fails(scenario, streamed) else "completed"
     )
     if status != 200:
-        assert_envelope(found.answer)
-    elif found.answer.headers["content-type"] == "text/event-stream":
-        assert found.answer.text.endswith("data: [DONE]\n\n")
-        assert found.answer.text.count("[DONE]") == 1
-        (usage,) = [event["gateway_usage"] for event in events(found.answer) if "gateway_usage" in event]
-        assert Decimal(str(usage["cost"])) == found.cost
-        assert Decimal(str(usage["user_balance_after"])) == found.balance
+        assert_envelope(response.answer)
+    elif response.answer.headers["content-type"] == "text/event-stream":
+        assert response.answer.text.endswith("data: [DONE]\n\n")
+        assert response.answer.text.count("[DONE]") == 1
+        (usage,) = [event["gateway_usage"] for event in events(response.answer) if "gateway_usage" in event]
+        assert Decimal(str(usage["cost"])) == response.cost
+        assert Decimal(str(usage["user_balance_after"])) == response.balance
     else:
-        assert Decimal(found.answer.headers["x-gateway-cost"]) == found.cost
-        assert Decimal(found.answer.headers["x-gateway-balance"]) == found.balance
-        assert Decimal(str(found.answer.json()["gateway_usage"]["cost"])) == found.cost
+        assert Decimal(response.answer.headers["x-gateway-cost"]) == response.cost
+        assert Decimal(response.answer.headers["x-gateway-balance"]) == response.balance
+        assert Decimal(str(response.answer.json()["gateway_usage"]["cost"])) == response.cost
 
 
 def _fails(scenario: str, streamed: bool) -> bool:
@@ -205,11 +205,11 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 async def test_a_bill_above_the_hold_takes_what_is_there_and_records_the_rest(
     hub: tuple[Gateway, Upstream], streamed: bool
 ) -> None:
-    found = await ask(hub, "cost-above-hold;factor=10000", credits="0.001", stream=streamed)
-    assert found.billed > Decimal("0.001")
-    assert found.cost == Decimal("0.001") and found.balance == 0
-    assert Decimal(str(found.record["overrun"])) == found.billed - found.cost
-    assert Decimal(str(found.record["upstream_cost"])) == found.billed
+    response = await ask(hub, "cost-above-hold;factor=10000", credits="0.001", stream=streamed)
+    assert response.billed > Decimal("0.001")
+    assert response.cost == Decimal("0.001") and response.balance == 0
+    assert Decimal(str(response.record["overrun"])) == response.billed - response.cost
+    assert Decimal(str(response.record["upstream_cost"])) == response.billed
 
 
 async def test_an_overrun_never_takes_what_other_requests_hold(hub: tuple[Gateway, Upstream]) -> None:
@@ -218,9 +218,9 @@ async def test_an_overrun_never_takes_what_other_requests_hold(hub: tuple[Gatewa
     async with gateway.database.owner() as owner:
         await owner.execute("update public.users set held_nanos = 9900000 where id = $1", user.id)
         upstream.scenario = "cost-above-hold;factor=10000"
-        answer = await user.chat(max_tokens=40)
+        response = await user.chat(max_tokens=40)
         upstream.scenario = ""
-        assert answer.status_code == 200
+        assert response.status_code == 200
         record = await user.settled_record()
         assert Decimal(str(record["cost"])) == Decimal("0.0001")
         assert (await user.balance())["available"] == 0
@@ -230,21 +230,21 @@ async def test_an_overrun_never_takes_what_other_requests_hold(hub: tuple[Gatewa
 
 @pytest.mark.parametrize("scenario", ["error-429", "error-429-upstream", "error-503"])
 async def test_a_busy_upstream_says_when_to_try_again(hub: tuple[Gateway, Upstream], scenario: str) -> None:
-    found = await ask(hub, scenario)
-    assert 1 <= int(found.answer.headers["retry-after"]) <= 3600
+    response = await ask(hub, scenario)
+    assert 1 <= int(response.answer.headers["retry-after"]) <= 3600
 
 
 async def test_every_answer_of_a_provider_that_failed_names_the_limits_and_the_charge(
     hub: tuple[Gateway, Upstream],
 ) -> None:
-    found = await ask(hub, "error-502")
-    assert found.answer.headers["x-gateway-cost"] == "0"
+    response = await ask(hub, "error-502")
+    assert response.answer.headers["x-gateway-cost"] == "0"
 
 
 async def test_not_a_number_reaches_no_client(hub: tuple[Gateway, Upstream]) -> None:
     for streamed in (False, True):
-        found = await ask(hub, "cost-nan", stream=streamed)
-        assert "NaN" not in found.answer.text
+        response = await ask(hub, "cost-nan", stream=streamed)
+        assert "NaN" not in response.answer.text
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
@@ -254,13 +254,13 @@ async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(
     gateway, upstream = hub
     user = await gateway.register(credits=1)
     upstream.scenario = "usage-missing,generation-late;times=4"
-    answer = await user.chat(stream=streamed)
-    assert answer.status_code == 200
+    response = await user.chat(stream=streamed)
+    assert response.status_code == 200
     if streamed:
-        (usage,) = [event["gateway_usage"] for event in events(answer) if "gateway_usage" in event]
+        (usage,) = [event["gateway_usage"] for event in events(response) if "gateway_usage" in event]
         assert usage["settlement"] == "pending" and usage["cost"] is None
     else:
-        assert answer.headers["x-gateway-settlement"] == "pending"
+        assert response.headers["x-gateway-settlement"] == "pending"
     (record,) = await eventually(user.records, lambda found: found[0]["generation_id"] is not None)
     assert record["status"] == "pending" and record["held"] > 0  # any other instance could finish it now
     record = await only_record(user)
@@ -271,16 +271,16 @@ async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(
 async def test_a_running_count_of_a_broken_stream_is_not_taken_for_the_bill(
     hub: tuple[Gateway, Upstream],
 ) -> None:
-    found = await ask(hub, "usage-every-event,cut;count=3", stream=True)
-    assert found.record["settlement_source"] == "generation"
-    assert found.cost == found.billed > 0
+    response = await ask(hub, "usage-every-event,cut;count=3", stream=True)
+    assert response.record["settlement_source"] == "generation"
+    assert response.cost == response.billed > 0
 
 
 async def test_a_generation_that_only_the_body_names_is_found(hub: tuple[Gateway, Upstream]) -> None:
     for streamed in (False, True):
-        found = await ask(hub, "usage-missing,no-generation-id,comment-as-data", stream=streamed)
-        assert found.record["settlement_source"] == "generation"
-        assert found.cost == found.billed > 0
+        response = await ask(hub, "usage-missing,no-generation-id,comment-as-data", stream=streamed)
+        assert response.record["settlement_source"] == "generation"
+        assert response.cost == response.billed > 0
 
 
 # A server that breaks HTTP itself.
@@ -480,8 +480,8 @@ async def test_a_model_list_that_no_strict_encoder_takes_is_shown(
     async with hostile_server() as hostile:
         hostile.models = b'{"data":' + ODD + b"}"
         gateway = await start_gateway(**live(hostile.url))
-        answer = await gateway.http.get(path)
-        assert answer.status_code == 200 and answer.json()
+        response = await gateway.http.get(path)
+        assert response.status_code == 200 and response.json()
 
 
 TRUE = "0.0000123"
@@ -796,25 +796,25 @@ async def test_a_hostile_upstream_is_survived_and_settled(den: tuple[Gateway, Ho
     hostile.calls = 0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    answer = await user.chat(stream=streamed)
+    response = await user.chat(stream=streamed)
     assert time.monotonic() - started < 8
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000
     )  # kilobytes; a bomb holds ten gigabytes
-    assert answer.status_code == status, answer.text[:500]
+    assert response.status_code == status, response.text[:500]
     assert hostile.calls == 1
     record = await only_record(user)
     assert Decimal(str(record["cost"])) == Decimal(cost)
-    assert record["request_id"] == answer.headers["x-request-id"]
-    assert_no_secrets(answer)
-    assert not {"set-cookie", "x-evil", "server-timing"} & set(answer.headers)
+    assert record["request_id"] == response.headers["x-request-id"]
+    assert_no_secrets(response)
+    assert not {"set-cookie", "x-evil", "server-timing"} & set(response.headers)
     if status != 200:
-        assert_envelope(answer)
-    elif answer.headers["content-type"].startswith("text/event-stream"):
-        assert answer.text.endswith("data: [DONE]\n\n")
-        assert answer.text.count(',"gateway_usage":{"request_id":"') == 1
+        assert_envelope(response)
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        assert response.text.endswith("data: [DONE]\n\n")
+        assert response.text.count(',"gateway_usage":{"request_id":"') == 1
     else:
-        assert answer.text.count(',"gateway_usage":{"request_id":"') == 1 and answer.text.endswith("}}")
+        assert response.text.count(',"gateway_usage":{"request_id":"') == 1 and response.text.endswith("}}")
 
 
 async def test_what_neither_usage_nor_a_generation_tells_is_charged_nothing_and_listed(
@@ -835,7 +835,7 @@ async def test_a_model_list_without_end_takes_no_memory(postgres: EmbeddedPostgr
             database, gateway_data_dir=tmp_path, log_level="error", **live(hostile.url)
         ) as gateway:
             user = await gateway.register(credits=1)
-            answer = await user.chat()
-            assert answer.status_code == 503
-            assert_envelope(answer)
+            response = await user.chat()
+            assert response.status_code == 503
+            assert_envelope(response)
             assert hostile.calls == 0 and await user.records() == []
