@@ -90,14 +90,14 @@ def documented_defaults(pattern: str, text: str) -> dict[str, str]:
 
 def settings_with_defaults() -> dict[str, str]:
     """Every setting, and its default as it is written in the documents; "" where there is none."""
-    found = {}
+    defaults = {}
     for name, field in Settings.model_fields.items():
         if name == "vercel":  # the platform's own variable, not a setting of ours
             continue
         default = field.default
         written = ",".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
-        found[name.upper()] = written.lower() if isinstance(default, bool) else written
-    return found
+        defaults[name.upper()] = written.lower() if isinstance(default, bool) else written
+    return defaults
 
 
 def test_the_example_environment_names_every_setting_with_its_default() -> None:

@@ -127,12 +127,12 @@ def documented_calls(text: str) -> list[list[str]]:
 
 async def send(gateway: Gateway, words: list[str], values: dict[str, str]) -> httpx.Response:
     """What curl would send; in double quotes or beside single ones, names of variables have their values."""
-    known = [re.sub(r"\$(\w+)", lambda found: values[found[1]], word) for word in words]
-    given = [
+    known = [re.sub(r"\$(\w+)", lambda match: values[match[1]], word) for word in words]
+    written = [
         (option, known[place + 1]) for place, option in enumerate(known[:-1]) if option in ("-H", "-d", "-X")
     ]
-    headers = dict(text.split(": ", 1) for option, text in given if option == "-H")
-    content = next((text for option, text in given if option == "-d"), None)
+    headers = dict(text.split(": ", 1) for option, text in written if option == "-H")
+    content = next((text for option, text in written if option == "-d"), None)
     url = next(word for word in known if word.startswith("http://")).replace(
         "http://127.0.0.1:8000", gateway.url
     )

@@ -69,14 +69,14 @@ class Caller:
         return await self.runtime.admission.admit(self.credential, order)
 
     async def hold(self, **changes: Any) -> Hold:
-        found = await self.ask(**changes)
-        assert isinstance(found, Hold)
-        return found
+        admitted = await self.ask(**changes)
+        assert isinstance(admitted, Hold)
+        return admitted
 
     async def reply(self, **changes: Any) -> StoredReply:
-        found = await self.ask(**changes)
-        assert isinstance(found, StoredReply)
-        return found
+        admitted = await self.ask(**changes)
+        assert isinstance(admitted, StoredReply)
+        return admitted
 
     async def settle(
         self,

@@ -20,8 +20,8 @@ HELLO = [{"role": "user", "content": "Say hello."}]
 
 @pytest.fixture
 async def script() -> AsyncIterator[Scripted]:
-    async with running_script() as found:
-        yield found
+    async with running_script() as upstream:
+        yield upstream
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ async def test_an_answer_with_a_choice_that_failed_is_not_kept(
     scripted_gateway: Gateway, script: Scripted
 ) -> None:
     user = await scripted_gateway.register(credits=1)
-    said = {"role": "assistant", "content": "Hi"}
+    message = {"role": "assistant", "content": "Hi"}
     choices = [
-        {"index": number, "finish_reason": why, "message": said}
+        {"index": number, "finish_reason": why, "message": message}
         for number, why in enumerate(("stop", "error"))
     ]
     script.say(Reply([dumps({"id": GENERATION, "model": TEXT, "choices": choices, "usage": COST})]))

@@ -218,12 +218,12 @@ async def test_a_batch_that_is_lost_again_and_again_is_unavailable_to_all_its_ca
 
 
 async def test_a_busy_item_goes_again_while_its_neighbours_are_served() -> None:
-    asked = 0
+    calls = 0
 
     def answer(item: Item) -> Item:
-        nonlocal asked
-        asked += item["request_id"] == "1"
-        busy = item["request_id"] == "1" and asked < 3
+        nonlocal calls
+        calls += item["request_id"] == "1"
+        busy = item["request_id"] == "1" and calls < 3
         return {"request_id": item["request_id"], "outcome": "busy" if busy else "admitted"}
 
     server = Server()
@@ -270,12 +270,12 @@ async def test_an_admission_is_handed_over_once_when_its_caller_left_before_it_w
     server, abandoned = Server(), list[tuple[Item, Item]]()
     queue = GroupCommit(server, abandoned=lambda *pair: abandoned.append(pair))
     first = await flying(queue, server)
-    left, stayed = await submitted(queue, range(2))
-    left.cancel()
+    cancelled, stayed = await submitted(queue, range(2))
+    cancelled.cancel()
     server.gate.set()
     await asyncio.gather(first, stayed)
     await queue.drain()
-    assert left.cancelled()
+    assert cancelled.cancelled()
     assert [(item["request_id"], answer["outcome"]) for item, answer in abandoned] == [("0", "admitted")]
 
 

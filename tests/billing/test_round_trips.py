@@ -59,8 +59,8 @@ PLAN = {
 
 @pytest.fixture
 async def link(database: Database) -> AsyncIterator[DatabaseLink]:
-    async with database_link(database) as found:
-        yield found
+    async with database_link(database) as opened:
+        yield opened
 
 
 @dataclass
@@ -190,18 +190,18 @@ async def test_a_raised_hold_takes_one_more(start_gateway: Start, link: Database
             "availability": {"excluded_by": ["max_price"]},
         }
     }
-    said = {
+    body = {
         "id": "gen-1",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hi"}}],
         "usage": {"prompt_tokens": 9, "completion_tokens": 4, "cost": 0.0000123},
     }
     async with running_script() as upstream:
         gateway = await start_gateway(database_url=link.url, **live(upstream.url))
-        upstream.say(Reply([orjson.dumps(said)]))
+        upstream.say(Reply([orjson.dumps(body)]))
         customer = await customer_of(gateway, link)
         for _ in range(3):
             assert (await customer.post(model=TEXT))[0].status_code == 200
-        upstream.say(Reply([orjson.dumps(refusal)], status=404), Reply([orjson.dumps(said)]))
+        upstream.say(Reply([orjson.dumps(refusal)], status=404), Reply([orjson.dumps(body)]))
         upstream.factor = Decimal(2)
         answer, count = await customer.post(model=TEXT)
         assert (answer.status_code, count) == (200, 3), answer.text

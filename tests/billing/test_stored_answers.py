@@ -58,8 +58,8 @@ async def test_the_largest_answer_that_is_kept_fits_into_its_column(compressible
     assert pieces == (body,)
     sealed = await StoredAnswer(200, HEADERS, pieces).seal(VAULT)
     assert len(sealed) <= 2_000_000
-    found = await open_answer(sealed, VAULT)
-    assert found is not None and found.body(b"") == body
+    stored = await open_answer(sealed, VAULT)
+    assert stored is not None and stored.body(b"") == body
 
 
 def test_one_byte_more_is_not_kept_and_takes_no_memory() -> None:

@@ -207,8 +207,10 @@ def test_on_vercel_the_platforms_header_counts_and_elsewhere_it_does_not() -> No
     )
 )
 def test_no_header_leads_to_anything_but_an_address(hops: list[str]) -> None:
-    found = client_address(headers(("x-forwarded-for", ",".join(hops))), "10.0.0.1", TRUSTED, on_vercel=False)
-    assert str(ipaddress.ip_address(found)) == found
+    address = client_address(
+        headers(("x-forwarded-for", ",".join(hops))), "10.0.0.1", TRUSTED, on_vercel=False
+    )
+    assert str(ipaddress.ip_address(address)) == address
 
 
 @pytest.mark.parametrize(

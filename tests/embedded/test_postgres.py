@@ -323,10 +323,10 @@ def test_binaries_in_a_closed_folder_are_copied_once_to_an_open_one(tmp_path: Pa
         copies = Path(opened) / "copies"
         for _ in range(2):
             binaries = closed / installed.parent.name / installed.name / "bin"
-            found = find_binaries(binaries, borrowed_identity(), copies=copies)
-            assert found.folder.is_relative_to(copies)
+            programs = find_binaries(binaries, borrowed_identity(), copies=copies)
+            assert programs.folder.is_relative_to(copies)
             assert len(list(copies.iterdir())) == 1
-        initdb = subprocess.run([found.folder / "initdb", "--version"], check=True, **borrowed_identity())
+        initdb = subprocess.run([programs.folder / "initdb", "--version"], check=True, **borrowed_identity())
         assert initdb.returncode == 0
 
 

@@ -27,9 +27,9 @@ amounts = st.decimals(min_value=0, max_value=10, places=12).map(lambda amount: f
 
 
 def price_of(**changes: Any) -> Price:
-    found = parse_price({**BASE, **changes})
-    assert found is not None
-    return found
+    price = parse_price({**BASE, **changes})
+    assert price is not None
+    return price
 
 
 def test_decimal_strings_become_exact_nanodollars() -> None:
@@ -229,10 +229,10 @@ def test_price_caps_of_other_components_pass() -> None:
 
 def test_markups_are_the_largest_over_all_models() -> None:
     tiered = price_of(overrides=[{"min_prompt_tokens": 9, "prompt": "0.000005", "completion": "0.00003"}])
-    found = markups(
+    factors = markups(
         [price_of(), tiered, price_of(input_cache_write_1h="0.00001", internal_reasoning="0.00002")]
     )
-    assert (found.input, found.output) == (Decimal(4), Decimal(3))
+    assert (factors.input, factors.output) == (Decimal(4), Decimal(3))
 
 
 def test_a_markup_never_lowers_a_price() -> None:
@@ -241,10 +241,10 @@ def test_a_markup_never_lowers_a_price() -> None:
 
 
 def test_what_costs_nothing_by_its_listed_price_is_marked_up_by_what_it_bills() -> None:
-    found = markups(
+    factors = markups(
         [price_of(prompt="0", input_cache_write="0.000004", completion="0", internal_reasoning="0.000001")]
     )
-    rates = found.rates(prompt=ZERO, completion=ZERO, request=ZERO, image=ZERO)
+    rates = factors.rates(prompt=ZERO, completion=ZERO, request=ZERO, image=ZERO)
     assert (rates.input, rates.output) == (Decimal(4_000), Decimal(1_000))
 
 
@@ -290,12 +290,12 @@ names = st.sampled_from(
 
 @given(pricing=st.dictionaries(names, json_values, max_size=6))
 def test_no_pricing_object_breaks_the_parser(pricing: dict[str, Any]) -> None:
-    found = parse_price(pricing)
-    assert found is None or found.base.input >= found.base.prompt >= 0
+    price = parse_price(pricing)
+    assert price is None or price.base.input >= price.base.prompt >= 0
 
 
 @given(prompt=amounts)
 def test_prices_are_what_the_text_says(prompt: str) -> None:
     read = json.loads(json.dumps({**BASE, "prompt": prompt}), parse_float=Decimal)
-    found = parse_price(read)
-    assert found is not None and found.base.prompt == Decimal(prompt) * 10**9
+    price = parse_price(read)
+    assert price is not None and price.base.prompt == Decimal(prompt) * 10**9

@@ -84,8 +84,8 @@ def test_the_estimate_is_a_quarter_of_the_bytes() -> None:
 
 
 def test_a_fixed_price_is_bounded_exactly() -> None:
-    found = bound(chat("fixed/model"))
-    assert (found.fixed_nanos, found.output_nanos) == (Decimal(500_000_000), Decimal(0))
+    upper_bound = bound(chat("fixed/model"))
+    assert (upper_bound.fixed_nanos, upper_bound.output_nanos) == (Decimal(500_000_000), Decimal(0))
 
 
 # Media
@@ -140,14 +140,14 @@ def test_the_bytes_of_audio_and_files_do_not_enter_the_estimate(part: dict[str, 
 
 
 def test_audio_without_a_price_is_refused() -> None:
-    found = refusal(with_parts(audio()))
-    assert isinstance(found, UnboundedCost) and found.param == "messages"
+    error = refusal(with_parts(audio()))
+    assert isinstance(error, UnboundedCost) and error.param == "messages"
 
 
 @pytest.mark.parametrize("kind", ["video_url", "input_video", "document", "tool_result", ""])
 def test_content_without_a_known_price_is_refused(kind: str) -> None:
-    found = refusal(with_parts({"type": kind}))
-    assert isinstance(found, UnboundedCost) and found.param == "messages"
+    error = refusal(with_parts({"type": kind}))
+    assert isinstance(error, UnboundedCost) and error.param == "messages"
 
 
 def test_a_file_makes_the_prompt_as_long_as_the_context() -> None:
@@ -168,8 +168,8 @@ def test_a_citation_does_not_count_as_a_file() -> None:
     "plugins", [[], [{"id": "file-parser"}], [{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]]
 )
 def test_a_file_whose_parser_may_charge_by_the_page_is_refused(plugins: list[Any]) -> None:
-    found = refusal(with_parts(PDF, plugins=plugins))
-    assert isinstance(found, UnboundedCost) and found.param == "plugins"
+    error = refusal(with_parts(PDF, plugins=plugins))
+    assert isinstance(error, UnboundedCost) and error.param == "plugins"
 
 
 def test_a_price_that_is_not_understood_refuses_media() -> None:
@@ -184,8 +184,8 @@ def test_a_price_that_is_not_understood_leaves_text_alone() -> None:
 
 
 def test_without_a_limit_the_default_applies() -> None:
-    found = bound(chat())
-    assert (found.min_output, found.max_output) == (16, 4096)
+    upper_bound = bound(chat())
+    assert (upper_bound.min_output, upper_bound.max_output) == (16, 4096)
 
 
 def test_without_a_limit_the_models_maximum_applies_when_lower() -> None:
@@ -193,18 +193,18 @@ def test_without_a_limit_the_models_maximum_applies_when_lower() -> None:
 
 
 def test_a_clients_limit_is_the_only_one() -> None:
-    found = bound(chat(max_tokens=500))
-    assert (found.min_output, found.max_output) == (500, 500)
+    upper_bound = bound(chat(max_tokens=500))
+    assert (upper_bound.min_output, upper_bound.max_output) == (500, 500)
 
 
 def test_a_clients_limit_is_capped_at_the_models_maximum() -> None:
-    found = bound(chat(max_tokens=10**30))
-    assert (found.min_output, found.max_output) == (8_000, 8_000)
+    upper_bound = bound(chat(max_tokens=10**30))
+    assert (upper_bound.min_output, upper_bound.max_output) == (8_000, 8_000)
 
 
 def test_the_larger_of_two_limits_is_held() -> None:
-    found = bound(chat(max_tokens=100, max_completion_tokens=300))
-    assert (found.min_output, found.max_output) == (300, 300)
+    upper_bound = bound(chat(max_tokens=100, max_completion_tokens=300))
+    assert (upper_bound.min_output, upper_bound.max_output) == (300, 300)
 
 
 def test_both_limits_go_out_as_the_client_set_them() -> None:
@@ -249,8 +249,8 @@ def test_a_model_that_lists_both_limits_gets_max_tokens() -> None:
 
 
 def test_a_model_without_limits_is_held_at_its_maximum() -> None:
-    found = bound(chat("loose/model", max_tokens=10))
-    assert (found.min_output, found.max_output) == (8_000, 8_000)
+    upper_bound = bound(chat("loose/model", max_tokens=10))
+    assert (upper_bound.min_output, upper_bound.max_output) == (8_000, 8_000)
 
 
 def test_nothing_is_set_for_a_model_without_limits() -> None:
@@ -258,8 +258,8 @@ def test_nothing_is_set_for_a_model_without_limits() -> None:
 
 
 def test_a_model_without_limits_or_a_maximum_is_refused() -> None:
-    found = refusal(chat("boundless/model", max_tokens=10))
-    assert isinstance(found, UnboundedCost) and found.param == "model"
+    error = refusal(chat("boundless/model", max_tokens=10))
+    assert isinstance(error, UnboundedCost) and error.param == "model"
 
 
 def test_a_model_with_limits_and_no_known_maximum_takes_the_default() -> None:
@@ -267,8 +267,12 @@ def test_a_model_with_limits_and_no_known_maximum_takes_the_default() -> None:
 
 
 def test_a_fallback_without_limits_sets_the_bound_of_all() -> None:
-    found = bound(chat(models=["loose/model"], max_tokens=10))
-    assert (found.min_output, found.max_output, found.apply(8_000)["max_tokens"]) == (8_000, 8_000, 10)
+    upper_bound = bound(chat(models=["loose/model"], max_tokens=10))
+    assert (upper_bound.min_output, upper_bound.max_output, upper_bound.apply(8_000)["max_tokens"]) == (
+        8_000,
+        8_000,
+        10,
+    )
 
 
 def test_several_choices_multiply_the_output() -> None:
@@ -290,8 +294,8 @@ def test_asking_for_text_only_is_held_at_the_price_of_text() -> None:
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
 def test_asking_for_media_without_a_price_is_refused(modality: str) -> None:
-    found = refusal(chat(modalities=["text", modality]))
-    assert isinstance(found, UnboundedCost) and found.param == "modalities"
+    error = refusal(chat(modalities=["text", modality]))
+    assert isinstance(error, UnboundedCost) and error.param == "modalities"
 
 
 def test_a_model_of_unpriced_media_is_refused_without_asking() -> None:
@@ -302,10 +306,10 @@ def test_a_model_of_unpriced_media_is_refused_without_asking() -> None:
 
 
 def test_all_models_are_reported_as_asked() -> None:
-    found = bound(
+    upper_bound = bound(
         chat(models=["dear/model", "plain/model:floor", "plain/model"], fallbacks=[{"model": "cached/model"}])
     )
-    assert found.models == ("plain/model", "dear/model", "plain/model:floor", "cached/model")
+    assert upper_bound.models == ("plain/model", "dear/model", "plain/model:floor", "cached/model")
 
 
 def test_models_alone_are_enough() -> None:
@@ -313,8 +317,8 @@ def test_models_alone_are_enough() -> None:
 
 
 def test_the_dearest_model_counts() -> None:
-    found = bound(chat(models=["dear/model"]))
-    assert found.output_nanos == 50_000 and found.fixed_nanos > bound(chat()).fixed_nanos * 9
+    upper_bound = bound(chat(models=["dear/model"]))
+    assert upper_bound.output_nanos == 50_000 and upper_bound.fixed_nanos > bound(chat()).fixed_nanos * 9
 
 
 def test_with_fallbacks_the_default_fits_all_of_them() -> None:
@@ -340,15 +344,15 @@ def test_scenarios_are_priced_like_the_model_in_the_sandbox_only() -> None:
     "name", ["no/model", "plain/model:thinking", "dear/model:free", "plain/model:", "\ud800"]
 )
 def test_unknown_models_are_not_found(name: str) -> None:
-    found = refusal(chat(name))
-    assert isinstance(found, ModelNotFound) and found.param == "model"
-    orjson.dumps(found.body("x"))
+    error = refusal(chat(name))
+    assert isinstance(error, ModelNotFound) and error.param == "model"
+    orjson.dumps(error.body("x"))
 
 
 @pytest.mark.parametrize("name", ["router/auto", "router/auto:nitro", "plain/model:batch"])
 def test_models_without_a_fixed_price_are_refused(name: str) -> None:
-    found = refusal(chat(name))
-    assert isinstance(found, UnboundedCost) and found.param == "model"
+    error = refusal(chat(name))
+    assert isinstance(error, UnboundedCost) and error.param == "model"
 
 
 def test_a_router_among_the_fallbacks_is_refused() -> None:
@@ -359,8 +363,8 @@ def test_a_router_among_the_fallbacks_is_refused() -> None:
     "name", ["free/model", "plain/model:free", "plain/model:free:nitro", "free/model:online"]
 )
 def test_free_models_are_refused_while_they_are_off(name: str) -> None:
-    found = refusal(chat(name))
-    assert isinstance(found, Forbidden) and found.param == "model"
+    error = refusal(chat(name))
+    assert isinstance(error, Forbidden) and error.param == "model"
 
 
 def test_a_free_fallback_is_refused_while_they_are_off() -> None:
@@ -368,8 +372,8 @@ def test_a_free_fallback_is_refused_while_they_are_off() -> None:
 
 
 def test_free_models_cost_nothing_where_they_are_on() -> None:
-    found = bound(chat("free/model"), policy=BoundPolicy(4096, free_models=True))
-    assert found.fixed_nanos == found.output_nanos == 0
+    upper_bound = bound(chat("free/model"), policy=BoundPolicy(4096, free_models=True))
+    assert upper_bound.fixed_nanos == upper_bound.output_nanos == 0
 
 
 # What has no bound
@@ -404,8 +408,8 @@ def test_free_models_cost_nothing_where_they_are_on() -> None:
     ],
 )
 def test_what_has_no_bound_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    found = refusal(chat(**fields) if "model" not in fields else {**chat(), **fields})
-    assert isinstance(found, UnboundedCost) and found.param == param and found.status == 400
+    error = refusal(chat(**fields) if "model" not in fields else {**chat(), **fields})
+    assert isinstance(error, UnboundedCost) and error.param == param and error.status == 400
 
 
 @pytest.mark.parametrize(
@@ -481,8 +485,8 @@ def test_a_search_on_a_model_without_a_known_context_is_refused() -> None:
 
 @pytest.mark.parametrize("results", [0, 26, True, "5", 1.5])
 def test_results_out_of_range_are_invalid(results: object) -> None:
-    found = refusal(chat(plugins=[{"id": "web", "max_results": results}]))
-    assert found.code == "invalid_request" and found.param == "plugins.max_results"
+    error = refusal(chat(plugins=[{"id": "web", "max_results": results}]))
+    assert error.code == "invalid_request" and error.param == "plugins.max_results"
 
 
 # Price caps
@@ -521,8 +525,8 @@ def test_the_clients_body_is_left_as_it_was() -> None:
     "value", [-1, "-1", float("nan"), float("inf"), True, "x", [], 1e300, "1e-999999", 10**400]
 )
 def test_caps_that_are_no_prices_are_invalid(value: object) -> None:
-    found = refusal(chat(provider={"max_price": {"prompt": value}}))
-    assert isinstance(found, BadRequest) and found.param == "provider.max_price"
+    error = refusal(chat(provider={"max_price": {"prompt": value}}))
+    assert isinstance(error, BadRequest) and error.param == "provider.max_price"
 
 
 # Validation
@@ -573,8 +577,8 @@ def test_caps_that_are_no_prices_are_invalid(value: object) -> None:
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**chat(), **fields})
-    assert (found.status, found.code, found.param) == (400, "invalid_request", param)
+    error = refusal({**chat(), **fields})
+    assert (error.status, error.code, error.param) == (400, "invalid_request", param)
 
 
 @pytest.mark.parametrize(
@@ -621,13 +625,13 @@ def test_messages_do_not_belong_to_completions() -> None:
 
 
 def test_every_input_may_be_as_long_as_the_context() -> None:
-    found = bound(embedding(["x" * 9_000, "x" * 9_000]), "embeddings")
-    assert found.fixed_nanos == 2 * 8_000 * 20
+    upper_bound = bound(embedding(["x" * 9_000, "x" * 9_000]), "embeddings")
+    assert upper_bound.fixed_nanos == 2 * 8_000 * 20
 
 
 def test_embeddings_have_no_output() -> None:
-    found = bound(embedding(), "embeddings")
-    assert found.output_nanos == found.min_output == found.max_output == 0
+    upper_bound = bound(embedding(), "embeddings")
+    assert upper_bound.output_nanos == upper_bound.min_output == upper_bound.max_output == 0
 
 
 def test_embeddings_set_nothing_but_the_price_caps() -> None:
@@ -639,8 +643,8 @@ def test_embeddings_set_nothing_but_the_price_caps() -> None:
     [{"content": [image()]}, image(), {"type": "image_url", "content": None, "image_url": "https://x.y/z"}],
 )
 def test_images_among_the_inputs_count(value: object) -> None:
-    found = bound(embedding([value], model="plain/model"), "embeddings")
-    assert found.fixed_nanos > IMAGE_TOKENS * 1_000
+    upper_bound = bound(embedding([value], model="plain/model"), "embeddings")
+    assert upper_bound.fixed_nanos > IMAGE_TOKENS * 1_000
 
 
 # Properties
@@ -682,11 +686,11 @@ def test_no_split_of_tokens_costs_more_than_the_bound(
     if fallback is not None:
         body["models"] = [fallback]
     raw = json.dumps(body, ensure_ascii=escape).encode()
-    found = bound_request(CHAT, body, len(raw), INDEX, POLICY)
+    upper_bound = bound_request(CHAT, body, len(raw), INDEX, POLICY)
     for served in (model, fallback or model):
-        granted = found.max_output
+        granted = upper_bound.max_output
         cost = reference_cost(served, len((content + "x" * size).encode()), granted * n, split)
-        assert found.fixed_nanos + found.output_nanos * granted >= cost
+        assert upper_bound.fixed_nanos + upper_bound.output_nanos * granted >= cost
 
 
 def reference_cost(served: str, text_bytes: int, output: int, split: tuple[int, int, int, int]) -> Decimal:
@@ -749,9 +753,9 @@ def test_every_model_that_takes_a_limit_gets_one_that_it_lists(
     model=st.sampled_from(usable),
 )
 def test_no_amount_is_ever_a_float(cap: object, model: str) -> None:
-    found = bound(chat(model, provider={"max_price": {"prompt": cap}}))
-    caps = sent(found)["provider"]["max_price"].values()
-    assert type(found.fixed_nanos) is type(found.output_nanos) is Decimal
+    upper_bound = bound(chat(model, provider={"max_price": {"prompt": cap}}))
+    caps = sent(upper_bound)["provider"]["max_price"].values()
+    assert type(upper_bound.fixed_nanos) is type(upper_bound.output_nanos) is Decimal
     assert all(isinstance(price, str) and Decimal(price) >= 0 for price in caps)
 
 

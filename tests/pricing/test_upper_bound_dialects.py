@@ -52,10 +52,10 @@ def fixed(body: dict[str, Any], endpoint: str) -> int:
 
 def test_a_response_is_bounded_exactly() -> None:
     body = response(max_output_tokens=500)
-    found = bound(body, RESPONSES)
-    assert found.fixed_nanos == (len(json.dumps(body)) + 256) * 1_000
-    assert output_of(found) == (2_000, 500, 500)
-    assert found.apply(500) == {
+    upper_bound = bound(body, RESPONSES)
+    assert upper_bound.fixed_nanos == (len(json.dumps(body)) + 256) * 1_000
+    assert output_of(upper_bound) == (2_000, 500, 500)
+    assert upper_bound.apply(500) == {
         "provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}},
         "max_output_tokens": 500,
     }
@@ -73,8 +73,12 @@ def test_a_granted_output_goes_out_in_the_endpoints_own_field(model: str) -> Non
 
 
 def test_a_response_of_a_model_without_limits_is_held_at_its_maximum() -> None:
-    found = bound(response(model="loose/model", max_output_tokens=5), RESPONSES)
-    assert (found.min_output, found.max_output, found.apply(8_000)["max_output_tokens"]) == (8_000, 8_000, 5)
+    upper_bound = bound(response(model="loose/model", max_output_tokens=5), RESPONSES)
+    assert (
+        upper_bound.min_output,
+        upper_bound.max_output,
+        upper_bound.apply(8_000)["max_output_tokens"],
+    ) == (8_000, 8_000, 5)
 
 
 def test_images_of_an_input_count_instead_of_their_bytes() -> None:
@@ -156,8 +160,8 @@ def test_items_of_text_cost_their_bytes(item: dict[str, Any]) -> None:
     ],
 )
 def test_items_of_unknown_cost_are_refused(item: dict[str, Any]) -> None:
-    found = refusal(response([item]), RESPONSES)
-    assert isinstance(found, UnboundedCost) and found.param == "input"
+    error = refusal(response([item]), RESPONSES)
+    assert isinstance(error, UnboundedCost) and error.param == "input"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +190,8 @@ def test_items_of_unknown_cost_are_refused(item: dict[str, Any]) -> None:
     ],
 )
 def test_fields_of_a_response_without_a_bound_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    found = refusal(response(**fields), RESPONSES)
-    assert isinstance(found, UnboundedCost) and found.param == param
+    error = refusal(response(**fields), RESPONSES)
+    assert isinstance(error, UnboundedCost) and error.param == param
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,8 @@ def test_fields_of_a_response_without_a_bound_are_refused_by_name(fields: dict[s
     ],
 )
 def test_wrong_fields_of_a_response_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**response(), **fields}, RESPONSES)
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal({**response(), **fields}, RESPONSES)
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +253,15 @@ def test_a_schema_of_a_response_gets_an_allowance() -> None:
 
 @pytest.mark.parametrize("kind", ["web_search", "web_search_preview", "web_search_2025_08_26"])
 def test_a_hosted_search_with_its_uses_is_held_like_openrouters(kind: str) -> None:
-    found = bound(response(tools=[{"type": kind, "max_uses": 2}]), RESPONSES)
-    assert found.fixed_nanos == 4 * CONTEXT + 2 * 20_000_000
-    assert found.apply(1)["tools"] == [{"type": kind, "max_uses": 2, "engine": "exa"}]
+    upper_bound = bound(response(tools=[{"type": kind, "max_uses": 2}]), RESPONSES)
+    assert upper_bound.fixed_nanos == 4 * CONTEXT + 2 * 20_000_000
+    assert upper_bound.apply(1)["tools"] == [{"type": kind, "max_uses": 2, "engine": "exa"}]
 
 
 def test_a_hosted_search_without_its_uses_may_be_used_once() -> None:
-    found = bound(response(tools=[{"type": "web_search", "external_web_access": False}]), RESPONSES)
-    assert found.fixed_nanos == 3 * CONTEXT + 20_000_000
-    assert found.apply(1)["tools"] == [
+    upper_bound = bound(response(tools=[{"type": "web_search", "external_web_access": False}]), RESPONSES)
+    assert upper_bound.fixed_nanos == 3 * CONTEXT + 20_000_000
+    assert upper_bound.apply(1)["tools"] == [
         {"type": "web_search", "external_web_access": False, "max_uses": 1, "engine": "exa"}
     ]
     native = {"type": "web_search_20250305", "name": "web_search"}
@@ -276,10 +280,10 @@ def test_fallbacks_and_plugins_of_a_response_count() -> None:
 
 def test_a_message_is_bounded_exactly() -> None:
     body = message()
-    found = bound(body, MESSAGES)
-    assert found.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 1_000
-    assert output_of(found) == (2_000, 100, 100)
-    assert found.apply(100) == {
+    upper_bound = bound(body, MESSAGES)
+    assert upper_bound.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 1_000
+    assert output_of(upper_bound) == (2_000, 100, 100)
+    assert upper_bound.apply(100) == {
         "provider": {"max_price": {"prompt": "1", "completion": "2", "request": "0"}},
         "max_tokens": 100,
     }
@@ -333,8 +337,8 @@ def test_a_document_may_fill_the_context(source: dict[str, Any]) -> None:
 
 
 def test_a_document_whose_parser_may_charge_by_the_page_is_refused() -> None:
-    found = refusal(message(document(type="url", url="https://x.y/a.pdf")), MESSAGES)
-    assert isinstance(found, UnboundedCost) and found.param == "plugins"
+    error = refusal(message(document(type="url", url="https://x.y/a.pdf")), MESSAGES)
+    assert isinstance(error, UnboundedCost) and error.param == "plugins"
 
 
 def test_pages_that_were_found_earlier_may_fill_the_context() -> None:
@@ -376,8 +380,8 @@ def test_blocks_of_text_cost_their_bytes(block: dict[str, Any]) -> None:
     ],
 )
 def test_blocks_of_unknown_cost_are_refused(block: dict[str, Any]) -> None:
-    found = refusal(message(block), MESSAGES)
-    assert isinstance(found, UnboundedCost) and found.param == "messages"
+    error = refusal(message(block), MESSAGES)
+    assert isinstance(error, UnboundedCost) and error.param == "messages"
 
 
 @pytest.mark.parametrize(
@@ -403,8 +407,8 @@ def test_blocks_of_unknown_cost_are_refused(block: dict[str, Any]) -> None:
     ],
 )
 def test_fields_of_a_message_without_a_bound_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    found = refusal(message(**fields), MESSAGES)
-    assert isinstance(found, UnboundedCost) and found.param == param
+    error = refusal(message(**fields), MESSAGES)
+    assert isinstance(error, UnboundedCost) and error.param == param
 
 
 @pytest.mark.parametrize(
@@ -429,8 +433,8 @@ def test_fields_of_a_message_without_a_bound_are_refused_by_name(fields: dict[st
     ],
 )
 def test_wrong_fields_of_a_message_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**message(), **fields}, MESSAGES)
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal({**message(), **fields}, MESSAGES)
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)
 
 
 @pytest.mark.parametrize(
@@ -484,13 +488,13 @@ ANTHROPIC_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_us
 
 @pytest.mark.parametrize("models", [{}, {"model": "anthropic/model", "models": ["plain/model"]}])
 def test_anthropics_search_on_models_that_ignore_its_limit_is_refused(models: dict[str, Any]) -> None:
-    found = refusal(message(tools=[ANTHROPIC_SEARCH], **models), MESSAGES)
-    assert isinstance(found, UnboundedCost) and found.param == "tools"
+    error = refusal(message(tools=[ANTHROPIC_SEARCH], **models), MESSAGES)
+    assert isinstance(error, UnboundedCost) and error.param == "tools"
 
 
 def test_anthropics_search_is_held_for_its_uses_and_every_round_of_its_loop() -> None:
-    found = bound(message(tools=[ANTHROPIC_SEARCH], model="anthropic/model"), MESSAGES)
-    assert amounts(found) == (11 * CONTEXT + 3 * 20_000_000, 11 * 2_000)
+    upper_bound = bound(message(tools=[ANTHROPIC_SEARCH], model="anthropic/model"), MESSAGES)
+    assert amounts(upper_bound) == (11 * CONTEXT + 3 * 20_000_000, 11 * 2_000)
 
 
 def test_no_condition_of_the_client_shortens_the_providers_own_loop() -> None:
@@ -511,8 +515,11 @@ def test_fallbacks_of_a_message_count() -> None:
 @pytest.mark.parametrize("make", [response, message])
 def test_the_same_text_costs_the_same_in_every_dialect(make: Any) -> None:
     endpoint = RESPONSES if make is response else MESSAGES
-    found = bound_request(endpoint, make(), 5_000, INDEX, POLICY)
+    upper_bound = bound_request(endpoint, make(), 5_000, INDEX, POLICY)
     assert (
-        abs(found.fixed_nanos - bound_request("chat/completions", chat(), 5_000, INDEX, POLICY).fixed_nanos)
+        abs(
+            upper_bound.fixed_nanos
+            - bound_request("chat/completions", chat(), 5_000, INDEX, POLICY).fixed_nanos
+        )
         <= 16_000
     )

@@ -48,10 +48,10 @@ def size(body: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(("count", "units"), [(1, 1), (95, 1), (100, 2), (1_000, 27)])
 def test_a_search_unit_is_a_query_with_a_hundred_documents(count: int, units: int) -> None:
-    found = bound(ranking(["x" * 395] * count), RERANK)
+    upper_bound = bound(ranking(["x" * 395] * count), RERANK)
     # 400 bytes are up to two pieces of 244 tokens, beside the document itself.
-    assert found.fixed_nanos <= (count * 3 // 100 + 1) * UNIT
-    assert found.fixed_nanos >= units * UNIT
+    assert upper_bound.fixed_nanos <= (count * 3 // 100 + 1) * UNIT
+    assert upper_bound.fixed_nanos >= units * UNIT
 
 
 def test_long_documents_count_by_their_pieces() -> None:
@@ -72,9 +72,9 @@ def test_where_tokens_have_a_price_the_query_counts_with_every_document() -> Non
 
 
 def test_ranking_has_no_output_and_sends_its_caps() -> None:
-    found = bound(ranking([{"text": "a"}], top_n=1), RERANK)
-    assert found.output_nanos == found.max_output == 0
-    assert found.apply(0) == {
+    upper_bound = bound(ranking([{"text": "a"}], top_n=1), RERANK)
+    assert upper_bound.output_nanos == upper_bound.max_output == 0
+    assert upper_bound.apply(0) == {
         "provider": {"max_price": {"prompt": "0", "completion": "0", "request": "0.002"}}
     }
 
@@ -98,8 +98,8 @@ def test_ranking_has_no_output_and_sends_its_caps() -> None:
     ],
 )
 def test_wrong_fields_of_a_ranking_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**ranking(), **fields}, RERANK)
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal({**ranking(), **fields}, RERANK)
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_wrong_fields_of_a_ranking_are_named(fields: dict[str, Any], param: str)
     ],
 )
 def test_rankings_without_a_bound_are_refused_by_name(body: dict[str, Any], param: str) -> None:
-    found = refusal(body, RERANK)
-    assert isinstance(found, UnboundedCost) and found.param == param
+    error = refusal(body, RERANK)
+    assert isinstance(error, UnboundedCost) and error.param == param
 
 
 def test_a_model_that_names_no_price_is_never_taken_for_free() -> None:
@@ -139,10 +139,10 @@ def test_a_free_model_ranks_where_free_models_are_on() -> None:
 
 def test_an_image_is_bounded_exactly() -> None:
     body = drawing()
-    found = bound(body, IMAGES)
-    assert found.fixed_nanos == (size(body) + 256) * 1_000 + 10_000_000
-    assert output_of(found) == (40_000, 20_480, 20_480)
-    assert found.apply(20_480) == {
+    upper_bound = bound(body, IMAGES)
+    assert upper_bound.fixed_nanos == (size(body) + 256) * 1_000 + 10_000_000
+    assert output_of(upper_bound) == (40_000, 20_480, 20_480)
+    assert upper_bound.apply(20_480) == {
         "provider": {"max_price": {"prompt": "1", "completion": "0", "request": "0.01"}}
     }
 
@@ -200,8 +200,8 @@ def test_references_count_as_images() -> None:
     ],
 )
 def test_wrong_fields_of_an_image_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**drawing(), **fields}, IMAGES)
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal({**drawing(), **fields}, IMAGES)
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,8 @@ def test_wrong_fields_of_an_image_are_named(fields: dict[str, Any], param: str) 
     ],
 )
 def test_images_without_a_bound_are_refused_by_name(body: dict[str, Any], param: str) -> None:
-    found = refusal(body, IMAGES)
-    assert isinstance(found, UnboundedCost) and found.param == param
+    error = refusal(body, IMAGES)
+    assert isinstance(error, UnboundedCost) and error.param == param
 
 
 # /audio/speech
@@ -226,15 +226,15 @@ def test_images_without_a_bound_are_refused_by_name(body: dict[str, Any], param:
 
 def test_speech_priced_by_the_character_is_bounded_by_its_bytes() -> None:
     body = speech(input="é" * 200_000, speed=0.25, response_format="mp3")
-    found = bound(body, SPEECH)
-    assert found.fixed_nanos == (size(body) + 256) * 10_000
-    assert found.output_nanos == found.max_output == 0
+    upper_bound = bound(body, SPEECH)
+    assert upper_bound.fixed_nanos == (size(body) + 256) * 10_000
+    assert upper_bound.output_nanos == upper_bound.max_output == 0
 
 
 def test_speech_priced_by_its_audio_is_held_at_the_models_longest() -> None:
-    found = bound(speech("singer/model", max_tokens=5), SPEECH)
-    assert output_of(found) == (20_000, 8_000, 8_000)
-    assert set(found.apply(8_000)) == {"provider"}
+    upper_bound = bound(speech("singer/model", max_tokens=5), SPEECH)
+    assert output_of(upper_bound) == (20_000, 8_000, 8_000)
+    assert set(upper_bound.apply(8_000)) == {"provider"}
 
 
 def test_a_price_of_audio_counts_whatever_the_list_calls_its_output() -> None:
@@ -259,8 +259,8 @@ def test_a_price_of_audio_counts_whatever_the_list_calls_its_output() -> None:
     ],
 )
 def test_speech_without_a_bound_is_refused_by_name(body: dict[str, Any], param: str) -> None:
-    found = refusal(body, SPEECH)
-    assert isinstance(found, UnboundedCost) and found.param == param
+    error = refusal(body, SPEECH)
+    assert isinstance(error, UnboundedCost) and error.param == param
 
 
 @pytest.mark.parametrize("value", [None, "", 5, ["Hi"]])
@@ -272,19 +272,19 @@ def test_speech_needs_a_text(value: object) -> None:
 
 
 def test_a_transcription_is_held_for_the_whole_context_at_the_dearer_price() -> None:
-    found = bound(recording(), TRANSCRIPTIONS)
-    assert found.fixed_nanos == 100_000 * 6_000
-    assert output_of(found) == (10_000, 8_000, 8_000)
+    upper_bound = bound(recording(), TRANSCRIPTIONS)
+    assert upper_bound.fixed_nanos == 100_000 * 6_000
+    assert output_of(upper_bound) == (10_000, 8_000, 8_000)
 
 
 def test_a_transcription_may_be_priced_by_the_second() -> None:
-    found = bound(recording("embed/model"), TRANSCRIPTIONS)
-    assert found.fixed_nanos == 86_400 * 20
+    upper_bound = bound(recording("embed/model"), TRANSCRIPTIONS)
+    assert upper_bound.fixed_nanos == 86_400 * 20
 
 
 def test_a_transcription_priced_by_the_request_is_that() -> None:
-    found = bound(recording("clerk/model"), TRANSCRIPTIONS)
-    assert (*amounts(found), found.max_output) == (6_000_000, 0, 0)
+    upper_bound = bound(recording("clerk/model"), TRANSCRIPTIONS)
+    assert (*amounts(upper_bound), upper_bound.max_output) == (6_000_000, 0, 0)
 
 
 def test_a_form_is_bounded_like_a_json_body_and_sets_no_field() -> None:
@@ -295,10 +295,10 @@ def test_a_form_is_bounded_like_a_json_body_and_sets_no_field() -> None:
         "temperature": "0",
         "prompt": "x" * 400,
     }
-    found = bound_request(TRANSCRIPTIONS, form, 25_000_000, INDEX, FREE)
-    assert found.fixed_nanos == bound(recording(), TRANSCRIPTIONS).fixed_nanos
-    assert (found.apply(8_000), found.max_price) == ({}, {})
-    assert found.prompt_estimate < 1_200
+    upper_bound = bound_request(TRANSCRIPTIONS, form, 25_000_000, INDEX, FREE)
+    assert upper_bound.fixed_nanos == bound(recording(), TRANSCRIPTIONS).fixed_nanos
+    assert (upper_bound.apply(8_000), upper_bound.max_price) == ({}, {})
+    assert upper_bound.prompt_estimate < 1_200
 
 
 def test_a_json_body_gets_the_caps() -> None:
@@ -308,8 +308,8 @@ def test_a_json_body_gets_the_caps() -> None:
 
 @pytest.mark.parametrize("body", [recording("deaf/model"), recording("free/model"), recording("video/model")])
 def test_transcriptions_without_a_bound_are_refused(body: dict[str, Any]) -> None:
-    found = refusal(body, TRANSCRIPTIONS)
-    assert isinstance(found, UnboundedCost) and found.param == "model"
+    error = refusal(body, TRANSCRIPTIONS)
+    assert isinstance(error, UnboundedCost) and error.param == "model"
 
 
 @pytest.mark.parametrize(
@@ -324,5 +324,5 @@ def test_transcriptions_without_a_bound_are_refused(body: dict[str, Any]) -> Non
     ],
 )
 def test_wrong_fields_of_a_transcription_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal({**recording(), **fields}, TRANSCRIPTIONS)
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal({**recording(), **fields}, TRANSCRIPTIONS)
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)

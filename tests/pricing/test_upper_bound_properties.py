@@ -177,16 +177,18 @@ def test_no_body_raises_anything_but_a_gateway_error(
     endpoint: str, base: str, fields: dict[str, Any], near: dict[str, Any], size: int
 ) -> None:
     try:
-        found = bound_request(endpoint, {**BASES[base], **near, **fields}, size, INDEX, POLICY)
+        upper_bound = bound_request(endpoint, {**BASES[base], **near, **fields}, size, INDEX, POLICY)
     except GatewayError as refused:
         assert refused.status in (400, 403, 404) and refused.param  # noqa: PT017 - both ways out are checked
         orjson.dumps(refused.body("x"))
     else:
         assert (
-            found.fixed_nanos >= 0 and found.output_nanos >= 0 and 0 <= found.min_output <= found.max_output
+            upper_bound.fixed_nanos >= 0
+            and upper_bound.output_nanos >= 0
+            and 0 <= upper_bound.min_output <= upper_bound.max_output
         )
-        assert found.typical_nanos(1) >= 0
-        orjson.dumps(found.price_basis)
+        assert upper_bound.typical_nanos(1) >= 0
+        orjson.dumps(upper_bound.price_basis)
 
 
 @given(endpoint=endpoints)
@@ -254,12 +256,12 @@ def test_no_endpoint_sends_more_than_was_granted(limit: int, granted: int) -> No
         ("responses", "max_output_tokens"),
         ("messages", "max_tokens"),
     ):
-        found = bound_request(endpoint, {**BASES[endpoint], name: limit}, 1_000, INDEX, POLICY)
-        assert found.apply(granted)[name] == min(limit, granted)
+        upper_bound = bound_request(endpoint, {**BASES[endpoint], name: limit}, 1_000, INDEX, POLICY)
+        assert upper_bound.apply(granted)[name] == min(limit, granted)
 
 
-def whole(found: Bound) -> Decimal:
-    return found.fixed_nanos + found.output_nanos * found.max_output
+def whole(upper_bound: Bound) -> Decimal:
+    return upper_bound.fixed_nanos + upper_bound.output_nanos * upper_bound.max_output
 
 
 # The sandbox never bills more
@@ -429,12 +431,18 @@ async def ask(
     ) as http:
         index = read_models((await http.get("/models?output_modalities=all")).content)
         raw = orjson.dumps(body)
-        asked = read_request(endpoint_of(endpoint), raw, "application/json")
-        found = bound_request(
-            endpoint, asked.fields, len(raw), index, POLICY_OF_SANDBOX, seconds=asked.seconds
+        parsed = read_request(endpoint_of(endpoint), raw, "application/json")
+        upper_bound = bound_request(
+            endpoint, parsed.fields, len(raw), index, POLICY_OF_SANDBOX, seconds=parsed.seconds
         )
-        granted = getattr(found, grant)
-        response = await http.post(f"/{endpoint}", content=orjson.dumps({**body, **found.apply(granted)}))
+        granted = getattr(upper_bound, grant)
+        response = await http.post(
+            f"/{endpoint}", content=orjson.dumps({**body, **upper_bound.apply(granted)})
+        )
     generations = sandbox.state.generations.values()
     billed = sum((each.cost + (each.upstream_cost if each.byok else 0) for each in generations), Decimal(0))
-    return response.status_code, billed.scaleb(9), found.fixed_nanos + found.output_nanos * granted
+    return (
+        response.status_code,
+        billed.scaleb(9),
+        upper_bound.fixed_nanos + upper_bound.output_nanos * granted,
+    )

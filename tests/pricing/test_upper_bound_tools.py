@@ -43,8 +43,8 @@ CLOCK = {"type": "openrouter:datetime"}
 
 
 def test_a_search_tool_is_held_for_every_turn_and_every_search() -> None:
-    found = bound(chat(tools=[search(max_uses=3)], max_tokens=100))
-    assert amounts(found) == (5 * CONTEXT + 3 * SEARCH, 5 * OUTPUT)
+    upper_bound = bound(chat(tools=[search(max_uses=3)], max_tokens=100))
+    assert amounts(upper_bound) == (5 * CONTEXT + 3 * SEARCH, 5 * OUTPUT)
 
 
 def test_a_search_tool_goes_out_with_an_engine_and_an_end_of_the_loop() -> None:
@@ -55,19 +55,19 @@ def test_a_search_tool_goes_out_with_an_engine_and_an_end_of_the_loop() -> None:
 
 @pytest.mark.parametrize("tool", [search(), {"type": "openrouter:web_search", "max_uses": 3}])
 def test_a_search_tool_that_does_not_say_how_often_may_be_used_once(tool: dict[str, Any]) -> None:
-    found = bound(chat(tools=[tool], max_tokens=100))
-    assert amounts(found) == (3 * CONTEXT + SEARCH, 3 * OUTPUT)
-    assert found.apply(1)["tools"] == [{**tool, "parameters": {"max_uses": 1, "engine": "exa"}}]
+    upper_bound = bound(chat(tools=[tool], max_tokens=100))
+    assert amounts(upper_bound) == (3 * CONTEXT + SEARCH, 3 * OUTPUT)
+    assert upper_bound.apply(1)["tools"] == [{**tool, "parameters": {"max_uses": 1, "engine": "exa"}}]
 
 
 def test_more_results_make_every_search_dearer() -> None:
-    found = bound(chat(tools=[search(max_uses=2, max_results=25, engine="parallel")]))
-    assert found.fixed_nanos == 4 * CONTEXT + 2 * 100_000_000
+    upper_bound = bound(chat(tools=[search(max_uses=2, max_results=25, engine="parallel")]))
+    assert upper_bound.fixed_nanos == 4 * CONTEXT + 2 * 100_000_000
 
 
 def test_a_clock_costs_its_turns() -> None:
-    found = bound(chat(tools=[CLOCK]))
-    assert amounts(found) == (3 * CONTEXT, 3 * OUTPUT)
+    upper_bound = bound(chat(tools=[CLOCK]))
+    assert amounts(upper_bound) == (3 * CONTEXT, 3 * OUTPUT)
 
 
 def test_function_tools_stay_beside_server_tools() -> None:
@@ -80,9 +80,9 @@ def test_function_tools_stay_beside_server_tools() -> None:
     [{"max_tool_calls": 2}, {"stop_server_tools_when": [{"type": "step_count_is", "step_count": 2}]}],
 )
 def test_the_clients_own_end_of_the_loop_counts_where_it_is_earlier(fields: dict[str, Any]) -> None:
-    found = bound(chat(tools=[search(max_uses=9)], **fields))
-    assert found.fixed_nanos == 4 * CONTEXT + 9 * SEARCH
-    assert sent(found)["stop_server_tools_when"][-1] == {"type": "step_count_is", "step_count": 2}
+    upper_bound = bound(chat(tools=[search(max_uses=9)], **fields))
+    assert upper_bound.fixed_nanos == 4 * CONTEXT + 9 * SEARCH
+    assert sent(upper_bound)["stop_server_tools_when"][-1] == {"type": "step_count_is", "step_count": 2}
 
 
 def test_more_steps_than_were_asked_for_are_not_sent() -> None:
@@ -91,16 +91,16 @@ def test_more_steps_than_were_asked_for_are_not_sent() -> None:
 
 
 def test_many_tools_end_at_the_documented_maximum() -> None:
-    found = bound(chat(tools=[search(max_uses=30)] * 4))
-    assert found.output_nanos == (MAX_TOOL_STEPS + 2) * OUTPUT
-    assert found.fixed_nanos == (MAX_TOOL_STEPS + 2) * CONTEXT + 120 * SEARCH
+    upper_bound = bound(chat(tools=[search(max_uses=30)] * 4))
+    assert upper_bound.output_nanos == (MAX_TOOL_STEPS + 2) * OUTPUT
+    assert upper_bound.fixed_nanos == (MAX_TOOL_STEPS + 2) * CONTEXT + 120 * SEARCH
 
 
 def test_a_cost_limit_is_held_with_the_turn_that_exceeds_it_and_the_last_one() -> None:
     stop = [{"type": "max_cost", "max_cost_in_dollars": 0.25}]
-    found = bound(chat(tools=[search(max_uses=9)], stop_server_tools_when=stop, max_tokens=100))
-    assert amounts(found) == (250_000_000 + 2 * CONTEXT + 9 * SEARCH, 2 * OUTPUT)
-    assert sent(found)["stop_server_tools_when"][0] == stop[0]
+    upper_bound = bound(chat(tools=[search(max_uses=9)], stop_server_tools_when=stop, max_tokens=100))
+    assert amounts(upper_bound) == (250_000_000 + 2 * CONTEXT + 9 * SEARCH, 2 * OUTPUT)
+    assert sent(upper_bound)["stop_server_tools_when"][0] == stop[0]
 
 
 def test_a_cost_limit_above_what_the_steps_can_cost_changes_nothing() -> None:
@@ -133,8 +133,8 @@ def test_conditions_that_only_stop_earlier_stay() -> None:
     ],
 )
 def test_server_tools_without_a_documented_bound_are_refused(tool: dict[str, Any]) -> None:
-    found = refusal(chat(tools=[tool]))
-    assert isinstance(found, UnboundedCost) and (found.status, found.param) == (400, "tools")
+    error = refusal(chat(tools=[tool]))
+    assert isinstance(error, UnboundedCost) and (error.status, error.param) == (400, "tools")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_server_tools_without_a_documented_bound_are_refused(tool: dict[str, Any
     ],
 )
 def test_wrong_settings_of_tools_are_named(fields: dict[str, Any], param: str) -> None:
-    found = refusal(chat(**fields))
-    assert isinstance(found, BadRequest) and (found.code, found.param) == ("invalid_request", param)
+    error = refusal(chat(**fields))
+    assert isinstance(error, BadRequest) and (error.code, error.param) == ("invalid_request", param)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "embeddings"])
@@ -189,11 +189,11 @@ def routed(body_caps: dict[str, Any] | None = None, **fields: Any) -> dict[str, 
 
 def test_a_router_is_held_at_the_clients_caps_and_the_markups_of_the_list() -> None:
     body = routed(max_tokens=10)
-    found = bound(body)
+    upper_bound = bound(body)
     # tiered/model charges nine times its listed price for long prompts, thinking/model five times for
     # reasoning.
-    assert found.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 9_000
-    assert found.output_nanos == 5 * 2_000
+    assert upper_bound.fixed_nanos == (len(json.dumps(body)) + 256 + 16) * 9_000
+    assert upper_bound.output_nanos == 5 * 2_000
 
 
 def test_a_router_goes_out_with_exactly_those_caps() -> None:
@@ -206,13 +206,13 @@ def test_a_router_goes_out_with_exactly_those_caps() -> None:
 def test_a_router_is_kept_off_models_that_search_by_themselves_or_put_out_media() -> None:
     own = {"id": "auto-router", "enabled": False, "allowed_models": ["a/*"], "excluded_models": ["b/*"]}
     sent = bound(routed(plugins=[{"id": "moderation"}, own])).apply(1)
-    kept = {
+    allowed = {
         "id": "auto-router",
         "enabled": True,
         "allowed_models": ["a/*"],
         "excluded_models": ["b/*", "painter/model", "speaker/model", "seeker/model"],
     }
-    assert sent["plugins"] == [{"id": "moderation"}, kept]
+    assert sent["plugins"] == [{"id": "moderation"}, allowed]
 
 
 def test_a_routers_plugin_without_the_router_is_refused() -> None:
@@ -220,9 +220,9 @@ def test_a_routers_plugin_without_the_router_is_refused() -> None:
 
 
 def test_a_search_on_a_router_is_held_for_its_context() -> None:
-    found = bound(routed(plugins=[{"id": "web"}]))
-    assert found.fixed_nanos == 200_000 * 9_000 + SEARCH
-    assert [plugin["id"] for plugin in sent(found)["plugins"]] == ["web", "auto-router"]
+    upper_bound = bound(routed(plugins=[{"id": "web"}]))
+    assert upper_bound.fixed_nanos == 200_000 * 9_000 + SEARCH
+    assert [plugin["id"] for plugin in sent(upper_bound)["plugins"]] == ["web", "auto-router"]
 
 
 def test_a_router_beside_models_is_the_dearer_of_both() -> None:
@@ -239,8 +239,8 @@ def test_images_on_a_router_need_their_cap() -> None:
 
 @pytest.mark.parametrize("caps", [{}, {"prompt": 1}, {"completion": 1}, {"request": 1}])
 def test_a_router_without_its_caps_is_refused(caps: dict[str, Any]) -> None:
-    found = refusal(routed(caps))
-    assert isinstance(found, UnboundedCost) and found.param in ("model", "provider.max_price")
+    error = refusal(routed(caps))
+    assert isinstance(error, UnboundedCost) and error.param in ("model", "provider.max_price")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +275,8 @@ def test_caps_of_media_go_out_where_they_are_in_the_bound() -> None:
 def test_a_clients_lower_cap_of_audio_stays() -> None:
     body = with_parts({"type": "input_audio", "input_audio": {"data": ""}}, model="eyed/model")
     body["provider"] = {"max_price": {"audio": "0.00001"}}
-    found = bound(body)
-    assert found.max_price["audio"] == "0.00001" and found.client_caps_price
+    upper_bound = bound(body)
+    assert upper_bound.max_price["audio"] == "0.00001" and upper_bound.client_caps_price
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ def test_the_price_basis_is_plain_text() -> None:
 
 
 def test_a_quote_takes_listed_prices() -> None:
-    found = bound(chat("cached/model"))
-    assert found.typical_nanos(100) == found.prompt_estimate * 1_000 + 100 * 2_000
+    upper_bound = bound(chat("cached/model"))
+    assert upper_bound.typical_nanos(100) == upper_bound.prompt_estimate * 1_000 + 100 * 2_000
 
 
 def test_a_quote_counts_choices_and_the_fee_of_a_request() -> None:
@@ -326,8 +326,8 @@ def test_a_quote_counts_choices_and_the_fee_of_a_request() -> None:
 
 def test_a_quote_never_exceeds_the_bound() -> None:
     for model in ("plain/model", "cached/model", "thinking/model", "vision/model", "painter/model"):
-        found = bound(chat(model, max_tokens=50))
-        assert found.typical_nanos(50) <= found.fixed_nanos + 50 * found.output_nanos
+        upper_bound = bound(chat(model, max_tokens=50))
+        assert upper_bound.typical_nanos(50) <= upper_bound.fixed_nanos + 50 * upper_bound.output_nanos
 
 
 # Images that a chat may bring
@@ -397,8 +397,8 @@ def test_numbers_count_as_long_as_they_may_be_written_anew(endpoint: str, writte
         "responses": f'{{"type":"function","name":"f","parameters":{schema}}}',
         "messages": f'{{"name":"f","input_schema":{schema}}}',
     }[endpoint]
-    said = '"input":"Hi"' if endpoint == "responses" else '"messages":[{"role":"user","content":"Hi"}]'
+    content = '"input":"Hi"' if endpoint == "responses" else '"messages":[{"role":"user","content":"Hi"}]'
     limit = "max_output_tokens" if endpoint == "responses" else "max_tokens"
-    raw = f'{{"model":"plain/model",{said},"{limit}":1,"tools":[{tool}]}}'.encode()
-    found = bound_request(endpoint, orjson.loads(raw), len(raw), INDEX, POLICY)
-    assert found.fixed_nanos >= 1_000 * len(raw.replace(written.encode(), NUMBERS[written].encode()))
+    raw = f'{{"model":"plain/model",{content},"{limit}":1,"tools":[{tool}]}}'.encode()
+    upper_bound = bound_request(endpoint, orjson.loads(raw), len(raw), INDEX, POLICY)
+    assert upper_bound.fixed_nanos >= 1_000 * len(raw.replace(written.encode(), NUMBERS[written].encode()))

@@ -52,9 +52,13 @@ def header(
     **wrong: int,
 ) -> bytes:
     block = wrong.get("block", channels * bits // 8)
-    about = struct.pack("<HHIIHH", tag, channels, rate, wrong.get("per_second", rate * block), block, bits)
+    format_chunk = struct.pack(
+        "<HHIIHH", tag, channels, rate, wrong.get("per_second", rate * block), block, bits
+    )
     size = len(samples) if claimed is None else claimed
-    return b"RIFF\xff\xff\xff\x7fWAVEfmt \x10\0\0\0" + about + b"data" + struct.pack("<I", size) + samples
+    return (
+        b"RIFF\xff\xff\xff\x7fWAVEfmt \x10\0\0\0" + format_chunk + b"data" + struct.pack("<I", size) + samples
+    )
 
 
 def mp3(frames: int, first: bytes = b"", *, head: bytes = b"\xff\xe3\x18\xc4") -> bytes:
@@ -81,7 +85,7 @@ def of(content: bytes, name: str = "a.wav", content_type: str = WAV) -> int | No
     ],
 )
 def test_a_wav_of_plain_samples_lasts_as_long_as_it_says(seconds: float, options: dict[str, int]) -> None:
-    found = of(
+    bound = of(
         wav(
             seconds,
             rate=options.get("rate", 8_000),
@@ -89,7 +93,7 @@ def test_a_wav_of_plain_samples_lasts_as_long_as_it_says(seconds: float, options
             channels=options.get("channels", 1),
         )
     )
-    assert found is not None and seconds <= found <= seconds + 2
+    assert bound is not None and seconds <= bound <= seconds + 2
 
 
 @pytest.mark.parametrize(
@@ -154,8 +158,8 @@ def test_name_and_type_must_say_the_same() -> None:
 
 def test_an_mp3_lasts_no_longer_than_the_slowest_there_is() -> None:
     content = mp3(500)
-    found = of(content, "a.mp3", MP3)
-    assert found == 36 == -(-500 * 576 // 8_000)
+    seconds = of(content, "a.mp3", MP3)
+    assert seconds == 36 == -(-500 * 576 // 8_000)
     tagged = b"ID3\x04\0\0\0\0\x01\x00" + bytes(128) + content
     assert of(tagged, "a.mp3", MP3) == 37
 
@@ -186,9 +190,9 @@ def test_what_does_not_begin_as_an_mp3_says_nothing(content: bytes) -> None:
 
 
 def transcription(body: bytes, content_type: str = "application/json") -> tuple[int | None, Bound]:
-    asked = read_request(endpoint_of("audio/transcriptions"), body, content_type)
-    return asked.seconds, bound_request(
-        "audio/transcriptions", asked.fields, len(body), INDEX, POLICY, seconds=asked.seconds
+    parsed = read_request(endpoint_of("audio/transcriptions"), body, content_type)
+    return parsed.seconds, bound_request(
+        "audio/transcriptions", parsed.fields, len(body), INDEX, POLICY, seconds=parsed.seconds
     )
 
 
@@ -250,5 +254,5 @@ def test_audio_that_cannot_be_read_says_nothing(audio: dict[str, Any]) -> None:
     st.sampled_from([b"", wav(0.01), header(b"")[:20], b"ID3\x04", b"\xff\xfb"]),
 )
 def test_any_bytes_are_survived(content: bytes, name: str, before: bytes) -> None:
-    found = of(before + content, name, "application/octet-stream")
-    assert found is None or found >= 1
+    seconds = of(before + content, name, "application/octet-stream")
+    assert seconds is None or seconds >= 1

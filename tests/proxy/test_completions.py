@@ -189,7 +189,7 @@ async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register(credits=1)
-    kept = {
+    fields = {
         "model": MINI,
         "messages": [
             {"role": "user", "content": "żółć 🎈", "name": "ada", "unknown": [None, 1.5e-7, {"deep": True}]}
@@ -213,14 +213,14 @@ async def test_every_field_reaches_the_upstream_but_those_that_cross_tenants(
         "max_completion_tokens": 50,
     }
     response = await live_gateway.http.post(
-        "/v1/chat/completions", headers=user.headers, json={**kept, **changed}
+        "/v1/chat/completions", headers=user.headers, json={**fields, **changed}
     )
     assert response.status_code == 200, response.text
     sent = upstream.sent()
-    assert {name: sent[name] for name in kept if name != "provider"} == {
-        name: kept[name] for name in kept if name != "provider"
+    assert {name: sent[name] for name in fields if name != "provider"} == {
+        name: fields[name] for name in fields if name != "provider"
     }
-    assert {name: value for name, value in sent["provider"].items() if name != "max_price"} == kept[
+    assert {name: value for name, value in sent["provider"].items() if name != "max_price"} == fields[
         "provider"
     ]
     assert set(sent["provider"]["max_price"]) >= {"prompt", "completion"}
@@ -292,13 +292,13 @@ async def test_an_output_without_limit_is_capped_at_what_credits_cover(
 async def fails(
     user: User, kind: type[openai.APIStatusError], *, retries: int = 2, **changes: Any
 ) -> openai.APIStatusError:
-    with pytest.raises(openai.APIStatusError) as found:
+    with pytest.raises(openai.APIStatusError) as caught:
         await user.sdk(max_retries=retries).chat.completions.create(
             **{"model": MINI, "messages": HI, **changes}
         )
-    assert type(found.value) is kind
-    assert found.value.code and found.value.message
-    return found.value
+    assert type(caught.value) is kind
+    assert caught.value.code and caught.value.message
+    return caught.value
 
 
 async def test_a_wrong_request_is_a_bad_request_error(live_gateway: Gateway, upstream: Upstream) -> None:

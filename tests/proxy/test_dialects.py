@@ -185,8 +185,8 @@ def test_a_stream_in_many_pieces_gives_the_same_too(sizes: list[int], name: str)
     for size in sizes:
         pieces.append(rest[:size])
         rest = rest[size:]
-    found, whole = run(dialect, [*pieces, rest]), run(dialect, [data])
-    assert (found[:2], facts(found[2])) == (whole[:2], facts(whole[2]))
+    cut, whole = run(dialect, [*pieces, rest]), run(dialect, [data])
+    assert (cut[:2], facts(cut[2])) == (whole[:2], facts(whole[2]))
 
 
 def test_a_response_s_last_event_waits_and_carries_the_charge() -> None:
@@ -664,11 +664,11 @@ def test_busy_models_are_overloaded_and_a_broken_gateway_is_not() -> None:
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
 def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, str]) -> None:
-    found = {"type": "char_location", "cited_text": "x"}
+    citation = {"type": "char_location", "cited_text": "x"}
     tool = {"type": "tool_use", "id": "t", "name": "n", "input": {"type": "text", "citations": None}}
     content = [
         {"type": "text", "text": '"citations":null', "citations": None},
-        {"type": "text", "text": "b", "citations": [found]},
+        {"type": "text", "text": "b", "citations": [citation]},
         tool,
     ]
     message = {
@@ -678,8 +678,11 @@ def test_a_message_names_no_citations_where_it_has_none(separators: tuple[str, s
         "usage": {"input_tokens": 1, "output_tokens": 1, "cost": 1e-9},
     }
     raw = json.dumps(message, separators=separators).encode()
-    shown = json.loads(read_answer(raw, MESSAGES, Outcome(), RequestOrigin()))
-    assert shown == {**message, "content": [{"type": "text", "text": '"citations":null'}, content[1], tool]}
+    message_sent = json.loads(read_answer(raw, MESSAGES, Outcome(), RequestOrigin()))
+    assert message_sent == {
+        **message,
+        "content": [{"type": "text", "text": '"citations":null'}, content[1], tool],
+    }
 
 
 @pytest.mark.parametrize(
@@ -693,13 +696,13 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
         '{"type":"text","text":"a"%s}',
         f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}',
     )
-    raw, kept = (
+    raw, expected = (
         f'{{"id":"gen-1","type":"message","content":[{text % name},{tool}],{usage}}}'
         for name in (',"citations":null', "")
     )
-    shown = read_answer(raw.encode(), MESSAGES, Outcome(), RequestOrigin())
+    sent = read_answer(raw.encode(), MESSAGES, Outcome(), RequestOrigin())
     written = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    assert written.decode(shown.decode()) == written.decode(kept)
+    assert written.decode(sent.decode()) == written.decode(expected)
 
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "[" * 300 + "]" * 300], ids=["half a surrogate", "deep"])

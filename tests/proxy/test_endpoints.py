@@ -191,21 +191,21 @@ async def settled(user: User, cost: str = COST) -> dict[str, Any]:
     return record
 
 
-def assert_error(name: str, answer: httpx.Response, status: int) -> dict[str, Any]:
+def assert_error(name: str, response: httpx.Response, status: int) -> dict[str, Any]:
     """The error, in the form of this endpoint."""
-    assert answer.status_code == status, answer.text
-    body = answer.json()
+    assert response.status_code == status, response.text
+    body = response.json()
     if name.startswith("messages"):
         assert set(body) == {"type", "error", "request_id"} and body["type"] == "error"
-        assert body["request_id"] == answer.headers["x-request-id"]
+        assert body["request_id"] == response.headers["x-request-id"]
         assert {"type", "message", "param", "code"} <= set(body["error"])
     else:
-        openrouter = {"metadata"} if answer.request.url.path.startswith("/api/v1/") else set()
+        openrouter = {"metadata"} if response.request.url.path.startswith("/api/v1/") else set()
         assert (
             set(body) == {"error", "gateway"}
             and set(body["error"]) == {"type", "message", "param", "code"} | openrouter
         )
-        assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
+        assert body["gateway"]["request_id"] == response.headers["x-request-id"]
         assert not openrouter or body["error"]["code"] == status
     return dict(body["error"])
 
@@ -217,12 +217,12 @@ def assert_error(name: str, answer: httpx.Response, status: int) -> dict[str, An
 async def test_an_answer_passes_and_is_charged(scene: Stage, name: str) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    request, said = CASES[name]
-    upstream.say(plain(said))
+    request, answer_body = CASES[name]
+    upstream.say(plain(answer_body))
     response = await post(user, name, prefix="/api/v1")
     assert response.status_code == 200, response.text
     charge = response.json().pop("gateway_usage")
-    assert {key: value for key, value in response.json().items() if key != "gateway_usage"} == said
+    assert {key: value for key, value in response.json().items() if key != "gateway_usage"} == answer_body
     assert (charge["tokens_charged"], Decimal(str(charge["cost"]))) == (13, Decimal(COST))
     assert (
         Decimal(response.headers["x-gateway-cost"]) == Decimal(COST)
@@ -350,8 +350,8 @@ async def test_a_method_that_it_does_not_take_is_a_405(scene: Stage, name: str) 
 async def test_a_browser_is_served_too(scene: Stage, name: str) -> None:
     gateway, upstream = scene
     user = await gateway.register(credits=1)
-    said = Reply([b"all"], content_type="audio/mpeg") if name == "audio/speech" else plain(CASES[name][1])
-    upstream.say(said)
+    reply = Reply([b"all"], content_type="audio/mpeg") if name == "audio/speech" else plain(CASES[name][1])
+    upstream.say(reply)
     upstream.known_cost = COST
     response = await post(user, name, headers={"origin": "https://app.example"})
     assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "*"
@@ -427,8 +427,8 @@ STREAMS = {
 LAST = {"completions": "[DONE]", "responses": "response.completed", "messages": "message_stop"}
 
 
-def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
-    return [orjson.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    return [orjson.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -673,7 +673,7 @@ async def test_a_listener_who_leaves_is_charged_for_what_was_made(scene: Stage) 
     upstream.known_cost = COST
     async with gateway.http.stream("POST", "/v1/audio/speech", headers=user.headers, json=SPEECH) as response:
         assert LONG.startswith(await anext(response.aiter_raw()))
-    await eventually(user.records, lambda found: found[0]["status"] == "pending")
+    await eventually(user.records, lambda value: value[0]["status"] == "pending")
     rest.set()
     assert (await settled(user))["status"] == "cancelled"
 
@@ -834,6 +834,6 @@ async def test_the_sdk_hears_speech_draws_images_and_embeds(scene: Stage) -> Non
     drawn = await sdk.images.generate(model=PAINTER, prompt="A lighthouse")
     assert drawn.data is not None and drawn.data[0].b64_json == "eA=="
     upstream.say(plain(CASES["embeddings"][1]))
-    found = await sdk.embeddings.create(model=EMBEDDER, input="Hello.", encoding_format="float")
-    assert found.data[0].embedding == [0.5]
+    embedding = await sdk.embeddings.create(model=EMBEDDER, input="Hello.", encoding_format="float")
+    assert embedding.data[0].embedding == [0.5]
     assert Decimal(str((await user.balance())["credits"])) == 1 - 3 * Decimal(COST)

@@ -61,13 +61,13 @@ async def ask(
     return await user.gateway.http.post(url, headers=headers, json={**content, **body})
 
 
-def code_of(answer: httpx.Response) -> tuple[int, str]:
-    return answer.status_code, answer.json()["error"]["code"]
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
 
 
-def is_replay(answer: httpx.Response) -> bool:
-    assert answer.headers.get("idempotent-replayed") in (None, "true")
-    return answer.status_code == 200 and "idempotent-replayed" in answer.headers
+def is_replay(response: httpx.Response) -> bool:
+    assert response.headers.get("idempotent-replayed") in (None, "true")
+    return response.status_code == 200 and "idempotent-replayed" in response.headers
 
 
 async def assert_paid_once(user: User, upstream: Upstream, billed: Decimal | None = None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ async def running(upstream: Upstream, count: int = 1) -> None:
     async def asked() -> int:
         return upstream.inferences
 
-    await eventually(asked, lambda found: found == count)
+    await eventually(asked, lambda value: value == count)
 
 
 # Again.
@@ -147,11 +147,11 @@ async def test_the_sdk_waits_for_the_first_and_gets_its_answer(
     first = asyncio.create_task(ask(user))
     await running(upstream)
     patient = user.sdk(max_retries=5)
-    found = await patient.chat.completions.with_raw_response.create(
+    response = await patient.chat.completions.with_raw_response.create(
         **CHAT, extra_headers={"idempotency-key": "a"}, extra_body={}
     )  # type: ignore[call-overload]
-    assert found.retries_taken >= 1 and found.headers["idempotent-replayed"] == "true"
-    assert found.content == (await first).content
+    assert response.retries_taken >= 1 and response.headers["idempotent-replayed"] == "true"
+    assert response.content == (await first).content
     await assert_paid_once(user, upstream)
 
 
@@ -211,12 +211,12 @@ async def test_another_file_in_a_form_is_a_mistake_too(
     gateway: Gateway, upstream: Upstream, user: User
 ) -> None:
     async def transcribe(sound: bytes, **fields: str) -> httpx.Response:
-        about = {"model": "openai/gpt-4o-transcribe", **fields}
+        body = {"model": "openai/gpt-4o-transcribe", **fields}
         headers = {**user.headers, "idempotency-key": "form"}
         return await gateway.http.post(
             "/v1/audio/transcriptions",
             headers=headers,
-            data=about,
+            data=body,
             files={"file": ("a.wav", sound, "audio/wav")},
         )
 
@@ -310,8 +310,8 @@ async def test_a_failure_that_was_charged_is_not_run_again(
         code_of(refused) == (409, "idempotency_answer_not_kept")
         and refused.headers["x-should-retry"] == "false"
     )
-    about = refused.json()["gateway"]
-    assert about["original_request_id"] == record["request_id"] and about["cost"] == record["cost"]
+    details = refused.json()["gateway"]
+    assert details["original_request_id"] == record["request_id"] and details["cost"] == record["cost"]
     assert upstream.inferences == 1
 
 
@@ -391,7 +391,7 @@ async def test_an_answer_beyond_a_mebibyte_is_given_once(start_gateway: Start, s
 
 
 def large(size: int, *, streamed: bool) -> Reply:
-    said = {
+    body = {
         "id": "gen-1",
         "model": TEXT,
         "usage": {"prompt_tokens": 9, "completion_tokens": 4, "cost": Decimal("0.000017")},
@@ -399,12 +399,12 @@ def large(size: int, *, streamed: bool) -> Reply:
     text = "x" * size
     if not streamed:
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        return Reply([dumps({**said, "choices": [message]})])
+        return Reply([dumps({**body, "choices": [message]})])
     events = [
         {"id": "gen-1", "choices": [{"index": 0, "delta": {"content": text[i : i + 65_536]}}]}
         for i in range(0, size, 65_536)
     ]
-    last = {**said, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    last = {**body, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
     pieces = [b"data: " + dumps(event) + b"\n\n" for event in (*events, last)]
     return Reply([*pieces, b"data: [DONE]\n\n"], content_type="text/event-stream")
 
@@ -468,15 +468,15 @@ async def test_a_database_gone_at_settlement_loses_neither_charge_nor_answer(
     assert upstream.inferences == 1
 
 
-def without_charge(answer: httpx.Response) -> list[Any]:
+def without_charge(response: httpx.Response) -> list[Any]:
     """The JSON of an answer's events, or the answer's own, but for the charge."""
     lines = (
-        answer.text.split("\n")
-        if "event-stream" in answer.headers["content-type"]
-        else [f"data: {answer.text}"]
+        response.text.split("\n")
+        if "event-stream" in response.headers["content-type"]
+        else [f"data: {response.text}"]
     )
-    found = [orjson.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-    return [{name: value for name, value in event.items() if name != "gateway_usage"} for event in found]
+    sent = [orjson.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return [{name: value for name, value in event.items() if name != "gateway_usage"} for event in sent]
 
 
 async def test_an_answer_is_kept_even_where_its_request_is_stopped_as_it_is_sealed(
@@ -498,7 +498,7 @@ async def test_an_answer_is_kept_even_where_its_request_is_stopped_as_it_is_seal
         return any(getattr(task.get_coro(), "__name__", "") == "seal_answer" for task in asyncio.all_tasks())
 
     try:
-        await eventually(sealing, lambda found: found, seconds=5)
+        await eventually(sealing, lambda value: value, seconds=5)
         (exchange,) = gateway.app.state.service.runtime.exchanges
         exchange.cancel()
         await asyncio.wait([exchange])

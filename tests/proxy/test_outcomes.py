@@ -77,7 +77,7 @@ async def asked(upstream: Upstream) -> Call:
     async def count() -> int:
         return upstream.inferences
 
-    await eventually(count, lambda found: found == 1)
+    await eventually(count, lambda value: value == 1)
     return completion(upstream)
 
 
@@ -186,13 +186,13 @@ async def test_a_client_that_leaves_during_admission_has_nothing_sent_and_nothin
                 "and wait_event_type = 'Lock'"
             )
 
-        await eventually(lock_waiters, lambda found: found == 1)
+        await eventually(lock_waiters, lambda value: value == 1)
         waiting.cancel()
         await asyncio.wait([waiting])
         await let_the_server_notice(user)
         await owner.execute("commit")
     records = await eventually(
-        user.records, lambda found: len(found) == 2 and found[0]["status"] != "pending"
+        user.records, lambda value: len(value) == 2 and value[0]["status"] != "pending"
     )
     assert (records[0]["status"], records[0]["cost"]) == ("cancelled", 0)
     assert upstream.inferences == 0
@@ -322,7 +322,7 @@ async def test_a_request_cancelled_while_it_is_being_settled_is_settled_all_the_
     async def lookups() -> int:
         return upstream.sandbox.state.counts["/generation"]
 
-    await eventually(lookups, lambda found: found == 1)
+    await eventually(lookups, lambda value: value == 1)
     running_requests()[0].cancel()
     await asyncio.wait([waiting])
     record = await settled(user, upstream)
@@ -336,9 +336,9 @@ async def test_a_stream_of_two_seconds_can_be_finished_by_any_instance(
     upstream.scenario = "slow;ms=100;tokens=390"
     async with streaming(user) as lines:
         await read_events(lines, 2)
-        found = await eventually(user.records, lambda found: found[0]["generation_id"] is not None)
-        assert found[0]["status"] == "pending"
-        assert found[0]["generation_id"] == completion(upstream).generation_id
+        records = await eventually(user.records, lambda value: value[0]["generation_id"] is not None)
+        assert records[0]["status"] == "pending"
+        assert records[0]["generation_id"] == completion(upstream).generation_id
     assert (await settled(user, upstream))["status"] == "cancelled"
 
 
@@ -362,7 +362,7 @@ async def test_many_that_leave_at_any_time_are_charged_together_what_the_upstrea
         pending = [record for record in await user.records() if record["status"] == "pending"]
         return len(pending) + len(upstream.sandbox.state.in_flight)
 
-    await eventually(running, lambda found: found == 0)
+    await eventually(running, lambda value: value == 0)
     records = await user.records()
     assert len(records) == upstream.inferences == 40
     assert {record["status"] for record in records} == {"cancelled"}

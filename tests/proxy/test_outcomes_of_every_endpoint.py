@@ -95,7 +95,7 @@ async def asked(upstream: Upstream, kind: Kind) -> None:
     async def count() -> int:
         return len(calls(upstream, kind))
 
-    await eventually(count, lambda found: found == 1)
+    await eventually(count, lambda value: value == 1)
 
 
 async def settled(user: User, upstream: Upstream, kind: Kind) -> dict[str, Any]:
@@ -245,9 +245,9 @@ async def test_a_process_killed_under_every_kind_of_request(
         async def arrived() -> int:
             return sum(upstream.sandbox.state.counts[path] for path in {kind.upstream_path for kind in KINDS})
 
-        await eventually(arrived, lambda found: found == len(waiting), seconds=30)
+        await eventually(arrived, lambda value: value == len(waiting), seconds=30)
         known = "select count(*) from public.usage_records where generation_id is not null"
-        await eventually(lambda: database.value(known), lambda found: found >= len(STREAMS), seconds=10)
+        await eventually(lambda: database.value(known), lambda value: value >= len(STREAMS), seconds=10)
         for worker in workers_of(pid):
             os.kill(worker, signal.SIGKILL)
         await asyncio.wait(waiting)
@@ -255,7 +255,7 @@ async def test_a_process_killed_under_every_kind_of_request(
         async def running() -> int:
             return len(upstream.sandbox.state.in_flight)
 
-        await eventually(running, lambda found: found == 0, seconds=60)
+        await eventually(running, lambda value: value == 0, seconds=60)
         upstream.scenario = ""
         await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
         await database.age_holds()

@@ -55,10 +55,10 @@ async def owner_of_a_key(gateway: Gateway, credits: float = 0) -> User:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def user(gateway: Gateway, upstream: Upstream) -> User:
-    found = await owner_of_a_key(gateway)
+    owner = await owner_of_a_key(gateway)
     await gateway.app.state.service.runtime.catalog("live").models()
     upstream.forget()  # what was asked about the key, and for the list
-    return found
+    return owner
 
 
 def authorized(upstream: Upstream, path: str = "") -> list[str]:
@@ -240,7 +240,7 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
         reading, begun = await start_stream(user)
         await begun.wait()
         noted = "select count(*) from public.usage_records where generation_id is not null"
-        await eventually(lambda: database.value(noted), lambda found: found == 1)
+        await eventually(lambda: database.value(noted), lambda value: value == 1)
         for worker in workers_of(pid):
             os.kill(worker, signal.SIGKILL)
         await asyncio.wait([reading])
@@ -248,7 +248,7 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
         async def generating() -> int:
             return len(upstream.sandbox.state.in_flight)
 
-        await eventually(generating, lambda found: found == 0, seconds=60)
+        await eventually(generating, lambda value: value == 0, seconds=60)
         await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
         if removed:
             assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
@@ -260,15 +260,15 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
             "select status, settlement_source, cost_nanos, upstream_cost_nanos from public.usage_records"
         )
     )[0]
-    asked = authorized(upstream, "/generation")
+    lookups = authorized(upstream, "/generation")
     if removed:
-        assert asked == [] and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
+        assert lookups == [] and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
             "expired",
             "none",
             0,
         )
     else:
-        assert set(asked) == {OWN} and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
+        assert set(lookups) == {OWN} and (row["status"], row["settlement_source"], row["cost_nanos"]) == (
             "cancelled",
             "generation",
             0,
@@ -286,7 +286,7 @@ async def test_a_key_removed_in_mid_stream_serves_what_it_has_begun(
     async def asked() -> int:
         return upstream.inferences
 
-    await eventually(asked, lambda found: found == 1)
+    await eventually(asked, lambda value: value == 1)
     assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
     answer = await waiting
     assert answer.text.endswith("data: [DONE]\n\n") and '"cost":0,' in answer.text
@@ -298,7 +298,7 @@ async def test_a_key_removed_in_mid_stream_serves_what_it_has_begun(
 
 
 async def test_a_changed_price_sends_it_again_under_it(start_gateway: Start) -> None:
-    about = {
+    facts = {
         "error": {
             "message": "No endpoints",
             "http_status": 404,
@@ -306,17 +306,17 @@ async def test_a_changed_price_sends_it_again_under_it(start_gateway: Start) -> 
         }
     }
     usage = {"prompt_tokens": 9, "completion_tokens": 4, "cost": 0.0000123}
-    said = {
+    body = {
         "id": "gen-1",
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Hi"}}],
         "usage": usage,
     }
     async with running_script() as upstream:
         gateway = await start_gateway(**live(upstream.url))
-        upstream.say(Reply([orjson.dumps(said)]))
+        upstream.say(Reply([orjson.dumps(body)]))
         user = await sealed_by(gateway, KEY)
         assert (await user.chat(model=TEXT)).status_code == 200
-        upstream.say(Reply([orjson.dumps(about)], status=404), Reply([orjson.dumps(said)]))
+        upstream.say(Reply([orjson.dumps(facts)], status=404), Reply([orjson.dumps(body)]))
         upstream.factor = Decimal(3)
         response = await user.chat(model=TEXT, max_tokens=50)
         assert response.status_code == 200 and response.json()["gateway_usage"]["cost"] == 0, response.text

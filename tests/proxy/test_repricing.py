@@ -41,8 +41,8 @@ ANSWERED = Reply([orjson.dumps(SAID)])
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Scripted]:
-    async with running_script() as found:
-        yield found
+    async with running_script() as scripted:
+        yield scripted
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ async def warm(gateway: Gateway, upstream: Scripted, credits: str = "1") -> User
     return await gateway.register(credits=credits)
 
 
-async def ended(user: User, answer: httpx.Response, status: int) -> dict[str, Any]:
+async def ended(user: User, response: httpx.Response, status: int) -> dict[str, Any]:
     """The only record; nothing is held any more and the books are in order."""
-    assert answer.status_code == status, answer.text
+    assert response.status_code == status, response.text
     record = await user.settled_record()
-    assert record["request_id"] == answer.headers["x-request-id"]
+    assert record["request_id"] == response.headers["x-request-id"]
     assert (await user.balance())["held"] == 0
     await user.gateway.database.assert_books_balance()
     return record
@@ -73,7 +73,7 @@ async def arrived(upstream: Scripted, count: int) -> None:
     async def sent() -> int:
         return len(upstream.sent)
 
-    await eventually(sent, lambda found: found == count)
+    await eventually(sent, lambda value: value == count)
 
 
 def prices(upstream: Scripted) -> list[Decimal]:
@@ -102,17 +102,17 @@ async def test_a_raised_price_raises_the_hold_and_the_client_gets_the_answer(
 
 async def test_the_raised_hold_is_what_the_dearer_bound_takes(gateway: Gateway, upstream: Scripted) -> None:
     user = await warm(gateway, upstream)
-    found = []
+    held = []
     for replies in ([], [REFUSED]):
         rest = asyncio.Event()
         upstream.say(*replies, Reply([rest, *ANSWERED.pieces]))
-        asked = asyncio.create_task(user.chat(model=TEXT, max_tokens=50))
+        chat = asyncio.create_task(user.chat(model=TEXT, max_tokens=50))
         await arrived(upstream, len(replies) + 1)
-        found.append(Decimal(str((await user.balance())["held"])))
+        held.append(Decimal(str((await user.balance())["held"])))
         rest.set()
-        assert (await asked).status_code == 200 and (await user.balance())["held"] == 0
+        assert (await chat).status_code == 200 and (await user.balance())["held"] == 0
         upstream.factor = Decimal(3)
-    assert found[1] == 3 * found[0] > 0
+    assert held[1] == 3 * held[0] > 0
 
 
 async def test_a_dearer_hold_that_credits_do_not_cover_is_a_402(gateway: Gateway, upstream: Scripted) -> None:
@@ -192,10 +192,10 @@ async def test_a_client_who_has_left_is_sent_nothing_more_for(gateway: Gateway, 
     rest = asyncio.Event()
     upstream.say(Reply([rest, *REFUSED.pieces], status=404), ANSWERED)
     upstream.factor = Decimal(3)
-    asked = asyncio.create_task(user.chat(model=TEXT, max_tokens=50))
+    chat = asyncio.create_task(user.chat(model=TEXT, max_tokens=50))
     await arrived(upstream, 1)
-    asked.cancel()
-    await asyncio.wait({asked})
+    chat.cancel()
+    await asyncio.wait({chat})
     for _ in range(2):  # round trips over the same event loop: by then the server has noticed
         await gateway.http.get("/health/live")
     rest.set()

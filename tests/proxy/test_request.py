@@ -50,7 +50,7 @@ def refusal(endpoint: Endpoint, raw: bytes, content_type: str = "application/jso
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
 def test_every_field_goes_out_but_those_that_cross_tenants(name: str) -> None:
-    found = sent(
+    body = sent(
         name,
         {"model": "capped"},
         model="a/b",
@@ -62,40 +62,38 @@ def test_every_field_goes_out_but_those_that_cross_tenants(name: str) -> None:
         user="alice",
     )
     assert (
-        found["anything"] == {"deep": [1]}
-        and found["model"] == "capped"
-        and found["session_id"] == "tenant(s)"
+        body["anything"] == {"deep": [1]} and body["model"] == "capped" and body["session_id"] == "tenant(s)"
     )
-    assert not {"debug", "trace", "cache"} & set(found)
+    assert not {"debug", "trace", "cache"} & set(body)
     if name == "messages":
-        assert found["metadata"] == {"user_id": "tenant()"} and not {"user", "safety_identifier"} & set(found)
+        assert body["metadata"] == {"user_id": "tenant()"} and not {"user", "safety_identifier"} & set(body)
     else:
-        assert found["user"] == "tenant(alice)"
+        assert body["user"] == "tenant(alice)"
 
 
 def test_a_response_s_user_has_two_names_and_one_pseudonym() -> None:
-    found = sent(
+    body = sent(
         "responses", model="a/b", input="x", safety_identifier="alice", prompt_cache_key="k", store=True
     )
-    assert (found["user"], found["safety_identifier"], found["prompt_cache_key"]) == (
+    assert (body["user"], body["safety_identifier"], body["prompt_cache_key"]) == (
         "tenant(alice)",
         "tenant(alice)",
         "tenant(k)",
     )
-    assert "store" not in found
+    assert "store" not in body
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"messages"}))
 def test_whoever_is_named_beside_the_user_is_the_tenant_s_own(name: str) -> None:
-    found = sent(name, model="a/b", safety_identifier="alice")
-    assert (found["user"], found["safety_identifier"]) == ("tenant(alice)", "tenant(alice)")
+    body = sent(name, model="a/b", safety_identifier="alice")
+    assert (body["user"], body["safety_identifier"]) == ("tenant(alice)", "tenant(alice)")
     assert (
         sent(name, model="a/b", safety_identifier="alice", user="bob")["safety_identifier"] == "tenant(bob)"
     )
 
 
 def test_a_message_s_user_stands_in_its_metadata() -> None:
-    found = sent(
+    body = sent(
         "messages",
         model="a/b",
         messages=[],
@@ -103,10 +101,10 @@ def test_a_message_s_user_stands_in_its_metadata() -> None:
         user="raw",
         safety_identifier="raw",
     )
-    assert found["metadata"] == {"user_id": "tenant(alice)", "more": 1} and not {
+    assert body["metadata"] == {"user_id": "tenant(alice)", "more": 1} and not {
         "user",
         "safety_identifier",
-    } & set(found)
+    } & set(body)
     assert sent("messages", model="a/b", metadata="odd")["metadata"] == {"user_id": "tenant()"}
 
 
@@ -325,10 +323,10 @@ def test_any_bytes_for_a_form_are_read_or_refused(raw: bytes, boundary: bytes) -
     for body in (raw, form(raw), form(FILE, raw)):
         for kind in (FORM, "multipart/form-data; boundary=" + boundary.decode("latin-1")):
             try:
-                found: ParsedRequest | None = read_request(TRANSCRIPTIONS, body, kind)
+                parsed: ParsedRequest | None = read_request(TRANSCRIPTIONS, body, kind)
             except BadRequest:
-                found = None
-            assert found is None or found.file is not None
+                parsed = None
+            assert parsed is None or parsed.file is not None
 
 
 # Paths.

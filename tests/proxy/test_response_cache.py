@@ -41,15 +41,15 @@ async def ask(user: User, headers: dict[str, str] = ON, **body: Any) -> httpx.Re
     response = await user.gateway.http.post(
         "/v1/chat/completions", headers={**user.headers, **headers}, json={**CHAT, **body}
     )
-    said = response.headers.get("x-gateway-cache")
-    assert said in (None, "HIT", "MISS") and response.headers.get("x-openrouter-cache-status") == said
+    status = response.headers.get("x-gateway-cache")
+    assert status in (None, "HIT", "MISS") and response.headers.get("x-openrouter-cache-status") == status
     return response
 
 
-def said(answer: httpx.Response) -> str | None:
-    assert answer.status_code == 200, answer.text
-    found: str | None = answer.headers.get("x-gateway-cache")
-    return found
+def said(response: httpx.Response) -> str | None:
+    assert response.status_code == 200, response.text
+    status: str | None = response.headers.get("x-gateway-cache")
+    return status
 
 
 async def ages(user: User, seconds: int) -> None:
@@ -192,10 +192,10 @@ async def test_another_file_of_the_same_form_is_another_question(
     gateway: Gateway, upstream: Upstream, user: User
 ) -> None:
     async def transcribe(sound: bytes) -> str | None:
-        files, about = {"file": ("a.wav", sound, "audio/wav")}, {"model": "openai/gpt-4o-transcribe"}
+        files, fields = {"file": ("a.wav", sound, "audio/wav")}, {"model": "openai/gpt-4o-transcribe"}
         return said(
             await gateway.http.post(
-                "/v1/audio/transcriptions", headers={**user.headers, **ON}, data=about, files=files
+                "/v1/audio/transcriptions", headers={**user.headers, **ON}, data=fields, files=files
             )
         )
 
@@ -229,8 +229,8 @@ async def test_a_hit_needs_no_credits_and_counts_as_a_request(
     await gateway.admin(
         "POST", "/admin/adjust_credits", json={"user_id": user.id, "credits": -9, "reason": "test"}
     )
-    left = {"user_id": user.id, "credits": str(-(await balance(user))), "reason": "test"}
-    await gateway.admin("POST", "/admin/adjust_credits", json=left)
+    correction = {"user_id": user.id, "credits": str(-(await balance(user))), "reason": "test"}
+    await gateway.admin("POST", "/admin/adjust_credits", json=correction)
     assert (await user.balance())["credits"] == 0 < spent["credits"]
     assert (await ask(user, {"x-gateway-cache": "false"})).status_code == 402
     hit = await ask(user)

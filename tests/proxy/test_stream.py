@@ -201,8 +201,8 @@ def test_the_accounting_event_is_the_held_one_or_one_of_our_own() -> None:
 )
 def test_a_field_is_added_and_the_rest_stays(fields: dict[str, Any], space: bytes) -> None:
     fields.pop("own", None)
-    found = with_field(space + orjson.dumps(fields) + space, "own", b"[1]")
-    assert orjson.loads(found) == {**fields, "own": [1]}
+    event = with_field(space + orjson.dumps(fields) + space, "own", b"[1]")
+    assert orjson.loads(event) == {**fields, "own": [1]}
 
 
 def test_a_body_without_secrets_stays_as_it_is() -> None:

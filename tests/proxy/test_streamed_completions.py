@@ -35,12 +35,12 @@ def text_of(chunks: list[ChatCompletionChunk]) -> str:
 
 def charge_of(chunks: list[ChatCompletionChunk]) -> dict[str, Any]:
     """`gateway_usage`, which one event has, and no other."""
-    (found,) = [
+    (charge,) = [
         chunk.model_extra["gateway_usage"]
         for chunk in chunks
         if chunk.model_extra and "gateway_usage" in chunk.model_extra
     ]
-    return dict(found)
+    return dict(charge)
 
 
 async def charged(user: User, upstream: Upstream) -> dict[str, Any]:
@@ -171,9 +171,9 @@ async def test_an_error_in_mid_stream_reaches_the_sdk_and_the_books(
 ) -> None:
     user = await live_gateway.register(credits=1)
     upstream.scenario = scenario
-    with pytest.raises(openai.APIError) as found:
+    with pytest.raises(openai.APIError) as caught:
         await stream(user)
-    assert found.value.message
+    assert caught.value.message
     record = await user.settled_record()
     assert record["status"] == "failed" and record["error_code"]
     assert Decimal(str(record["cost"])) == upstream.sandbox.state.billed

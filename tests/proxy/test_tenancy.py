@@ -220,8 +220,8 @@ async def test_a_file_of_the_operators_account_cannot_be_named(
 
 def test_of_the_operators_limits_a_stream_says_nothing() -> None:
     """As an answer's status does; in a stream, the same comes as an event."""
-    shown = sanitised_error({"code": 403, "message": "Key limit exceeded (monthly limit: $250)."})
-    assert shown["code"] == "upstream_unavailable" and "250" not in str(shown)
+    error = sanitised_error({"code": 403, "message": "Key limit exceeded (monthly limit: $250)."})
+    assert error["code"] == "upstream_unavailable" and "250" not in str(error)
     assert "flagged" in str(sanitised_error({"code": 403, "message": "Your input was flagged."})["message"])
 
 
@@ -275,12 +275,12 @@ async def test_the_zone_of_a_time_counts(gateway: Gateway) -> None:
         ]
     )
     far = datetime.timezone(datetime.timedelta(hours=23))
-    for shift, found in ((-1, 1), (1, 0)):
+    for shift, count in ((-1, 1), (1, 0)):
         start = (made + datetime.timedelta(seconds=shift)).astimezone(far).isoformat()
         response = await gateway.http.get(
             "/user/transactions", params={"start": start, "limit": 1}, headers=user.headers
         )
-        assert len(response.json()["transactions"]) == found, start
+        assert len(response.json()["transactions"]) == count, start
 
 
 @pytest.mark.parametrize(

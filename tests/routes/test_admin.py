@@ -215,12 +215,12 @@ async def test_a_grant_of_nonsense_is_refused(gateway: Gateway, credits: Any) ->
 
 async def test_an_admin_finds_and_revokes_anybodys_key(gateway: Gateway) -> None:
     user = await gateway.register()
-    found = await gateway.admin("GET", f"/admin/keys?search=gw_live_...{user.key[-4:]}")
-    assert [key["user_id"] for key in found["keys"]] == [user.id]
-    await gateway.admin("DELETE", f"/admin/keys/{found['keys'][0]['id']}")
+    page = await gateway.admin("GET", f"/admin/keys?search=gw_live_...{user.key[-4:]}")
+    assert [key["user_id"] for key in page["keys"]] == [user.id]
+    await gateway.admin("DELETE", f"/admin/keys/{page['keys'][0]['id']}")
     assert (await user.chat()).status_code == 401
     assert (
-        await gateway.http.delete(f"/admin/keys/{found['keys'][0]['id']}", headers=ADMIN)
+        await gateway.http.delete(f"/admin/keys/{page['keys'][0]['id']}", headers=ADMIN)
     ).status_code == 404
 
 
@@ -249,10 +249,10 @@ async def test_an_administrators_own_key_is_issued_by_one(gateway: Gateway) -> N
     user = await gateway.register()
     await gateway.admin("PUT", f"/admin/users/{user.id}", json={"role": "admin"})
     scopes = {"read": ["*"], "write": ["*"], "admin": ["*"]}
-    asked = {"key_name": "operations", "scope_permissions": scopes}
-    itself = await gateway.http.post("/user/api-keys", headers=user.headers, json=asked)
+    body = {"key_name": "operations", "scope_permissions": scopes}
+    itself = await gateway.http.post("/user/api-keys", headers=user.headers, json=body)
     assert itself.status_code == 403
-    issued = await gateway.admin("POST", "/admin/keys", json={**asked, "user_id": user.id})
+    issued = await gateway.admin("POST", "/admin/keys", json={**body, "user_id": user.id})
     headers = {"authorization": f"Bearer {issued['api_key']}"}
     assert (await gateway.http.get("/admin/balance", headers=headers)).status_code == 200
     await gateway.admin("PUT", f"/admin/users/{user.id}", json={"role": "user"})
@@ -309,11 +309,11 @@ async def test_the_monitor_shows_the_busiest_and_the_latest(gateway: Gateway) ->
     await quiet.chat()
     for _ in range(2):
         await busy.chat()
-    found = await gateway.admin("GET", "/admin/monitor")
-    assert found["system_usage_metrics"]["last_request_time"] == found["recent_activity"][0]["created_at"]
-    assert (found["total_users"], found["active_users_today"], found["requests_today"]) == (2, 2, 3)
-    assert [row["user_id"] for row in found["top_users_by_usage"]] == [busy.id, quiet.id]
-    assert len(found["recent_activity"]) == 3
+    report = await gateway.admin("GET", "/admin/monitor")
+    assert report["system_usage_metrics"]["last_request_time"] == report["recent_activity"][0]["created_at"]
+    assert (report["total_users"], report["active_users_today"], report["requests_today"]) == (2, 2, 3)
+    assert [row["user_id"] for row in report["top_users_by_usage"]] == [busy.id, quiet.id]
+    assert len(report["recent_activity"]) == 3
 
 
 async def test_the_model_cache_is_refreshed_on_demand(gateway: Gateway) -> None:

@@ -51,15 +51,15 @@ PUBLIC = {
 upstream, live_gateway = staged_upstream, staged_gateway
 
 
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    body = answer.json()
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
     error = body["error"]
-    if answer.request.url.path.startswith("/api/v1/"):  # OpenRouter's form
+    if response.request.url.path.startswith("/api/v1/"):  # OpenRouter's form
         assert error["code"] == status
         error["code"] = error.pop("metadata")["error_type"]
     assert set(body) == {"error", "gateway"} and set(error) == {"message", "type", "param", "code"}
-    assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
+    assert body["gateway"]["request_id"] == response.headers["x-request-id"]
     return dict(error)
 
 
@@ -336,11 +336,14 @@ async def test_limits_are_set_for_a_user_or_a_key_and_only_those_named(live_gate
     user = await live_gateway.register(credits=1)
     for target in ({"user_id": user.id}, {"api_key": user.key}):
         body = {**target, "rate_limits": {"requests_per_minute": 3}}
-        found = await live_gateway.admin("POST", "/admin/limit", json=body)
-        found = await live_gateway.admin(
+        answered = await live_gateway.admin("POST", "/admin/limit", json=body)
+        answered = await live_gateway.admin(
             "POST", "/admin/limit", json={**target, "rate_limits": {"tokens_per_day": 5}}
         )
-        assert (found["rate_limits"]["requests_per_minute"], found["rate_limits"]["tokens_per_day"]) == (3, 5)
+        assert (
+            answered["rate_limits"]["requests_per_minute"],
+            answered["rate_limits"]["tokens_per_day"],
+        ) == (3, 5)
     for rate_limits in ({}, {"requests_per_minute": -1}, {"requests_per_minute": 1.5}, {"typo": 1}):
         error_of(
             await live_gateway.http.post(
@@ -355,10 +358,10 @@ async def test_limits_are_set_for_a_user_or_a_key_and_only_those_named(live_gate
 async def test_a_plan_is_assigned_or_said_to_be_missing(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     plan = await live_gateway.database.value("select min(id) from public.plans")
-    found = await live_gateway.admin(
+    assigned = await live_gateway.admin(
         "POST", "/admin/assign-plan", json={"user_id": user.id, "plan_id": plan, "duration_months": 2}
     )
-    assert found["plan_id"] == plan and found["end_date"]
+    assert assigned["plan_id"] == plan and assigned["end_date"]
     for order in ({"user_id": 999_999, "plan_id": plan}, {"user_id": user.id, "plan_id": 999_999}):
         error_of(await live_gateway.http.post("/admin/assign-plan", headers=ADMIN, json=order), 404)
     error_of(
@@ -486,17 +489,17 @@ async def test_the_model_list_comes_page_by_page_until_it_ends(live_gateway: Gat
     for prefix in ("/v1", "/api/v1"):
         whole = (await live_gateway.http.get(f"{prefix}/models")).json()
         assert (whole["total_count"], whole["links"]) == (len(whole["data"]), {"next": None})
-        found: list[Any] = []
+        models: list[Any] = []
         path, pages = f"{prefix}/models?limit=7", 0
         while path is not None:
             page = (await live_gateway.http.get(path)).json()
             assert page["total_count"] == whole["total_count"] and 0 < len(page["data"]) <= 7
-            found, path, pages = found + page["data"], page["links"]["next"], pages + 1
-        assert found == whole["data"] and pages == -(-len(found) // 7)
+            models, path, pages = models + page["data"], page["links"]["next"], pages + 1
+        assert models == whole["data"] and pages == -(-len(models) // 7)
         rest = (await live_gateway.http.get(f"{prefix}/models?offset=3")).json()
         assert (rest["data"], rest["links"]["next"]) == (whole["data"][3:], None)
-        beyond = (await live_gateway.http.get(f"{prefix}/models?offset={len(found)}&limit=7")).json()
-        assert (beyond["data"], beyond["total_count"], beyond["links"]["next"]) == ([], len(found), None)
+        beyond = (await live_gateway.http.get(f"{prefix}/models?offset={len(models)}&limit=7")).json()
+        assert (beyond["data"], beyond["total_count"], beyond["links"]["next"]) == ([], len(models), None)
 
 
 @pytest.mark.parametrize(
@@ -510,8 +513,8 @@ async def test_a_page_that_cannot_be_is_refused(live_gateway: Gateway, query: st
 @pytest.mark.parametrize("prefix", ["/v1", "/api/v1"])
 async def test_one_model_is_read_by_its_author_and_slug(live_gateway: Gateway, prefix: str) -> None:
     listed = (await live_gateway.http.get("/v1/models")).json()["data"]
-    found = (await live_gateway.http.get(f"{prefix}/model/openai/gpt-4o-mini")).json()["data"]
-    assert found in listed and found["id"] == "openai/gpt-4o-mini"
+    entry = (await live_gateway.http.get(f"{prefix}/model/openai/gpt-4o-mini")).json()["data"]
+    assert entry in listed and entry["id"] == "openai/gpt-4o-mini"
     error = error_of(await live_gateway.http.get(f"{prefix}/model/openai/nothing"), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "slug")
 

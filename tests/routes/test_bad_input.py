@@ -152,16 +152,16 @@ async def test_no_field_takes_what_it_should_not(
     world: World, schema: dict[str, Any], endpoint: Endpoint
 ) -> None:
     assert endpoint.body is not None
-    base, before, found, count = endpoint.body(world), await world.gateway.database.value(STATE), [], 0
+    base, before, wrongs, count = endpoint.body(world), await world.gateway.database.value(STATE), [], 0
     for name, part in body_schema(schema, endpoint)["properties"].items():
         for path, value in wrong(schema, part, (name,)):
             count += 1
             response = await send(world, endpoint, json.dumps(placed(base, path, value)).encode())
             param = str(response.json().get("error", {}).get("param"))
             if response.status_code != 400 or not f"{param}.".startswith(f"{'.'.join(path)}."):
-                found.append((".".join(path), repr(value)[:60], response.status_code, param))
+                wrongs.append((".".join(path), repr(value)[:60], response.status_code, param))
     assert count >= 5
-    assert found == []
+    assert wrongs == []
     assert await world.gateway.database.value(STATE) == before
 
 
@@ -187,7 +187,7 @@ async def test_no_body_is_taken_that_is_no_order(world: World, endpoint: Endpoin
 @pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain"])
 async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> None:
     """What `curl -d` sends is called a form unless somebody says otherwise."""
-    found = []
+    wrongs = []
     for endpoint in (*WITH_BODY, REGISTER):
         headers = {
             **(ADMIN if endpoint.scope is None else world.user.headers),
@@ -214,8 +214,8 @@ async def test_a_body_is_json_whatever_it_is_called(world: World, kind: str) -> 
             )
             error = response.json()["error"]
             if (response.status_code, error["param"]) != (400, param) or said not in error["message"]:
-                found.append((str(endpoint), content[:20], error))
-    assert found == []
+                wrongs.append((str(endpoint), content[:20], error))
+    assert wrongs == []
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def parameters(schema: dict[str, Any]) -> list[tuple[Endpoint, dict[str, Any]]]:
 
 
 async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[str, Any]) -> None:
-    before, found, cases = await world.gateway.database.value(STATE), [], 0
+    before, wrongs, cases = await world.gateway.database.value(STATE), [], 0
     for endpoint, parameter in parameters(schema):
         name, (part, _) = parameter["name"], resolved(schema, parameter["schema"])
         kind = part.get("type")
@@ -270,9 +270,9 @@ async def test_no_parameter_takes_what_it_should_not(world: World, schema: dict[
                 endpoint.method, path, headers=headers, content=content
             )
             if (response.status_code, response.json().get("error", {}).get("param")) != (400, name):
-                found.append((str(endpoint), name, value[:40], response.status_code))
+                wrongs.append((str(endpoint), name, value[:40], response.status_code))
     assert cases > 100
-    assert found == []
+    assert wrongs == []
     assert await world.gateway.database.value(STATE) == before
 
 
@@ -394,12 +394,12 @@ async def test_what_is_wrong_is_said_in_a_sentence_that_names_the_field(
 
 
 async def test_every_pattern_of_the_models_has_a_sentence(schema: dict[str, Any]) -> None:
-    found: set[str] = set()
+    patterns: set[str] = set()
 
     def walk(part: Any, name: str = "") -> None:
         if isinstance(part, dict):
             if isinstance(part.get("pattern"), str) and "$" in part["pattern"]:
-                found.add(part["pattern"])
+                patterns.add(part["pattern"])
             for key, each in part.items():
                 walk(each, key)
         elif isinstance(part, list):
@@ -407,8 +407,10 @@ async def test_every_pattern_of_the_models_has_a_sentence(schema: dict[str, Any]
                 walk(each, name)
 
     walk(schema)
-    decimals = {pattern for pattern in found if "\\d" in pattern}  # of amounts, which are checked as numbers
-    assert found - decimals == set(PATTERNS)
+    decimals = {
+        pattern for pattern in patterns if "\\d" in pattern
+    }  # of amounts, which are checked as numbers
+    assert patterns - decimals == set(PATTERNS)
 
 
 async def test_no_sentence_speaks_the_library_s_language(world: World, schema: dict[str, Any]) -> None:

@@ -119,8 +119,8 @@ async def test_a_live_gateway_asks_openrouter_about_the_key(
     live_gateway: Gateway, upstream: Upstream
 ) -> None:
     user = await live_gateway.register()
-    kept = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
-    assert (kept.status_code, kept.json()["checked"]) == (200, True)
+    stored = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
+    assert (stored.status_code, stored.json()["checked"]) == (200, True)
     call = [call for call in upstream.sandbox.state.calls if call.path == "/key"][-1]
     assert (b"authorization", f"Bearer {PROVIDER_KEY}".encode()) in call.raw_headers
 
@@ -141,8 +141,8 @@ async def test_a_key_that_cannot_be_checked_now_is_kept_and_that_is_said(
 ) -> None:
     gateway = await start_gateway(**await refusing(503))
     user = await gateway.register()
-    kept = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
-    assert (kept.status_code, kept.json()["checked"]) == (200, False)
+    stored = await ask(user, "PUT", "/user/provider-key", {"key": PROVIDER_KEY})
+    assert (stored.status_code, stored.json()["checked"]) == (200, False)
 
 
 async def test_what_goes_out_with_an_own_key_is_shown_as_such(
@@ -313,8 +313,8 @@ async def test_a_quote_is_bounded_by_the_end_users_budget(gateway: Gateway) -> N
     body = {name: CHAT_BODY[name] for name in ("model", "messages")}
     assert (await quote(user, {"body": body})).json()["affordable"]
     for asked, headers in (({**body, "user": "poor"}, {}), (body, {"x-end-user": "poor"})):
-        found = (await quote(user, {"body": asked}, **headers)).json()
-        assert (found["affordable"], found["reason"], found["available"]) == (
+        quoted = (await quote(user, {"body": asked}, **headers)).json()
+        assert (quoted["affordable"], quoted["reason"], quoted["available"]) == (
             False,
             "end_user_budget_exceeded",
             0.000001,
@@ -323,7 +323,7 @@ async def test_a_quote_is_bounded_by_the_end_users_budget(gateway: Gateway) -> N
 
 async def test_a_key_that_was_revoked_meanwhile_changes_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
-    order = {
+    item = {
         "user_id": user.id,
         "maker_id": 10**9,
         "actor": "key:0",
@@ -336,14 +336,14 @@ async def test_a_key_that_was_revoked_meanwhile_changes_nothing(gateway: Gateway
         ("create_end_user_budget", {"end_user": "a", "budget_nanos": "1", "budget_window": "day"}),
         ("create_webhook", {"url": "https://a.example.com", "encrypted_secret": "x"}),
     ):
-        found = await gateway.database.value(f"select public.{function}($1)", json.dumps({**order, **rest}))
-        assert json.loads(found) == {"outcome": "not_found"}
+        result = await gateway.database.value(f"select public.{function}($1)", json.dumps({**item, **rest}))
+        assert json.loads(result) == {"outcome": "not_found"}
 
 
 async def test_budget_events_are_listed_by_page_and_for_their_owner_only(gateway: Gateway) -> None:
     user, other = await gateway.register(), await gateway.register()
     await user.chat()
-    (record,) = await eventually(user.records, lambda found: len(found) == 1)
+    (record,) = await eventually(user.records, lambda value: len(value) == 1)
     async with gateway.database.owner() as owner:
         for level in (50, 80):
             await owner.execute(

@@ -77,8 +77,8 @@ async def ask(tenant: User, end_user: str | None = None, **body: Any) -> httpx.R
 
 
 async def standing(user: User, end_user: str) -> dict[str, Any]:
-    (found,) = (await manage(user, "GET", f"/user/end-users?end_user={end_user}")).json()["end_users"]
-    return dict(found)
+    (row,) = (await manage(user, "GET", f"/user/end-users?end_user={end_user}")).json()["end_users"]
+    return dict(row)
 
 
 async def recorded(user: User) -> list[str | None]:
@@ -97,8 +97,8 @@ async def test_a_request_counts_for_whom_it_names(
     assert response.status_code == 200, response.text
     await user.settled_record()
     assert await recorded(user) == ["ann"]
-    found = await standing(user, "ann")
-    assert found["spent"] == (await user.records())[0]["cost"] > 0 == found["held"]
+    row = await standing(user, "ann")
+    assert row["spent"] == (await user.records())[0]["cost"] > 0 == row["held"]
     receipt = await manage(user, "GET", f"/v1/receipts/{response.headers['x-request-id']}")
     assert receipt.json()["end_user"] == "ann"
 
@@ -138,8 +138,8 @@ async def test_fifty_at_once_spend_it_to_the_last(user: User, end_user: str) -> 
     before = (await user.balance())["credits"]
     answers = await asyncio.gather(*(ask(user, end_user, stream=number % 2 == 0) for number in range(50)))
     assert Counter(answer.status_code for answer in answers) == {200: 7, 402: 43}
-    found = await standing(user, end_user)
-    assert (found["spent"], found["held"], found["remaining"]) == (3.5, 0, 0)
+    row = await standing(user, end_user)
+    assert (row["spent"], row["held"], row["remaining"]) == (3.5, 0, 0)
     assert (await user.balance())["credits"] == before - 3.5
     await user.gateway.database.assert_books_balance()
 
@@ -158,8 +158,8 @@ async def test_a_budget_leaves_what_a_failure_did_not_cost(user: User) -> None:
     await budget(user, "ann", 0.5)
     failed = await ask(user, "ann", model="sandbox/fixed-price:error-500")
     assert failed.status_code == 502
-    found = await standing(user, "ann")
-    assert (found["spent"], found["held"]) == (0, 0)
+    row = await standing(user, "ann")
+    assert (row["spent"], row["held"]) == (0, 0)
     assert (await ask(user, "ann")).status_code == 200
 
 
@@ -272,7 +272,7 @@ async def test_a_level_that_is_reached_is_told_once_and_delivered_by_the_sweep(
         await user.gateway.admin("POST", "/internal/sweep")
         return len(receiver.got)
 
-    await eventually(delivered, lambda found: found == 2)
+    await eventually(delivered, lambda value: value == 2)
     told = []
     for headers, body in receiver.got:
         assert verified(made["secret"], headers, body)

@@ -80,8 +80,8 @@ async def test_the_table_is_complete(gateway: Gateway) -> None:
 
 
 async def test_scopes_name_what_there_is() -> None:
-    asked = {*RESOURCES} | {endpoint.resource for endpoint in ENDPOINTS}
-    assert asked == {*get_args(Resource)} - {"*"}
+    checked = {*RESOURCES} | {endpoint.resource for endpoint in ENDPOINTS}
+    assert checked == {*get_args(Resource)} - {"*"}
 
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=str)

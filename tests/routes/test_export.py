@@ -49,8 +49,8 @@ async def text(user: User, path: str) -> httpx.Response:
     return response
 
 
-def rows_of(answer: httpx.Response) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(answer.content.decode(), newline="")))
+def rows_of(response: httpx.Response) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(response.content.decode(), newline="")))
 
 
 async def test_every_record_is_exported_once_in_every_form(gateway: Gateway) -> None:
@@ -207,8 +207,8 @@ def test_quotes_commas_and_line_ends_survive_the_way_into_csv_and_back() -> None
 
 @pytest.fixture
 async def link(database: Database) -> AsyncIterator[DatabaseLink]:
-    async with database_link(database) as found:
-        yield found
+    async with database_link(database) as opened:
+        yield opened
 
 
 class Reader:

@@ -269,17 +269,17 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
     before = await user.balance()
     response = await quote(user, {"body": CHAT_BODY, "output_tokens": 10})
     assert response.status_code == 200, response.text
-    found = json.loads(response.text, parse_float=Decimal)
-    assert (found["affordable"], found["reason"], found["max_output_tokens"], found["free"]) == (
+    quoted = json.loads(response.text, parse_float=Decimal)
+    assert (quoted["affordable"], quoted["reason"], quoted["max_output_tokens"], quoted["free"]) == (
         True,
         None,
         50,
         False,
     )
-    assert found["models"] == ["openai/gpt-4o-mini"]
-    assert 0 < found["estimated_cost"] < found["would_hold"]
-    assert Decimal(str(found["markup"])) == Decimal("1.1")
-    assert {"fixed_nanos", "output_nanos", "max_price"} == found["price_basis"].keys()
+    assert quoted["models"] == ["openai/gpt-4o-mini"]
+    assert 0 < quoted["estimated_cost"] < quoted["would_hold"]
+    assert Decimal(str(quoted["markup"])) == Decimal("1.1")
+    assert {"fixed_nanos", "output_nanos", "max_price"} == quoted["price_basis"].keys()
     assert await user.balance() == before
     assert await user.records() == []
     content = json.dumps(CHAT_BODY, separators=(",", ":"))
@@ -289,7 +289,7 @@ async def test_a_quote_is_what_the_request_then_holds_and_changes_nothing(start_
         content=content.encode(),
     )
     receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
-    assert receipt["hold"]["amount"] == found["would_hold"]
+    assert receipt["hold"]["amount"] == quoted["would_hold"]
 
 
 async def test_a_quote_says_what_could_be_afforded(gateway: Gateway) -> None:
@@ -328,22 +328,22 @@ async def test_a_quote_that_is_not_affordable_says_what_is_needed_as_the_refusal
     body: dict[str, Any] = {"model": "openai/gpt-4o-mini", "messages": long} | (
         {} if limit is None else {"max_tokens": limit}
     )
-    found = (await quote(user, {"body": body})).json()
+    quoted = (await quote(user, {"body": body})).json()
     refused = await gateway.http.post("/v1/chat/completions", headers=user.headers, json=body)
     told, error = refused.json()["gateway"], refused.json()["error"]
-    assert (found["affordable"], refused.status_code, found["reason"]) == (False, 402, error["code"])
-    assert (found["needed"], found["available"], found["affordable_max_tokens"]) == (
+    assert (quoted["affordable"], refused.status_code, quoted["reason"]) == (False, 402, error["code"])
+    assert (quoted["needed"], quoted["available"], quoted["affordable_max_tokens"]) == (
         told["needed"],
         told["available"],
         told["affordable_max_tokens"],
     )
     assert (
-        0 < found["estimated_cost"] <= found["would_hold"]
-        and found["available"] < found["needed"] <= found["would_hold"]
+        0 < quoted["estimated_cost"] <= quoted["would_hold"]
+        and quoted["available"] < quoted["needed"] <= quoted["would_hold"]
     )
-    assert found["message"].startswith(error["message"])
-    if found["affordable_max_tokens"]:
-        again = (await quote(user, {"body": {**body, "max_tokens": found["affordable_max_tokens"]}})).json()
+    assert quoted["message"].startswith(error["message"])
+    if quoted["affordable_max_tokens"]:
+        again = (await quote(user, {"body": {**body, "max_tokens": quoted["affordable_max_tokens"]}})).json()
         assert (again["affordable"], again["affordable_max_tokens"]) == (True, None)
 
 
@@ -352,16 +352,16 @@ async def test_a_quote_for_a_model_that_is_not_allowed_still_says_what_it_would_
 ) -> None:
     user = await gateway.register()
     narrow = await scoped(user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"])
-    found, allowed = (
+    refused, allowed = (
         (await quote(narrow, {"body": CHAT_BODY})).json(),
         (await quote(user, {"body": CHAT_BODY})).json(),
     )
-    assert (found["affordable"], found["affordable_max_tokens"], found["would_hold"]) == (
+    assert (refused["affordable"], refused["affordable_max_tokens"], refused["would_hold"]) == (
         False,
         None,
         allowed["would_hold"],
     )
-    assert found["message"].startswith("This API key or plan does not allow this model.")
+    assert refused["message"].startswith("This API key or plan does not allow this model.")
     testing = await scoped(
         user, {"read": ["*"], "write": ["*"]}, allowed_models=["anthropic/*"], environment_tag="test"
     )
@@ -410,14 +410,14 @@ async def test_every_endpoint_that_takes_json_can_be_quoted(
     gateway: Gateway, endpoint: str, body: dict[str, Any]
 ) -> None:
     user = await gateway.register()
-    found = (await quote(user, {"endpoint": endpoint, "body": body})).json()
-    assert (found["affordable"], found["max_output_tokens"]) == (True, 20)
+    quoted = (await quote(user, {"endpoint": endpoint, "body": body})).json()
+    assert (quoted["affordable"], quoted["max_output_tokens"]) == (True, 20)
     content = json.dumps(body, separators=(",", ":")).encode()
     headers = {**user.headers, "content-type": "application/json"}
     sent = await gateway.http.post(f"/v1/{endpoint}", headers=headers, content=content)
     assert sent.status_code == 200, sent.text
     receipt = await exact(user, f"/v1/receipts/{sent.headers['x-request-id']}")
-    assert receipt["hold"]["amount"] == Decimal(str(found["would_hold"]))
+    assert receipt["hold"]["amount"] == Decimal(str(quoted["would_hold"]))
 
 
 async def test_a_body_with_fractions_is_quoted_as_it_would_be_held(gateway: Gateway) -> None:
@@ -490,8 +490,8 @@ async def test_a_models_endpoints_are_the_upstreams_and_fetched_once(
     answers = await asyncio.gather(*(live_gateway.http.get(path) for _ in range(8)))
     assert {answer.status_code for answer in answers} == {200}
     assert answers[0].json()["data"]["endpoints"][0]["provider_name"]
-    asked = [call.path for call in upstream.sandbox.state.calls if "/endpoints" in call.path]
-    assert len(asked) == 1
+    lookups = [call.path for call in upstream.sandbox.state.calls if "/endpoints" in call.path]
+    assert len(lookups) == 1
 
 
 @pytest.mark.parametrize(

@@ -344,10 +344,10 @@ async def test_no_table_is_summed_in_python(database: Database, start_gateway: S
 
         empty, _ = await asked()
         await database.value(MANY_RECORDS, user.id)  # more than a page of a hosted database
-        full, found = await asked()
+        full, report = await asked()
         assert full <= empty + 1
-        total = found.get("usage_metrics", found.get("system_usage_metrics", {})).get(
-            "total_requests", found.get("total", {}).get("requests")
+        total = report.get("usage_metrics", report.get("system_usage_metrics", {})).get(
+            "total_requests", report.get("total", {}).get("requests")
         )
         assert total == 3000
 
@@ -373,9 +373,9 @@ async def test_health_reports_a_dead_database(database: Database, start_gateway:
 def test_the_configuration_is_checked_on_vercel_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VERCEL", "1")
     monkeypatch.chdir(tmp_path)
-    said = " ".join(load_configuration().problems)
+    problems = " ".join(load_configuration().problems)
     for name in ("SUPABASE_URL", "KEY_HASH_SECRETS", "ENCRYPTION_KEYS", "ADMIN_API_KEY"):
-        assert name in said
+        assert name in problems
 
 
 def test_every_test_is_run_before_a_change_lands() -> None:

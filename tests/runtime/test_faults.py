@@ -52,10 +52,10 @@ start_gateway = staged_start
 link = staged_link
 
 
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    body = answer.json()
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
     assert set(body) == {"error", "gateway"} and set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
+    assert body["gateway"]["request_id"] == response.headers["x-request-id"]
     return dict(body["error"])
 
 
@@ -63,7 +63,7 @@ async def upstream_was_asked(upstream: Upstream) -> None:
     async def count() -> int:
         return upstream.inferences
 
-    await eventually(count, lambda found: found == 1)
+    await eventually(count, lambda value: value == 1)
 
 
 async def assert_settled_exactly(user: User, upstream: Upstream) -> None:
@@ -124,7 +124,7 @@ async def test_a_database_gone_at_settlement_costs_the_client_nothing_but_certai
     async def journal() -> list[Path]:
         return [*(tmp_path / "settlements").iterdir()]
 
-    await eventually(journal, lambda found: not found)
+    await eventually(journal, lambda value: not value)
 
 
 async def test_the_next_start_takes_up_what_the_journal_holds(
@@ -147,7 +147,7 @@ async def test_the_next_start_takes_up_what_the_journal_holds(
     async def waiting_settlements() -> int:
         return sum(task.get_name().startswith("settlement of") for task in asyncio.all_tasks())
 
-    await eventually(waiting_settlements, lambda found: found == 0)
+    await eventually(waiting_settlements, lambda value: value == 0)
     await assert_settled_exactly(user, upstream)
 
 
@@ -244,7 +244,7 @@ async def test_an_upstream_that_cannot_be_reached_costs_nothing(start_gateway: S
         user = await gateway.register(credits=1)
         assert (await user.chat()).status_code == 200
     answer = await eventually(
-        user.chat, lambda found: found.status_code == 503
+        user.chat, lambda value: value.status_code == 503
     )  # first a connection that was still open may break
     assert error_of(answer)["code"] == "upstream_unreachable"
     record = (await user.records())[0]
@@ -340,8 +340,8 @@ async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
     process = await asyncio.create_subprocess_exec(
         sys.executable, ROOT / "app.py", cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE
     )
-    said = await process.communicate()
-    assert (process.returncode, *said) == (1, b"", f"{sentence}\n".encode())
+    output = await process.communicate()
+    assert (process.returncode, *output) == (1, b"", f"{sentence}\n".encode())
 
 
 async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_path: Path) -> None:

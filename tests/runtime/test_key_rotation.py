@@ -57,11 +57,11 @@ class Fleet:
 
 @pytest.fixture
 async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
-    found = Fleet(database, tmp_path)
+    made = Fleet(database, tmp_path)
     for number in (0, 1):
-        await found.deploy(number, OLD)
-    yield found
-    await found.aclose()
+        await made.deploy(number, OLD)
+    yield made
+    await made.aclose()
 
 
 async def make(user: User, gateway: Gateway, name: str) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from tests.support.workers import running_workers, start_stream, workers_of
 async def supervisor(
     database: Database, upstream: Upstream, tmp_path: Path
 ) -> AsyncIterator[tuple[Gateway, int]]:
-    async with running_workers(database, upstream.url, tmp_path) as found:
-        yield found
+    async with running_workers(database, upstream.url, tmp_path) as workers:
+        yield workers
 
 
 async def test_two_hundred_at_once_spend_ten_credits_to_the_last_and_not_one_more(
@@ -69,7 +69,7 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
     known, unknown = await gateway.register(credits=1), await gateway.register(credits=1)
     upstream.scenario = "slow;ms=50;tokens=390"
     first, _ = await start_stream(known)
-    noted = await eventually(known.records, lambda found: found[0]["generation_id"] is not None)
+    noted = await eventually(known.records, lambda value: value[0]["generation_id"] is not None)
     second, _ = await start_stream(unknown)  # killed before its generation id could be stored
     for worker in workers_of(pid):
         os.kill(worker, signal.SIGKILL)
@@ -79,7 +79,7 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
     async def still_running() -> int:
         return len(upstream.sandbox.state.in_flight)
 
-    await eventually(still_running, lambda found: found == 0)
+    await eventually(still_running, lambda value: value == 0)
     await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
     for user in (known, unknown):
         (record,) = await user.records()

@@ -106,10 +106,10 @@ async def test_what_usage_says_is_what_is_billed(client: Client, path: str, stre
 def costs_in(text: str) -> list[Decimal | None]:
     """Every `usage.cost` in an answer, streamed or not."""
     lines = [line.removeprefix("data: ") for line in text.split("\n")]
-    found = [
+    events = [
         json.loads(line, parse_float=Decimal, parse_int=Decimal) for line in lines if line.startswith("{")
     ]
-    usages = [event.get("usage") or event.get("response", {}).get("usage") or {} for event in found]
+    usages = [event.get("usage") or event.get("response", {}).get("usage") or {} for event in events]
     return [usage.get("cost") for usage in usages]
 
 

@@ -15,9 +15,9 @@ from sandbox.scenarios import parse_scenarios
 @pytest.mark.parametrize("path", ["/chat/completions", "/responses", "/messages"])
 def test_one_model_costs_what_it_can_cost_at_most(path: str) -> None:
     messages = [{"role": "user", "content": "x"}]
-    said = {"input": messages} if path == "/responses" else {"messages": messages, "max_tokens": 10}
+    fields = {"input": messages} if path == "/responses" else {"messages": messages, "max_tokens": 10}
     plan, _ = ENDPOINTS[path](
-        {"model": "sandbox/fixed-price", **said},
+        {"model": "sandbox/fixed-price", **fields},
         RequestSettings(parse_scenarios("ordinary"), Limits(), Market()),
     )
     assert plan.generation.cost == Decimal("0.5")

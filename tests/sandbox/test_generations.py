@@ -92,10 +92,10 @@ async def test_another_instance_answers_for_an_id_it_has_never_seen(client: Clie
     answer = (await client.ask()).json()
     other = httpx2.AsyncClient(transport=SandboxTransport(create_app()), base_url=client.http.base_url)
     async with other:
-        found = await other.get(
+        response = await other.get(
             "/generation", params={"id": answer["id"]}, headers={"Authorization": "Bearer k"}
         )
-    assert found.json()["data"]["total_cost"] == answer["usage"]["cost"]
+    assert response.json()["data"]["total_cost"] == answer["usage"]["cost"]
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ async def ask(client: Client, path: str, scenario: str = "ordinary", **body: Any
 
 async def cost_of(client: Client, response: httpx2.Response) -> Decimal:
     """What `/generation` says it cost."""
-    found = await client.look_up(response.headers["x-generation-id"])
-    cost: Decimal = exact(found)["data"]["total_cost"]
+    generation = await client.look_up(response.headers["x-generation-id"])
+    cost: Decimal = exact(generation)["data"]["total_cost"]
     return Decimal(cost)
 
 
@@ -119,12 +119,12 @@ async def test_a_wrong_ranking_is_a_400(client: Client, body: dict[str, Any]) ->
 def read_png(data: bytes) -> tuple[int, int, bytes]:
     """Width, height and pixels of a PNG whose checksums are right."""
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    chunks, place = {}, 8
-    while place < len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        kind, content = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
-        assert struct.unpack_from(">I", data, place + 8 + length)[0] == zlib.crc32(kind + content)
-        chunks[kind], place = content, place + 12 + length
+    chunks, position = {}, 8
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, content = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
+        assert struct.unpack_from(">I", data, position + 8 + length)[0] == zlib.crc32(kind + content)
+        chunks[kind], position = content, position + 12 + length
     width, height = struct.unpack_from(">II", chunks[b"IHDR"])
     return width, height, zlib.decompress(chunks[b"IDAT"])
 
@@ -163,10 +163,10 @@ async def test_no_more_than_four_images_are_made(client: Client) -> None:
 async def test_images_are_streamed_as_events(client: Client) -> None:
     response = await ask(client, "/images", model="openai/gpt-5-image-mini", n=2, stream=True, quality="low")
     lines = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
-    found = [json.loads(line, parse_float=Decimal) for line in lines[:-1]]
+    sent = [json.loads(line, parse_float=Decimal) for line in lines[:-1]]
     assert lines[-1] == "[DONE]"
-    assert [event["type"].split(".")[1] for event in found] == ["partial_image", "completed"] * 2
-    assert "usage" not in found[1] and found[3]["usage"]["cost"] == await cost_of(client, response)
+    assert [event["type"].split(".")[1] for event in sent] == ["partial_image", "completed"] * 2
+    assert "usage" not in sent[1] and sent[3]["usage"]["cost"] == await cost_of(client, response)
 
 
 # Speech.
@@ -252,8 +252,8 @@ async def test_an_upload_and_the_json_form_get_the_same(client: Client) -> None:
         data={"model": "openai/gpt-4o-transcribe"},
     )
     audio = {"data": base64.b64encode(sound).decode(), "format": "wav"}
-    said = await ask(client, "/audio/transcriptions", model="openai/gpt-4o-transcribe", input_audio=audio)
-    assert uploaded.json() == said.json()
+    response = await ask(client, "/audio/transcriptions", model="openai/gpt-4o-transcribe", input_audio=audio)
+    assert uploaded.json() == response.json()
     assert uploaded.headers["x-generation-id"].startswith("gen-stt-")
 
 
@@ -411,7 +411,7 @@ async def test_answers_stay_within_the_byte_limit() -> None:
 @pytest.mark.parametrize("model", MEDIA, ids=lambda model: model.id)
 async def test_every_model_is_listed_under_what_it_puts_out(client: Client, model: Any) -> None:
     listed = (await client.http.get("/models", params={"output_modalities": model.outputs[0]})).json()["data"]
-    (found,) = [item for item in listed if item["id"] == model.id]
-    assert found["architecture"]["output_modalities"] == list(model.outputs) and found["context_length"]
+    (entry,) = [item for item in listed if item["id"] == model.id]
+    assert entry["architecture"]["output_modalities"] == list(model.outputs) and entry["context_length"]
     endpoints = (await client.http.get(f"/models/{model.id}/endpoints")).json()["data"]["endpoints"]
-    assert endpoints[0]["pricing"] == found["pricing"]
+    assert endpoints[0]["pricing"] == entry["pricing"]

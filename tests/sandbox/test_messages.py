@@ -28,13 +28,13 @@ async def ask(client: Client, scenario: str = "ordinary", **body: Any) -> httpx2
 
 def events(text: str) -> list[dict[str, Any]]:
     blocks = [block.split("\n") for block in text.replace("\r\n", "\n").split("\n\n")]
-    found = [
+    pairs = [
         (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
         for lines in blocks
         if len(lines) == 2
     ]
-    assert all(name == event["type"] for name, event in found)
-    return [event for _, event in found]
+    assert all(name == event["type"] for name, event in pairs)
+    return [event for _, event in pairs]
 
 
 def assembled(text: str) -> dict[str, Any]:
@@ -75,8 +75,8 @@ async def test_a_message_has_anthropics_shape(client: Client) -> None:
 
 
 async def test_a_stream_has_every_event_in_order(client: Client) -> None:
-    found = events((await ask(client, stream=True)).text)
-    assert list(dict.fromkeys(event["type"] for event in found)) == [
+    stream = events((await ask(client, stream=True)).text)
+    assert list(dict.fromkeys(event["type"] for event in stream)) == [
         "message_start",
         "content_block_start",
         "ping",
@@ -85,8 +85,8 @@ async def test_a_stream_has_every_event_in_order(client: Client) -> None:
         "message_delta",
         "message_stop",
     ]
-    assert found[0]["message"]["content"] == [] and found[0]["message"]["usage"]["output_tokens"] == 1
-    assert "cost" not in found[0]["message"]["usage"]
+    assert stream[0]["message"]["content"] == [] and stream[0]["message"]["usage"]["output_tokens"] == 1
+    assert "cost" not in stream[0]["message"]["usage"]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ async def test_the_cost_may_be_missing_and_generation_knows_it(client: Client) -
 
 
 async def test_a_tool_is_used_and_its_result_answered(client: Client) -> None:
-    asked: list[dict[str, Any]] = [{"role": "user", "content": "Weather?"}]
-    used = (await ask(client, messages=asked, tools=[TOOL])).json()
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Weather?"}]
+    used = (await ask(client, messages=messages, tools=[TOOL])).json()
     (block,) = used["content"]
     assert (used["stop_reason"], block["type"], block["name"], set(block["input"])) == (
         "tool_use",
@@ -147,7 +147,7 @@ async def test_a_tool_is_used_and_its_result_answered(client: Client) -> None:
         {"role": "assistant", "content": [block]},
         {"role": "user", "content": [result, {"type": "text", "text": "(be brief)"}]},
     ]
-    answer = (await ask(client, messages=[*asked, *more], tools=[TOOL])).json()
+    answer = (await ask(client, messages=[*messages, *more], tools=[TOOL])).json()
     assert answer["stop_reason"] == "end_turn" and "sunny" in answer["content"][0]["text"]
 
 
@@ -189,9 +189,9 @@ async def test_max_tokens_end_a_message(client: Client) -> None:
 async def test_an_error_in_mid_stream_is_an_event_and_the_last(
     client: Client, scenario: str, kind: str
 ) -> None:
-    found = events((await ask(client, f"{scenario};count=3", stream=True)).text)
-    assert [event["type"] for event in found].count("content_block_delta") == 3
-    assert (found[-1]["type"], found[-1]["error"]["type"]) == ("error", kind)
+    stream = events((await ask(client, f"{scenario};count=3", stream=True)).text)
+    assert [event["type"] for event in stream].count("content_block_delta") == 3
+    assert (stream[-1]["type"], stream[-1]["error"]["type"]) == ("error", kind)
 
 
 async def test_an_error_may_come_first_or_when_the_provider_dies(client: Client) -> None:
@@ -231,8 +231,8 @@ async def test_a_max_price_refusal_names_its_constraint(client: Client) -> None:
 
 
 async def test_the_system_may_speak_in_the_middle(client: Client) -> None:
-    said = [{"role": "user", "content": "Hello"}, {"role": "system", "content": "Be brief."}]
-    assert (await ask(client, messages=said)).status_code == 200
+    messages = [{"role": "user", "content": "Hello"}, {"role": "system", "content": "Be brief."}]
+    assert (await ask(client, messages=messages)).status_code == 200
 
 
 @pytest.mark.parametrize(

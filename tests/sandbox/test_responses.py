@@ -29,13 +29,13 @@ async def ask(client: Client, scenario: str = "ordinary", **body: Any) -> httpx2
 
 def events(text: str) -> list[dict[str, Any]]:
     blocks = [block.split("\n") for block in text.replace("\r\n", "\n").split("\n\n")]
-    found = [
+    pairs = [
         (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
         for lines in blocks
         if len(lines) == 2
     ]
-    assert all(name == event["type"] for name, event in found)
-    return [event for _, event in found]
+    assert all(name == event["type"] for name, event in pairs)
+    return [event for _, event in pairs]
 
 
 async def test_the_openai_sdk_reads_a_response(sdk: openai.AsyncOpenAI) -> None:
@@ -57,16 +57,16 @@ async def test_the_openai_sdk_reads_a_response(sdk: openai.AsyncOpenAI) -> None:
 async def test_the_openai_sdk_reads_a_stream_to_the_same_response(sdk: openai.AsyncOpenAI) -> None:
     whole = await sdk.responses.create(model=MINI, input="Say hi")
     async with sdk.responses.stream(model=MINI, input="Say hi") as stream:
-        said = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+        text = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
         final = await stream.get_final_response()
-    assert said == final.output_text == whole.output_text
+    assert text == final.output_text == whole.output_text
     assert final.usage == whole.usage
 
 
 async def test_a_stream_has_every_event_in_order_and_numbered(client: Client) -> None:
     response = await ask(client, stream=True)
-    found = events(response.text)
-    kinds = list(dict.fromkeys(event["type"] for event in found))
+    stream = events(response.text)
+    kinds = list(dict.fromkeys(event["type"] for event in stream))
     assert kinds == [
         "response.created",
         "response.in_progress",
@@ -78,7 +78,7 @@ async def test_a_stream_has_every_event_in_order_and_numbered(client: Client) ->
         "response.output_item.done",
         "response.completed",
     ]
-    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
     assert response.text.endswith("data: [DONE]\n\n")
     assert response.headers["x-generation-id"].startswith("gen-")
 
@@ -125,11 +125,11 @@ async def test_the_openai_sdk_calls_a_function_and_sends_its_result(sdk: openai.
     ],
 )
 async def test_reasoning_is_an_item_of_its_own(client: Client, model: str, delta: str, place: str) -> None:
-    found = events((await ask(client, model=model, stream=True)).text)
-    thought, message = found[-1]["response"]["output"]
+    stream = events((await ask(client, model=model, stream=True)).text)
+    thought, message = stream[-1]["response"]["output"]
     assert (thought["type"], message["type"]) == ("reasoning", "message")
-    assert thought[place][0]["text"] == "".join(event["delta"] for event in found if event["type"] == delta)
-    assert found[-1]["response"]["usage"]["output_tokens_details"]["reasoning_tokens"] == 24
+    assert thought[place][0]["text"] == "".join(event["delta"] for event in stream if event["type"] == delta)
+    assert stream[-1]["response"]["usage"]["output_tokens_details"]["reasoning_tokens"] == 24
 
 
 async def test_hidden_reasoning_is_billed_all_the_same(client: Client) -> None:
@@ -163,14 +163,14 @@ async def test_pictures_and_parts_are_counted_as_in_chat(client: Client) -> None
         {"type": "input_text", "text": "What?"},
         {"type": "input_image", "image_url": "data:,", "detail": "low"},
     ]
-    asked = (await ask(client, input=[{"role": "user", "content": parts}])).json()
+    answer = (await ask(client, input=[{"role": "user", "content": parts}])).json()
     chat = [
         {"type": "text", "text": "What?"},
         {"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}},
     ]
     same = (await client.ask(messages=[{"role": "user", "content": chat}])).json()
-    assert asked["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
-    assert asked["usage"]["cost"] == same["usage"]["cost"]
+    assert answer["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
+    assert answer["usage"]["cost"] == same["usage"]["cost"]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ async def test_pictures_and_parts_are_counted_as_in_chat(client: Client) -> None
 async def test_an_error_in_mid_stream_is_an_event_and_the_last(
     client: Client, scenario: str, last: str
 ) -> None:
-    found = events((await ask(client, f"{scenario};count=3", stream=True)).text)
-    assert [event["type"] for event in found].count("response.output_text.delta") == 3
-    assert found[-1]["type"] == last
-    assert "usage" not in found[-1].get("response", {}) or found[-1]["response"]["usage"] is None
+    stream = events((await ask(client, f"{scenario};count=3", stream=True)).text)
+    assert [event["type"] for event in stream].count("response.output_text.delta") == 3
+    assert stream[-1]["type"] == last
+    assert "usage" not in stream[-1].get("response", {}) or stream[-1]["response"]["usage"] is None
 
 
 async def test_a_failed_response_says_why(client: Client) -> None:

@@ -82,24 +82,24 @@ async def test_crlf_ends_every_line(client: Client) -> None:
 
 
 async def test_characters_and_json_are_split_over_pieces(client: Client) -> None:
-    said: dict[str, Any] = {
+    message: dict[str, Any] = {
         "messages": [{"role": "user", "content": "漢" * 40}]
     }  # pieces of 7 bytes cut characters of 3 wherever they begin
-    response = await client.open_stream("split-chunks", **said)
+    response = await client.open_stream("split-chunks", **message)
     pieces = [piece async for piece in response.aiter_raw()]
     assert max(map(len, pieces)) == 7
     assert any(piece.decode(errors="ignore").encode() != piece for piece in pieces)
-    assert spoken(b"".join(pieces).decode()) == spoken((await client.ask(stream=True, **said)).text)
+    assert spoken(b"".join(pieces).decode()) == spoken((await client.ask(stream=True, **message)).text)
 
 
 async def test_tool_calls_come_in_fragments(client: Client) -> None:
-    found = events((await client.ask("tool-call", stream=True)).text)
-    deltas = [event["choices"][0]["delta"] for event in found]
+    stream = events((await client.ask("tool-call", stream=True)).text)
+    deltas = [event["choices"][0]["delta"] for event in stream]
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
     assert calls[0]["function"]["name"] == "lookup_weather" and calls[0]["id"]
     assert all(set(call) == {"index", "function"} for call in calls[1:])
     assert json.loads("".join(call["function"]["arguments"] for call in calls)).keys() == {"city"}
-    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert stream[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 async def test_reasoning_comes_before_the_answer(client: Client) -> None:
@@ -118,16 +118,16 @@ async def test_reasoning_comes_before_the_answer(client: Client) -> None:
 async def test_an_error_in_mid_stream_ends_it(
     client: Client, scenario: str, code: object, choices: int
 ) -> None:
-    found = events((await client.ask(f"{scenario};count=3", stream=True)).text)
-    assert len(found) == 4
-    assert found[-1]["error"]["code"] == code
-    assert len(found[-1]["choices"]) == choices
+    stream = events((await client.ask(f"{scenario};count=3", stream=True)).text)
+    assert len(stream) == 4
+    assert stream[-1]["error"]["code"] == code
+    assert len(stream[-1]["choices"]) == choices
 
 
 async def test_an_error_may_be_the_first_event_and_costs_nothing(client: Client) -> None:
     response = await client.ask("error-first", stream=True)
-    found = events(response.text)
-    assert len(found) == 1 and "error" in found[0]
+    stream = events(response.text)
+    assert len(stream) == 1 and "error" in stream[0]
     generation = await client.look_up(response.headers["x-generation-id"])
     assert generation.json()["data"]["total_cost"] == 0
 
@@ -173,6 +173,6 @@ async def test_a_hidden_thought_is_counted_with_the_next_event(client: Client) -
         "reasoning": {"effort": "low", "exclude": True},
         "stream": True,
     }
-    found = events((await client.ask("usage-every-event", **body)).text)
-    assert found[0]["usage"]["completion_tokens"] == 13
-    assert found[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12
+    stream = events((await client.ask("usage-every-event", **body)).text)
+    assert stream[0]["usage"]["completion_tokens"] == 13
+    assert stream[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12

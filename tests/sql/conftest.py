@@ -44,19 +44,19 @@ def fresh_database(request: pytest.FixtureRequest) -> Iterator[Database]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(shared_database: Database) -> AsyncIterator[Client]:
     """On PostgreSQL 18 and on 15."""
-    async with open_client(shared_database) as found:
-        yield found
+    async with open_client(shared_database) as opened:
+        yield opened
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client_18(shared_database_18: Database) -> AsyncIterator[Client]:
     """On PostgreSQL 18 only: for long tests of what no version changes."""
-    async with open_client(shared_database_18) as found:
-        yield found
+    async with open_client(shared_database_18) as opened:
+        yield opened
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def fresh(fresh_database: Database) -> AsyncIterator[Client]:
     """A database of the test's own, on PostgreSQL 18 and on 15."""
-    async with open_client(fresh_database) as found:
-        yield found
+    async with open_client(fresh_database) as opened:
+        yield opened

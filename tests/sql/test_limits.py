@@ -375,9 +375,9 @@ async def test_plan_counters_start_anew_with_the_utc_day_and_month(
         "plan_month_requests": 70,
         "plan_month_tokens": 70,
     }
-    found = await advanced(client, usage, now)
+    counters = await advanced(client, usage, now)
     assert [
-        found[f"plan_{name}"] for name in ("day_requests", "day_tokens", "month_requests", "month_tokens")
+        counters[f"plan_{name}"] for name in ("day_requests", "day_tokens", "month_requests", "month_tokens")
     ] == [day, day, month, month]
 
 
@@ -450,8 +450,11 @@ async def test_a_budget_starts_anew_with_its_window(
 ) -> None:
     usage = {"budget_since": since, "budget_spent_nanos": 5, "budget_held_nanos": 3}
     assert (await advanced(client, usage, before, window))["budget_spent_nanos"] == 5
-    found = await advanced(client, usage, after, window)
-    assert (found["budget_spent_nanos"], found["budget_held_nanos"]) == (5 if window == "lifetime" else 0, 3)
+    counters = await advanced(client, usage, after, window)
+    assert (counters["budget_spent_nanos"], counters["budget_held_nanos"]) == (
+        5 if window == "lifetime" else 0,
+        3,
+    )
 
 
 async def test_a_hold_that_is_settled_after_its_budgets_window_counts_in_the_new_one(client: Client) -> None:

@@ -51,8 +51,8 @@ async def test_the_audit_of_strangers_would_see_a_forgotten_revoke(fresh: Client
         "create function public.open_to_all() returns int language sql as 'select 1'; create type "
         "public.shape as (a int)"
     )
-    found = {row["name"] for row in await fresh.rows(STRANGERS)}
-    assert found == {"forgotten", "forgotten_id_seq", "seen", "open_to_all()", "shape"}
+    strangers = {row["name"] for row in await fresh.rows(STRANGERS)}
+    assert strangers == {"forgotten", "forgotten_id_seq", "seen", "open_to_all()", "shape"}
 
 
 @pytest.mark.parametrize("role", ["anon", "authenticated"])

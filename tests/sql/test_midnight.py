@@ -50,11 +50,11 @@ async def admits(client: Client, account: Account, at: datetime) -> bool:
 
 async def plan_at(client: Client, account: Account, at: datetime) -> str:
     query = "select (public.current_plan(u, $2)).id from public.users u where u.id = $1"
-    found = await client.value(query, account.id, at)
+    plan_id = await client.value(query, account.id, at)
     built_in = await client.value(
-        "select slug from public.plans where id = $1 and slug in ('free', 'pay-as-you-go')", found
+        "select slug from public.plans where id = $1 and slug in ('free', 'pay-as-you-go')", plan_id
     )
-    return str(built_in or found)
+    return str(built_in or plan_id)
 
 
 async def funded(client: Client) -> Account:
@@ -231,8 +231,8 @@ async def test_the_limits_of_a_verified_key_begin_anew_at_midnight_too(client: C
         "join public.users u on u.id = k.user_id where k.id = $1"
     )
     for at, left in ((MIDNIGHT - TICK, 2), (MIDNIGHT, 3)):
-        shown = await client.ask(query, account.key_id, at)
-        assert (shown["request_limit"], shown["request_left"]) == (3, left)
+        limits = await client.ask(query, account.key_id, at)
+        assert (limits["request_limit"], limits["request_left"]) == (3, left)
     before = await client.counters(account)
     await client.ask(query, account.key_id, MIDNIGHT)
     assert await client.counters(account) == before

@@ -149,15 +149,15 @@ async def test_only_white_space_and_comments_of_a_body_are_left_aside() -> None:
 
 
 async def test_the_schema_folder_has_each_object_once() -> None:
-    found = Counter(
+    counts = Counter(
         re.findall(
             r"^create (?:unique )?(table|type|function|index|trigger) (?:public\.)?(\w+)",
             "\n".join(read_schema()),
             flags=re.M,
         )
     )
-    assert {kind for kind, _ in found} == {"table", "type", "function", "index", "trigger"}
-    assert [name for name, times in found.items() if times > 1] == []
+    assert {kind for kind, _ in counts} == {"table", "type", "function", "index", "trigger"}
+    assert [name for name, times in counts.items() if times > 1] == []
 
 
 async def test_the_schema_folder_never_changes_what_it_made() -> None:

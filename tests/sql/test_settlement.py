@@ -341,9 +341,9 @@ async def test_the_watermark_follows_the_sweep_and_hides_nothing(fresh: Client) 
     seen: set[str] = set()
     async with asyncio.timeout(20):
         while len(seen) < 3:
-            found = await expired(fresh)
-            seen |= set(found)
-            for request_id in found:
+            request_ids = await expired(fresh)
+            seen |= set(request_ids)
+            for request_id in request_ids:
                 await fresh.settle_one(request_id, source="none", status="expired", billable_nanos="0")
     assert seen == set(ids) - {ids[2]}
 

@@ -390,10 +390,10 @@ async def test_concurrent_settlements_tell_each_level_once(client: Client) -> No
         await asyncio.gather(
             *(crowd.settle_one(request_id, billable_nanos="2000") for request_id in admitted)
         )
-    found = await events(client, account)
-    assert [e["level"] for e in found if e["end_user"] is None] == [50, 80, 100]
-    assert [e["level"] for e in found if e["end_user"] == "ann"] == [50, 80, 100]
-    assert [e["spent_nanos"] for e in found if e["end_user"] is None] == [50_000, 80_000, 100_000]
+    rows = await events(client, account)
+    assert [e["level"] for e in rows if e["end_user"] is None] == [50, 80, 100]
+    assert [e["level"] for e in rows if e["end_user"] == "ann"] == [50, 80, 100]
+    assert [e["spent_nanos"] for e in rows if e["end_user"] is None] == [50_000, 80_000, 100_000]
     await client.assert_sound()
 
 
@@ -773,12 +773,12 @@ def random_request(chance: random.Random, account: Account) -> Json:
     if chance.random() < 0.6:
         changes["end_user"] = chance.choice(["ann", "bob", "cec"])
     if chance.random() < 0.5:
-        place = {
+        slot = {
             "place": hash_of(f"key {chance.randrange(6)}"),
             "fingerprint": hash_of(chance.choice("ab")),
             "ttl_seconds": 600,
         }
-        changes["idempotency"] = place
+        changes["idempotency"] = slot
     if chance.random() < 0.5:
         changes["cache"] = {
             "place": hash_of(f"body {chance.randrange(6)}"),

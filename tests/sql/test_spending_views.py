@@ -22,9 +22,9 @@ AMOUNTS = ("models", "prompt_estimate", "fixed_nanos", "output_nanos", "min_outp
 
 
 async def quote(client: Client, account: Account, item: Json) -> Json:
-    asked = {name: item[name] for name in AMOUNTS}
+    amounts = {name: item[name] for name in AMOUNTS}
     return dict(
-        await client.call("quote_request", {**asked, "user_id": account.id, "key_id": account.key_id})
+        await client.call("quote_request", {**amounts, "user_id": account.id, "key_id": account.key_id})
     )
 
 
@@ -141,9 +141,9 @@ async def test_live_costs_are_the_journals_before_and_after_they_are_summed_up(
     expected = {start: sum(r["cost"] for r in bill if r["moment"] >= start) for start in starts}
     for summed in (False, True):
         for start, cost in expected.items():
-            found = await client.ask("select public.live_costs($1)", start)
-            assert (found["upstream_cost_nanos"], found["charged_nanos"]) == (cost, cost), (summed, start)
-            assert found["requests"] == sum(r["moment"] >= start for r in bill)
+            costs = await client.ask("select public.live_costs($1)", start)
+            assert (costs["upstream_cost_nanos"], costs["charged_nanos"]) == (cost, cost), (summed, start)
+            assert costs["requests"] == sum(r["moment"] >= start for r in bill)
         while await client.call("sum_up_usage"):
             pass
     assert await client.value("select count(*) from public.usage_totals") > 0
@@ -232,8 +232,8 @@ async def test_the_account_of_a_credit_view_is_of_one_moment(client: Client) -> 
     item = request(account)
     await client.admit(item)
     await client.settle(settlement(item["request_id"]))
-    found = await client.call("read_credits", account.id)
-    assert found == {"balance_nanos": 10**6 - 500, "granted_nanos": Decimal(10**6)}
+    row = await client.call("read_credits", account.id)
+    assert row == {"balance_nanos": 10**6 - 500, "granted_nanos": Decimal(10**6)}
     assert await client.call("read_credits", 10**9) is None
 
 

@@ -140,18 +140,18 @@ def refusal(body: Mapping[str, Any], endpoint: str = CHAT) -> GatewayError:
     return caught.value
 
 
-def sent(found: Bound) -> dict[str, Any]:
+def sent(upper_bound: Bound) -> dict[str, Any]:
     """The fields that go out with one granted token, to look into."""
-    return {**found.apply(1)}
+    return {**upper_bound.apply(1)}
 
 
-def amounts(found: Bound) -> tuple[Any, Any]:
+def amounts(upper_bound: Bound) -> tuple[Any, Any]:
     """The fixed part and the price of an output token, to compare with integers."""
-    return found.fixed_nanos, found.output_nanos
+    return upper_bound.fixed_nanos, upper_bound.output_nanos
 
 
-def output_of(found: Bound) -> tuple[Any, int, int]:
-    return found.output_nanos, found.min_output, found.max_output
+def output_of(upper_bound: Bound) -> tuple[Any, int, int]:
+    return upper_bound.output_nanos, upper_bound.min_output, upper_bound.max_output
 
 
 def with_parts(*parts: Any, model: str = "plain/model", **fields: Any) -> dict[str, Any]:

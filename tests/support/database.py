@@ -176,13 +176,13 @@ def postgres_15() -> Iterator[EmbeddedPostgres]:
 @pytest.fixture
 async def database(postgres: EmbeddedPostgres) -> AsyncIterator[Database]:
     """An empty, migrated database on PostgreSQL 18."""
-    async with fresh_database(postgres) as found:
-        yield found
+    async with fresh_database(postgres) as fresh:
+        yield fresh
 
 
 @pytest.fixture(params=["18", "15"])
 async def sql(request: pytest.FixtureRequest) -> AsyncIterator[Database]:
     """An empty, migrated database, on PostgreSQL 18 and on 15: for tests of the SQL itself."""
     server = request.getfixturevalue("postgres" if request.param == "18" else "postgres_15")
-    async with fresh_database(server) as found:
-        yield found
+    async with fresh_database(server) as fresh:
+        yield fresh

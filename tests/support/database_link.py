@@ -76,15 +76,15 @@ class DatabaseLink:
 @asynccontextmanager
 async def database_link(database: Database) -> AsyncIterator[DatabaseLink]:
     with tempfile.TemporaryDirectory(prefix="gw") as folder:  # a socket's path is short
-        found = DatabaseLink(database, Path(folder))
-        server = await asyncio.start_unix_server(found.carry, f"{folder}/.s.PGSQL.5432")
-        yield found
+        link = DatabaseLink(database, Path(folder))
+        server = await asyncio.start_unix_server(link.carry, f"{folder}/.s.PGSQL.5432")
+        yield link
         server.close()
-        found.cut()
+        link.cut()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def staged_link(database: Database) -> AsyncIterator[DatabaseLink]:
     """A way to the database that can be cut; `start_gateway(database_url=link.url)` uses it."""
-    async with database_link(database) as found:
-        yield found
+    async with database_link(database) as link:
+        yield link

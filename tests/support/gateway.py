@@ -102,14 +102,14 @@ class User:
     async def settled_record(self) -> dict[str, Any]:
         """The user's only record, once it is no longer pending."""
         records = await eventually(
-            self.records, lambda found: len(found) == 1 and found[0]["status"] != "pending"
+            self.records, lambda value: len(value) == 1 and value[0]["status"] != "pending"
         )
         return dict(records[0])
 
 
 def settings_for(database: Database, **changes: Any) -> Settings:
     """Settings of a gateway on this database, untouched by the environment."""
-    found: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "database_url": database.url,
         "admin_api_key": ADMIN_KEY,
         "key_hash_secrets": SECRET,
@@ -118,7 +118,7 @@ def settings_for(database: Database, **changes: Any) -> Settings:
         "log_level": "error",
         "log_format": "console",
     }
-    return Settings(_env_file=None, **{**found, **changes})  # type: ignore[call-arg]  # pydantic-settings' own, without its plugin
+    return Settings(_env_file=None, **{**defaults, **changes})  # type: ignore[call-arg]  # pydantic-settings' own, without its plugin
 
 
 def live(url: str) -> dict[str, Any]:

@@ -96,12 +96,12 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def receiver(certificate: Path) -> AsyncIterator[Receiver]:
-    found = Receiver()
+    receiving = Receiver()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    server = await asyncio.start_server(found.serve, "127.0.0.1", 0, ssl=context)
-    found.port = server.sockets[0].getsockname()[1]
-    yield found
+    server = await asyncio.start_server(receiving.serve, "127.0.0.1", 0, ssl=context)
+    receiving.port = server.sockets[0].getsockname()[1]
+    yield receiving
     server.close()
 
 

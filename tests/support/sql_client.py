@@ -100,8 +100,8 @@ class Client:
         """A user with these credits, granted by an admin, without rate limits unless some are given."""
         number = next(_numbers)
         key = f"key {number}"
-        order = registration(f"user{number}", key, environment=environment)
-        answer = await self.call("register_user", order)
+        item = registration(f"user{number}", key, environment=environment)
+        answer = await self.call("register_user", item)
         assert answer["outcome"] == "registered", answer
         account = Account(answer["user_id"], answer["key_id"], hash_of(key), environment)
         await self.call(

@@ -56,16 +56,16 @@ class Upstream:
 
 @asynccontextmanager
 async def running_upstream() -> AsyncIterator[Upstream]:
-    found = Upstream("", create_sandbox())
-    async with served(found) as url:
-        found.url = f"{url}/api/v1"
-        yield found
+    running = Upstream("", create_sandbox())
+    async with served(running) as url:
+        running.url = f"{url}/api/v1"
+        yield running
 
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    async with running_upstream() as found:
-        yield found
+    async with running_upstream() as running:
+        yield running
 
 
 GENERATION = "gen-1790000000-known"
@@ -176,13 +176,13 @@ class Scripted:
             and self.known_cost is not None
             and GENERATION.encode() in scope["query_string"]
         ):
-            about = {
+            generation = {
                 "id": GENERATION,
                 "total_cost": Decimal(self.known_cost),
                 "native_tokens_prompt": 9,
                 "native_tokens_completion": 4,
             }
-            return Reply([dumps({"data": about})])
+            return Reply([dumps({"data": generation})])
         return Reply([b'{"error":{"code":404,"message":"not found"}}'], status=404)
 
     def _priced(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +194,6 @@ class Scripted:
 
 @asynccontextmanager
 async def running_script() -> AsyncIterator[Scripted]:
-    found = Scripted()
-    async with served(found) as found.url:
-        yield found
+    scripted = Scripted()
+    async with served(scripted) as scripted.url:
+        yield scripted

@@ -31,8 +31,8 @@ async def scoped(user: User, scopes: dict[str, list[str]], **rules: Any) -> User
     return User(user.gateway, user.id, made.json()["api_key"])
 
 
-async def quote(user: User, order: dict[str, Any], **headers: str) -> Any:
-    return await user.gateway.http.post("/v1/quote", headers={**user.headers, **headers}, json=order)
+async def quote(user: User, body: dict[str, Any], **headers: str) -> Any:
+    return await user.gateway.http.post("/v1/quote", headers={**user.headers, **headers}, json=body)
 
 
 async def make_unknown(gateway: Gateway, user: User, request_id: str, **columns: Any) -> None:

@@ -50,18 +50,18 @@ SECRETS = (
 )
 
 
-def assert_no_secrets(answer: httpx.Response) -> None:
-    seen = answer.text + str(answer.headers.multi_items())
+def assert_no_secrets(response: httpx.Response) -> None:
+    seen = response.text + str(response.headers.multi_items())
     assert [secret for secret in SECRETS if secret in seen] == []
 
 
-def assert_envelope(answer: httpx.Response) -> None:
+def assert_envelope(response: httpx.Response) -> None:
     """The one shape of every error answer."""
-    body = answer.json()
+    body = response.json()
     assert set(body) == {"error", "gateway"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["message"] and body["error"]["code"]
-    assert body["gateway"]["request_id"] == answer.headers["x-request-id"]
+    assert body["gateway"]["request_id"] == response.headers["x-request-id"]
 
 
 async def only_record(user: User) -> dict[str, Any]:
@@ -195,9 +195,9 @@ def _fails(scenario: str, streamed: bool) -> bool:
     )
 
 
-def events(answer: httpx.Response) -> list[dict[str, Any]]:
+def events(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON events of a stream."""
-    datas = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    datas = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
     return [orjson.loads(data) for data in datas]
 
 
@@ -261,7 +261,7 @@ async def test_a_cost_that_nobody_knows_yet_is_settled_later_and_exactly(
         assert usage["settlement"] == "pending" and usage["cost"] is None
     else:
         assert response.headers["x-gateway-settlement"] == "pending"
-    (record,) = await eventually(user.records, lambda found: found[0]["generation_id"] is not None)
+    (record,) = await eventually(user.records, lambda value: value[0]["generation_id"] is not None)
     assert record["status"] == "pending" and record["held"] > 0  # any other instance could finish it now
     record = await only_record(user)
     assert record["settlement_source"] == "generation"
@@ -348,13 +348,13 @@ class Hostile:
         if path.startswith(b"/models"):
             return http(self.models)
         if path.endswith(GENERATION.encode()):
-            about = {
+            facts = {
                 "id": GENERATION,
                 "total_cost": Decimal(KNOWN_COST),
                 "native_tokens_prompt": 9,
                 "native_tokens_completion": 1,
             }
-            return http(dumps({"data": about}))
+            return http(dumps({"data": facts}))
         return http(b'{"error":{"code":404,"message":"Generation not found"}}', status="404 Not Found")
 
 
@@ -445,10 +445,10 @@ def bomb(megabytes: int) -> bytes:
 
 @asynccontextmanager
 async def hostile_server() -> AsyncIterator[Hostile]:
-    found = Hostile()
-    server = await asyncio.start_server(found.serve, "127.0.0.1", 0)
-    found.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield found
+    upstream = Hostile()
+    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    yield upstream
     server.close()
 
 

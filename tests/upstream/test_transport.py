@@ -12,12 +12,12 @@ HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 
 
 async def test_a_copied_request_is_what_the_sdk_builds(upstream: Upstream) -> None:
-    given = {
+    fields = {
         "openrouter_api_key": "sk-or-v1-x",
         "openrouter_base_url": upstream.url,
         "openrouter_site_name": "Test",
     }
-    settings = Settings.model_validate(given)
+    settings = Settings.model_validate(fields)
     live = open_live(settings)
     try:
         for body in (b'{"model": "openai/gpt-4o-mini"}', b'{"model": "a longer body than the first one"}'):

@@ -22,9 +22,9 @@ from gateway.upstream.usage import (
 
 
 def read(text: str) -> Usage:
-    found = read_usage(parse_json(text.encode()))
-    assert found is not None
-    return found
+    usage = read_usage(parse_json(text.encode()))
+    assert usage is not None
+    return usage
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_a_cost_is_read_to_its_last_digit(written: str, nanos: str) -> None:
     ],
 )
 def test_what_is_no_cost_is_unknown_and_never_zero(written: str) -> None:
-    found = read(f'{{"cost": {written}, "prompt_tokens": 3}}')
-    assert (found.cost, found.billable_nanos, found.prompt_tokens) == (None, None, 3)
+    usage = read(f'{{"cost": {written}, "prompt_tokens": 3}}')
+    assert (usage.cost, usage.billable_nanos, usage.prompt_tokens) == (None, None, 3)
 
 
 def test_the_bill_of_an_own_key_is_added_only_where_one_was_used() -> None:
@@ -96,10 +96,10 @@ def test_what_is_no_number_of_tokens_is_unknown(written: str) -> None:
 
 
 def test_a_generation_record_prefers_the_native_count() -> None:
-    found = read_generation(
+    usage = read_generation(
         {"total_cost": Decimal("0.5"), "tokens_prompt": 1, "native_tokens_prompt": 2, "tokens_completion": 3}
     )
-    assert found == Usage(2, 3, None, None, Decimal("0.5"))
+    assert usage == Usage(2, 3, None, None, Decimal("0.5"))
 
 
 def test_text_that_postgresql_refuses_is_cleaned() -> None:
@@ -137,11 +137,11 @@ FIELDS = (
 def test_no_usage_object_breaks_the_reader(value: dict[str, Any]) -> None:
     parsed = parse_json(json.dumps(value).encode())
     assert isinstance(parsed, dict)
-    for found in (read_usage(parsed), read_generation(parsed)):
-        assert found is not None
-        assert found.cost is None or 0 <= found.cost <= 2 * MAX_COST
-        assert 0 <= found.total_tokens <= 2 * MAX_TOKENS
-        assert len(found.billable_nanos or "") < 80
+    for usage in (read_usage(parsed), read_generation(parsed)):
+        assert usage is not None
+        assert usage.cost is None or 0 <= usage.cost <= 2 * MAX_COST
+        assert 0 <= usage.total_tokens <= 2 * MAX_TOKENS
+        assert len(usage.billable_nanos or "") < 80
 
 
 @given(st.decimals(min_value=0, max_value=1000, places=25))
