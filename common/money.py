@@ -40,13 +40,23 @@ def plain_credits(nanos: int) -> str:
 
 
 def in_credits(row: Mapping[str, object]) -> dict[str, object]:
-    """A row with its amounts in credits: `cost_nanos` becomes `cost`, and an unknown one stays None."""
+    """A row with its amounts in credits: `cost_nanos` becomes `cost`, and an unknown one stays None.
+
+    Raises TypeError for an amount that is no integer: shown as it is, it would be far too large.
+    """
     return {
-        name.removesuffix("_nanos"): credits_from_nanos(value)
-        if name.endswith("_nanos") and isinstance(value, int)
-        else value
+        name.removesuffix("_nanos"): _amount(value) if name.endswith("_nanos") else value
         for name, value in row.items()
     }
+
+
+def _amount(nanos: object) -> Decimal | None:
+    if nanos is None:
+        return None
+    # bool is a subclass of int in Python.
+    if isinstance(nanos, bool) or not isinstance(nanos, int):
+        raise TypeError(f"nano-dollars are integers, not {type(nanos).__name__}")
+    return credits_from_nanos(nanos)
 
 
 def parse_amount(value: object) -> Decimal | None:

@@ -13,8 +13,8 @@ from typing import Literal, TypedDict
 import db
 from common.errors import Conflict, GatewayError, NotFound, UpstreamUnavailable
 from common.json_types import JsonObject
-from common.money import credits_from_nanos, parse_amount
-from db_rows.books import LiveCosts, OpenItem, UsageRecord
+from common.money import credits_from_nanos, in_credits, parse_amount
+from db_rows.books import LiveCosts, UsageRecord
 from db_rows.requests import Settled
 from db_rows.shared import Mode
 from gateway.billing.settlement import Generation, Settlements, settlement
@@ -105,17 +105,7 @@ async def open_items(
     # First, so that what has been closed since the last sweep is listed, too.
     await db.note_open_items(client)
     rows = await db.list_open_items(client, kind, before=before, limit=limit)
-    return [_in_credits(row) for row in rows]
-
-
-def _in_credits(row: OpenItem) -> dict[str, object]:
-    """A record with its amounts in credits; a cost that was never known is None."""
-    amounts = {
-        name.removesuffix("_nanos"): credits_from_nanos(value) if isinstance(value, int) else None
-        for name, value in row.items()
-        if name.endswith("_nanos")
-    }
-    return {**{name: value for name, value in row.items() if not name.endswith("_nanos")}, **amounts}
+    return [in_credits(row) for row in rows]
 
 
 def waiting_in(folder: Path) -> list[str]:

@@ -56,10 +56,11 @@ def read_replay_options(request: IncomingRequest, parsed: ParsedRequest, service
     if wants_cache is False:
         return ReplayOptions(idempotency)
     slot = partial(_cache_slot, request, parsed, services)
+    ttl_seconds = _ttl(headers) if wants_cache else None
     clear = _switch(headers, CACHE_CLEAR) or False
     if wants_cache is None:
         return ReplayOptions(idempotency, default_cache=partial(slot, clear=clear))
-    return ReplayOptions(idempotency, cache=slot(ttl_seconds=_ttl(headers), clear=clear))
+    return ReplayOptions(idempotency, cache=slot(ttl_seconds=ttl_seconds, clear=clear))
 
 
 def _idempotency_slot(request: IncomingRequest, parsed: ParsedRequest, mode: str) -> AnswerSlot | None:

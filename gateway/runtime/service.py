@@ -76,6 +76,9 @@ class Service:
             self._note_problem(for_operator(error, self.settings))
             await stack.aclose()
             return
+        except BaseException:  # a cancelled start must not leave a database server behind
+            await stack.aclose()
+            raise
         self.problem, self._stack, self.runtime = None, stack, runtime
         runtime.settlements.replay_journal()
         if not self.settings.vercel:
