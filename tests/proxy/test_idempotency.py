@@ -424,7 +424,7 @@ async def test_a_crash_frees_it_when_its_hold_is_swept(
             os.kill(worker, signal.SIGKILL)
         await asyncio.wait([waiting])
         upstream.scenario = ""
-        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
+        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=90)
         assert code_of(await ask(user)) == (409, "idempotency_request_running")
         await database.age_holds()
         again = await ask(user)  # finds it, unless the workers' own loop came before

@@ -257,7 +257,7 @@ async def test_a_process_killed_under_every_kind_of_request(
 
         await eventually(running, lambda value: value == 0, seconds=60)
         upstream.scenario = ""
-        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
+        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=90)
         await database.age_holds()
         await gateway.admin("POST", "/internal/sweep")  # unless the workers' own loop came before
     bills = {call.generation_id: call.cost for call in upstream.sandbox.state.calls if call.generation_id}

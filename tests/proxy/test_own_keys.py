@@ -249,7 +249,7 @@ async def test_a_killed_process_is_swept_under_it_or_not_at_all(
             return len(upstream.sandbox.state.in_flight)
 
         await eventually(generating, lambda value: value == 0, seconds=60)
-        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
+        await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=90)
         if removed:
             assert (await ask(user, "DELETE", "/user/provider-key")).status_code == 200
         await database.age_holds()

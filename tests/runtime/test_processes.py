@@ -80,7 +80,7 @@ async def test_what_a_killed_worker_leaves_is_finished_by_one_sweep(
         return len(upstream.sandbox.state.in_flight)
 
     await eventually(still_running, lambda value: value == 0)
-    await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=30)
+    await eventually(lambda: is_ready(gateway.http), lambda ready: ready, seconds=90)
     for user in (known, unknown):
         (record,) = await user.records()
         assert record["status"] == "pending" and (await user.balance())["held"] > 0
