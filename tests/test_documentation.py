@@ -142,7 +142,7 @@ async def send(gateway: Gateway, words: list[str], values: dict[str, str]) -> ht
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-async def test_every_documented_call_works_as_it_stands(gateway: Gateway, name: str) -> None:
+async def test_every_documented_call_works_as_printed(gateway: Gateway, name: str) -> None:
     user = await gateway.register(credits=5)
     request_id = (await user.chat()).headers["x-request-id"]
     body = {"key_name": "for the documents", "environment_tag": "test"}

@@ -357,7 +357,7 @@ async def test_a_lost_request_under_the_users_key_is_looked_up_under_it(
 
 
 @pytest.mark.parametrize("provider_key", [None, "sealed by nobody"])
-async def test_without_that_key_nobody_is_asked(
+async def test_without_that_key_no_upstream_is_asked(
     live_gateway: Gateway, upstream: Upstream, provider_key: str | None
 ) -> None:
     assert await own_lookup(live_gateway, upstream, provider_key) == []

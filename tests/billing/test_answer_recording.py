@@ -146,7 +146,9 @@ async def test_a_field_that_is_nested_too_deeply_holds_nothing(
 
 
 @pytest.mark.parametrize("name", ["x" * 257, ""])
-async def test_who_a_request_is_for_is_looked_at_with_the_rest_of_it(gateway: Gateway, name: str) -> None:
+async def test_the_end_user_of_a_request_is_validated_with_the_rest_of_it(
+    gateway: Gateway, name: str
+) -> None:
     """A key that is wrong is told before a header that is."""
     user = await gateway.register()
     stranger = User(gateway, 0, user.key[:-8] + "00000000")

@@ -169,7 +169,7 @@ async def test_unknown_costs_are_listed_by_page_before_and_after_they_are_noted(
         assert (await gateway.http.get(f"{ITEMS}?{query}", headers=headers)).status_code == 400
 
 
-async def test_what_nobody_knew_is_resolved_once(live_gateway: Gateway) -> None:
+async def test_an_unknown_cost_is_resolved_once(live_gateway: Gateway) -> None:
     user = await live_gateway.register(credits=5)
     response = await user.chat()
     request_id, cost = response.headers["x-request-id"], Decimal(response.headers["x-gateway-cost"])

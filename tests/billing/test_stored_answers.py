@@ -148,13 +148,13 @@ def test_what_another_key_sealed_is_another_answer() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256, "a\nb", "\x00"])
-def test_a_key_that_is_none_is_refused_by_name(key: str) -> None:
+def test_an_invalid_key_is_refused_by_name(key: str) -> None:
     with pytest.raises(BadRequest) as refusal:
         idempotency_slot("live", "live", "chat/completions", key, b"{}")
     assert refusal.value.param == "Idempotency-Key"
 
 
-def test_a_place_says_no_more_than_it_must() -> None:
+def test_a_slot_says_no_more_than_it_must() -> None:
     assert AnswerSlot("p", "f").item() == {"place": "p", "fingerprint": "f"}
     assert AnswerSlot("p", "f", 5, True).item() == {
         "place": "p",

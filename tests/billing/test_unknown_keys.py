@@ -78,7 +78,7 @@ async def ask(gateway: Gateway, key: str, address: str, content: bytes) -> int:
     return (await gateway.http.post("/v1/chat/completions", headers=headers, content=content)).status_code
 
 
-async def test_who_comes_from_there_is_looked_up_first(
+async def test_keys_from_that_address_are_looked_up_first(
     start_gateway: Callable[..., Awaitable[Gateway]], database: Database, upstream: Upstream
 ) -> None:
     async with database_link(database) as link:

@@ -80,7 +80,7 @@ def test_one_wrong_character_anywhere_is_noticed(data: st.DataObject) -> None:
     "change",
     [str.upper, str.lower, lambda k: k[:-1], lambda k: k + "0", lambda k: k + "\n", lambda k: " " + k],
 )
-def test_what_is_nearly_a_key_is_none(change: Any) -> None:
+def test_what_is_almost_a_key_is_refused(change: Any) -> None:
     assert key_environment(change("gw_live_" + "aB" + new_key("live")[10:])) is None
 
 
@@ -109,7 +109,7 @@ def test_a_key_is_known_by_its_hmac_under_every_secret_the_current_first() -> No
     assert Keyring([TWO, ONE]).hashes(key) == expected
 
 
-def test_a_secret_has_the_same_id_wherever_it_stands_and_the_id_does_not_tell_it() -> None:
+def test_a_secret_has_the_same_id_everywhere_and_the_id_does_not_reveal_it() -> None:
     old, new = Keyring([ONE]), Keyring([TWO, ONE])
     assert new.ids[1] == old.ids[0] != new.ids[0]
     assert old.ids[0] not in (bytes([1]) * 32).hex() and len(old.ids[0]) == 16

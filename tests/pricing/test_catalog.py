@@ -378,7 +378,7 @@ def test_the_output_maximum_is_else_the_context_length() -> None:
 
 
 @pytest.mark.parametrize("length", [None, 0, -5, True, "1000", 1.5, []])
-def test_a_length_that_is_none_is_unknown(length: object) -> None:
+def test_an_invalid_length_is_unknown(length: object) -> None:
     model = parse_model(entry(context_length=length))
     assert model is not None and (model.context_length, model.max_output) == (None, None)
 

@@ -52,7 +52,7 @@ def test_whole_amounts_print_without_an_exponent() -> None:
     "value", ["-1", "-0.0000001", "NaN", "Infinity", "sNaN", "", "free", None, True, [], {}, 1e9, "1e9"]
 )
 @pytest.mark.parametrize("component", ["prompt", "completion"])
-def test_a_token_price_that_is_none_leaves_the_model_unpriced(component: str, value: Any) -> None:
+def test_an_invalid_token_price_leaves_the_model_unpriced(component: str, value: Any) -> None:
     assert parse_price({**BASE, component: value}) is None
 
 
@@ -100,7 +100,7 @@ def test_an_absurd_surcharge_leaves_the_model_unpriced() -> None:
 
 
 @pytest.mark.parametrize("discount", ["half", True, [], Decimal("NaN"), 0.5])
-def test_a_discount_that_is_none_leaves_the_model_unpriced(discount: Any) -> None:
+def test_an_invalid_discount_leaves_the_model_unpriced(discount: Any) -> None:
     assert parse_price({**BASE, "discount": discount}) is None
 
 

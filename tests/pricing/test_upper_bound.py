@@ -616,7 +616,7 @@ def test_every_choice_of_every_prompt_is_an_output(fields: dict[str, Any], choic
 
 
 @pytest.mark.parametrize("prompt", [None, [], {}, 5, [None], [[["a"]]], [[{"type": "image_url"}]]])
-def test_a_prompt_that_is_none_is_invalid(prompt: object) -> None:
+def test_a_prompt_of_another_type_is_invalid(prompt: object) -> None:
     assert refusal(completion(prompt), "completions").param == "prompt"
 
 

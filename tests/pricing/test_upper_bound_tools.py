@@ -387,7 +387,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("written", NUMBERS)
 @pytest.mark.parametrize("endpoint", ["chat/completions", "responses", "messages"])
-def test_numbers_count_as_long_as_they_may_be_written_anew(endpoint: str, written: str) -> None:
+def test_numbers_count_at_the_longest_form_they_may_be_rewritten_in(endpoint: str, written: str) -> None:
     """JSON is read and written on its way: 1e20 is 4 bytes here, and 21 digits, each a token, in a prompt of
     JavaScript's making.
     """

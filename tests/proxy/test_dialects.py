@@ -706,7 +706,7 @@ def test_what_a_tool_is_called_with_stays_as_it_is_where_citations_go(value: str
 
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "[" * 300 + "]" * 300], ids=["half a surrogate", "deep"])
-def test_what_cannot_be_written_anew_goes_as_it_came(value: str) -> None:
+def test_what_cannot_be_rewritten_passes_unchanged(value: str) -> None:
     tool = f'{{"type":"tool_use","id":"t","name":"n","input":{{"x":{value}}}}}'
     content = f'[{{"type":"text","text":"a","citations":null}},{tool}]'
     usage = '{"input_tokens":1,"output_tokens":1}'

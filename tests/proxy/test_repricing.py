@@ -150,7 +150,7 @@ async def test_a_second_refusal_ends_it(gateway: Gateway, upstream: Scripted) ->
     assert (record["error_code"], record["cost"]) == ("price_changed", 0) and len(upstream.sent) == 2
 
 
-async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_list(
+async def test_a_client_s_own_price_limit_is_kept_and_no_list_is_read(
     gateway: Gateway, upstream: Scripted
 ) -> None:
     user = await warm(gateway, upstream)
@@ -167,7 +167,7 @@ async def test_a_client_s_own_limit_is_the_client_s_and_makes_nobody_read_the_li
     ] == 1
 
 
-async def test_a_client_s_limit_above_the_price_stands_in_no_way(
+async def test_a_client_s_limit_above_the_price_prevents_nothing(
     gateway: Gateway, upstream: Scripted
 ) -> None:
     user = await warm(gateway, upstream)
@@ -235,7 +235,7 @@ def test_a_limit_is_the_client_s_own_where_it_is_what_was_sent(own: Any, is_own:
 # The list itself.
 
 
-async def test_the_list_is_read_on_demand_no_oftener_than_allowed() -> None:
+async def test_the_list_is_read_on_demand_no_more_often_than_allowed() -> None:
     now, fetched = 1000.0, 0
 
     async def fetch() -> bytes:

@@ -92,7 +92,7 @@ def test_whoever_is_named_beside_the_user_is_the_tenant_s_own(name: str) -> None
     )
 
 
-def test_a_message_s_user_stands_in_its_metadata() -> None:
+def test_a_message_s_user_is_in_its_metadata() -> None:
     body = sent(
         "messages",
         model="a/b",

@@ -301,7 +301,9 @@ async def test_an_answer_that_credits_cut_short_is_not_kept(gateway: Gateway, up
     )
 
 
-async def test_without_being_asked_nothing_is_kept(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_without_being_asked_nothing_is_stored(
+    gateway: Gateway, upstream: Upstream, user: User
+) -> None:
     assert said(await ask(user, {})) is None
     assert said(await ask(user, {})) is None
     assert upstream.inferences == 2
@@ -311,7 +313,7 @@ async def test_without_being_asked_nothing_is_kept(gateway: Gateway, upstream: U
     )
 
 
-async def test_what_is_kept_is_unreadable(gateway: Gateway, upstream: Upstream, user: User) -> None:
+async def test_what_is_stored_is_unreadable(gateway: Gateway, upstream: Upstream, user: User) -> None:
     response = await ask(user, messages=[{"role": "user", "content": "my secret question"}])
     text = response.json()["choices"][0]["message"]["content"]
     (row,) = await gateway.database.rows(
@@ -359,7 +361,7 @@ async def test_a_key_that_caches_by_default_may_be_made_changed_and_overridden(
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 86_401, 1.5, "60", True])
-async def test_a_time_to_live_that_is_none_is_refused_by_name(gateway: Gateway, user: User, ttl: Any) -> None:
+async def test_an_invalid_time_to_live_is_refused_by_name(gateway: Gateway, user: User, ttl: Any) -> None:
     body = {"key_name": "cached", "cache_ttl_seconds": ttl}
     listed = (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"]
     for method, path in (("POST", "/user/api-keys"), ("PUT", f"/user/api-keys/{listed[0]['id']}")):

@@ -152,7 +152,7 @@ async def test_of_a_webhooks_url_the_log_keeps_no_secret(gateway: Gateway) -> No
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/user/balance"), ("POST", "/v1/chat/completions")])
-async def test_the_administrators_key_is_told_from_no_other_where_guesses_are_not_counted(
+async def test_the_administrators_key_is_recognised_only_where_guesses_are_counted(
     gateway: Gateway, method: str, path: str
 ) -> None:
     answers = [
@@ -286,14 +286,14 @@ async def test_the_zone_of_a_time_counts(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     "moment", ["2026-01-01T00:00:00+23:00", "0001-01-01T00:00:00+14:00", "2026-01-01T00:00:00"]
 )
-async def test_a_cursor_of_any_time_is_one_or_is_none_of_ours(gateway: Gateway, moment: str) -> None:
+async def test_a_cursor_of_any_time_is_valid_or_refused(gateway: Gateway, moment: str) -> None:
     user = await gateway.register()
     cursor = cursor_of(f"{moment} 0199f0a0-0000-7000-8000-000000000000")
     response = await gateway.http.get("/user/usage/records", params={"cursor": cursor}, headers=user.headers)
     assert response.status_code in (200, 400), response.text
 
 
-async def test_a_zone_that_only_this_machine_knows_is_none(gateway: Gateway) -> None:
+async def test_a_zone_that_only_this_machine_knows_is_refused(gateway: Gateway) -> None:
     user = await gateway.register()
     response = await gateway.http.get("/user/usage", params={"timezone": "localtime"}, headers=user.headers)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "timezone")

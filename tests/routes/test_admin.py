@@ -224,7 +224,7 @@ async def test_an_admin_finds_and_revokes_anybodys_key(gateway: Gateway) -> None
     ).status_code == 404
 
 
-async def test_who_has_lost_their_last_key_gets_another(gateway: Gateway) -> None:
+async def test_a_user_who_has_lost_their_last_key_gets_another(gateway: Gateway) -> None:
     user = await gateway.register(credits=1)
     (own,) = (await gateway.http.get("/user/api-keys", headers=user.headers)).json()["keys"]
     revoked = await gateway.http.request(

@@ -178,7 +178,7 @@ async def test_a_new_account_gets_a_key_once_and_its_first_credits(live_gateway:
     assert body["api_key"] not in stored and body["api_key"][12:-6] not in stored
 
 
-async def test_credits_never_come_from_who_registers(live_gateway: Gateway) -> None:
+async def test_credits_never_come_from_the_person_who_registers(live_gateway: Gateway) -> None:
     order = registration(
         credits=1000, initial_credits=1000, role="admin", signup_nanos="5", scope_permissions={"admin": ["*"]}
     )
@@ -431,7 +431,7 @@ async def test_pages_and_cursors_are_bounded(live_gateway: Gateway, path: str) -
         assert error["param"] == "cursor"
 
 
-async def test_a_transaction_page_goes_on_where_the_last_one_ended(live_gateway: Gateway) -> None:
+async def test_a_transaction_page_continues_where_the_last_one_ended(live_gateway: Gateway) -> None:
     user = await live_gateway.register()
     for amount in (1, 2, 3):
         await live_gateway.admin("POST", "/admin/add_credits", json={"user_id": user.id, "credits": amount})

@@ -239,7 +239,7 @@ async def test_a_name_has_one_budget(gateway: Gateway) -> None:
     assert (await ask(other, "POST", "/user/end-users", ORDER)).status_code == 201
 
 
-async def test_the_default_stands_for_each_who_has_no_budget(gateway: Gateway) -> None:
+async def test_the_default_holds_for_each_end_user_without_a_budget(gateway: Gateway) -> None:
     user = await gateway.register()
     await ask(user, "POST", "/user/end-users", {"end_user": "*", "budget": 2, "budget_window": "day"})
     await ask(user, "POST", "/user/end-users", ORDER)
@@ -321,7 +321,7 @@ async def test_a_quote_is_bounded_by_the_end_users_budget(gateway: Gateway) -> N
         )
 
 
-async def test_a_key_that_was_revoked_meanwhile_changes_nothing(gateway: Gateway) -> None:
+async def test_a_key_that_was_revoked_in_the_meantime_changes_nothing(gateway: Gateway) -> None:
     user = await gateway.register()
     item = {
         "user_id": user.id,

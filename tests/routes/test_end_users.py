@@ -223,7 +223,7 @@ async def test_anthropics_name_is_refused_in_anthropics_form(user: User) -> None
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "Müller & 日本", "a b", "*"])
-async def test_any_other_name_is_one_wherever_it_stands(user: User, name: str) -> None:
+async def test_any_other_name_is_a_name_everywhere(user: User, name: str) -> None:
     assert (await ask(user, name)).status_code == 200
     sent: Any = {**user.headers, "x-end-user": name.encode()}
     assert (await user.gateway.http.post("/v1/chat/completions", headers=sent, json=CHAT)).status_code == 200

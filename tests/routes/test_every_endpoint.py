@@ -146,7 +146,7 @@ async def test_without_a_plan_there_is_none_to_see_or_cancel(shared: World, endp
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-async def test_without_a_key_of_one_s_own_there_is_none_to_see_or_forget(shared: World, method: str) -> None:
+async def test_without_a_provider_key_there_is_none_to_see_or_delete(shared: World, method: str) -> None:
     response = await shared.gateway.http.request(
         method, "/user/provider-key", headers=shared.stranger.headers
     )

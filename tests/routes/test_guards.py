@@ -282,7 +282,7 @@ async def test_what_is_kept_of_an_address_is_no_plain_hash_and_outlives_a_change
     assert (await credits_of_new(later, "ada", "ada@example.com"))[1] == 0
 
 
-async def test_who_had_no_signup_credits_may_have_them_later(start_gateway: Start) -> None:
+async def test_a_user_without_signup_credits_may_get_them_later(start_gateway: Start) -> None:
     poor = await start_gateway(signup_credits=Decimal(0))
     user, credits = await credits_of_new(poor, "ada", "ada@example.com")
     assert credits == 0
@@ -453,7 +453,7 @@ async def test_a_browser_may_read_that_its_body_was_too_large(
         ("DELETE", "/admin/keys/999", None, "key_id"),
     ],
 )
-async def test_who_is_not_found_is_named(
+async def test_the_missing_user_is_named(
     gateway: Gateway, method: str, path: str, body: Any, param: str
 ) -> None:
     response = await gateway.http.request(method, path, headers=ADMIN, json=body)

@@ -33,7 +33,7 @@ WRONG = {
         "routes/test_every_endpoint.py::test_nobody_is_told_to_send_a_key",
     ],
     "clients chose their own initial credits": [
-        "routes/test_api.py::test_credits_never_come_from_who_registers"
+        "routes/test_api.py::test_credits_never_come_from_the_person_who_registers"
     ],
     "expired keys worked": ["test_an_expired_key_does_not_work"],
     "a deleted primary key still worked": ["routes/test_keys.py::test_a_deleted_primary_key_no_longer_works"],
@@ -68,7 +68,7 @@ WRONG = {
     ],
     # Money
     "402 was decided after the upstream answered": [
-        "runtime/test_faults.py::test_no_credits_is_402_which_nobody_retries"
+        "runtime/test_faults.py::test_no_credits_is_402_which_no_client_retries"
     ],
     "zero-token usage unrecorded": ["test_usage_of_zero_tokens_is_recorded"],
     "deduction not atomic": [

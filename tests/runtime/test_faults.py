@@ -333,7 +333,7 @@ async def test_what_is_wrong_in_the_configuration_is_said_everywhere(
         ({"ADMIN_API_KEY": "short-one"}, "ADMIN_API_KEY is too short: use at least 16 characters."),
     ],
 )
-async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
+async def test_a_wrong_setting_is_reported_at_the_start(
     tmp_path: Path, changes: dict[str, str], sentence: str
 ) -> None:
     environment = clean_environment(**{"PYTHONPATH": str(ROOT), "PORT": "0", **RIGHT, **changes})
@@ -344,7 +344,9 @@ async def test_who_starts_it_with_a_wrong_setting_is_told_at_once(
     assert (process.returncode, *output) == (1, b"", f"{sentence}\n".encode())
 
 
-async def test_who_interrupts_it_is_told_what_it_waits_for_and_may_insist(tmp_path: Path) -> None:
+async def test_an_interrupted_server_says_what_it_waits_for_and_a_second_interrupt_ends_it(
+    tmp_path: Path,
+) -> None:
     environment = clean_environment(
         PYTHONPATH=str(ROOT), PORT="0", GATEWAY_DATA_DIR=str(tmp_path), LOG_LEVEL="error"
     )
@@ -523,7 +525,7 @@ async def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(
     assert upstream.inferences == 0 and await user.records() == []
 
 
-async def test_no_credits_is_402_which_nobody_retries(live_gateway: Gateway, upstream: Upstream) -> None:
+async def test_no_credits_is_402_which_no_client_retries(live_gateway: Gateway, upstream: Upstream) -> None:
     user = await live_gateway.register()
     response = await user.chat(max_tokens=100)
     error = error_of(response)

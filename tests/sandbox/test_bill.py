@@ -113,7 +113,7 @@ def costs_in(text: str) -> list[Decimal | None]:
     return [usage.get("cost") for usage in usages]
 
 
-async def test_an_aborted_stream_stands_in_the_bill_at_what_generation_says(client: Client) -> None:
+async def test_an_aborted_stream_is_billed_at_what_generation_says(client: Client) -> None:
     response = await client.open_stream("slow;ms=1;tokens=500")
     await anext(response.aiter_raw())
     assert (await bill_of(client))["in_flight"] == 1
@@ -195,7 +195,7 @@ def test_days_weeks_and_months_are_those_of_utc() -> None:
 # A price that rises between two requests.
 
 
-async def test_a_risen_price_refuses_the_old_maximum_and_stands_in_the_catalog(client: Client) -> None:
+async def test_a_risen_price_refuses_the_old_maximum_and_is_in_the_catalog(client: Client) -> None:
     listed = (await client.http.get(f"/model/{MINI}")).json()["data"]["pricing"]["prompt"]
     maximum = {"max_price": {"prompt": float(Decimal(listed) * 1_000_000)}}
     refused = await client.ask("price-rise;factor=3", provider=maximum)
@@ -245,7 +245,7 @@ async def test_an_unknown_role_is_a_400_that_names_it(client: Client, role: obje
 
 
 @pytest.mark.parametrize("message", ["x", None, {"role": "user", "content": 1}])
-async def test_a_message_that_is_none_is_a_400(client: Client, message: object) -> None:
+async def test_an_invalid_message_is_a_400(client: Client, message: object) -> None:
     assert (await client.ask(messages=[message])).status_code == 400
 
 

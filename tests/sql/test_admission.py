@@ -382,7 +382,7 @@ async def test_repeated_refusals_are_one_row_with_a_count(client: Client) -> Non
     }
 
 
-async def test_a_refusal_of_nobody_knows_whom_is_recorded_all_the_same(client: Client) -> None:
+async def test_a_refusal_of_an_unknown_caller_is_recorded_too(client: Client) -> None:
     account = await client.register()
     assert (await client.admit_one(account, hashes=[hash_of("stranger")], address=None))[
         "outcome"

@@ -364,7 +364,7 @@ async def advanced(
         ("2026-01-30T12:00:00Z", 7, 70),  # the clock was set back
     ],
 )
-async def test_plan_counters_start_anew_with_the_utc_day_and_month(
+async def test_plan_counters_start_again_with_the_utc_day_and_month(
     client: Client, now: str, day: int, month: int
 ) -> None:
     usage = {
@@ -445,7 +445,7 @@ async def test_a_budget_is_not_exceeded_by_many_at_once(client: Client) -> None:
         ("lifetime", "-infinity", "2026-03-01T00:00:00Z", "2099-01-01T00:00:00Z"),
     ],
 )
-async def test_a_budget_starts_anew_with_its_window(
+async def test_a_budget_starts_again_with_its_window(
     client: Client, window: str, since: str, before: str, after: str
 ) -> None:
     usage = {"budget_since": since, "budget_spent_nanos": 5, "budget_held_nanos": 3}

@@ -83,7 +83,7 @@ async def test_a_spent_counter_is_full_again_at_midnight_and_not_a_microsecond_b
     assert [await admits(client, account, midnight) for _ in range(3)] == [True, True, False]
 
 
-async def test_a_month_s_counter_does_not_begin_anew_on_any_other_day(client: Client) -> None:
+async def test_a_month_s_counter_starts_again_on_no_other_day(client: Client) -> None:
     account = await funded(client)
     await assign(
         client, account, await plan(client, monthly_request_limit=1), MIDNIGHT - timedelta(days=1), months=2
@@ -222,7 +222,7 @@ async def test_months_of_a_plan_are_the_calendar_s_in_utc(
 # What is shown of the limits is what admission decides by.
 
 
-async def test_the_limits_of_a_verified_key_begin_anew_at_midnight_too(client: Client) -> None:
+async def test_the_limits_of_a_verified_key_start_again_at_midnight_too(client: Client) -> None:
     account = await funded(client)
     await assign(client, account, await plan(client, daily_request_limit=3), MIDNIGHT - timedelta(days=1))
     assert await admits(client, account, MIDNIGHT - TICK)

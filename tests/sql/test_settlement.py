@@ -381,7 +381,7 @@ async def test_a_refusal_for_credits_lists_the_users_expired_holds_once_in_ten_s
     await client.assert_sound()
 
 
-async def test_slots_that_leaked_are_counted_anew(client: Client) -> None:
+async def test_slots_that_leaked_are_counted_again(client: Client) -> None:
     account = await client.register(credits_nanos=50_000, limits={"concurrency": 2})
     running = await client.admit_one(account)
     await client.value(

@@ -129,7 +129,7 @@ async def test_the_smallest_of_credits_and_budgets_decides_and_is_named(
     assert (refused["outcome"], refused["available_nanos"]) == (outcome, smallest)
 
 
-async def test_who_has_no_budget_of_their_own_has_that_of_everybody(client: Client) -> None:
+async def test_an_end_user_without_a_budget_of_their_own_has_that_of_everybody(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     await give_budget(client, account, "*", FULL)
     await give_budget(client, account, "rich", 10 * FULL)
@@ -145,7 +145,7 @@ async def test_who_has_no_budget_of_their_own_has_that_of_everybody(client: Clie
     await client.assert_sound()
 
 
-async def test_who_has_no_budget_at_all_is_named_on_the_record_and_not_counted(client: Client) -> None:
+async def test_an_end_user_without_any_budget_is_named_on_the_record_and_not_counted(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     await give_budget(client, account, "ann", FULL)
     answer = await client.admit_one(account, end_user="bob")
@@ -220,7 +220,7 @@ async def test_twenty_of_two_hundred_concurrent_requests_fit_into_an_end_users_b
     await client.assert_sound()
 
 
-async def test_a_held_budget_that_leaked_is_counted_anew(client: Client) -> None:
+async def test_a_held_budget_that_leaked_is_counted_again(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     await give_budget(client, account, "ann", 3 * FULL)
     await client.admit_one(account, end_user="ann")
@@ -324,7 +324,7 @@ async def test_of_several_levels_reached_at_once_the_highest_is_told(client: Cli
     assert await usage_of(client, account, "ann") == (950, 0, 80)
 
 
-async def test_the_levels_of_a_new_window_are_told_anew(client: Client) -> None:
+async def test_the_levels_of_a_new_window_are_told_again(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     await client.change_key(account, budget_nanos=1_000, budget_window="day")
     await give_budget(client, account, "ann", 1_000, "day")
@@ -343,7 +343,7 @@ async def test_the_levels_of_a_new_window_are_told_anew(client: Client) -> None:
     )
 
 
-async def test_a_window_that_ends_while_a_request_runs_starts_its_levels_anew(client: Client) -> None:
+async def test_a_window_that_ends_while_a_request_runs_starts_its_levels_again(client: Client) -> None:
     account = await client.register(credits_nanos=50_000)
     await client.change_key(account, budget_nanos=2_000, budget_window="day")
     await spend(client, account, 900)

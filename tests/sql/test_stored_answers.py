@@ -96,7 +96,7 @@ async def test_a_replay_tells_the_balance_of_then(client: Client) -> None:
     assert (await client.admit_one(account, **key("a")))["balance_after_nanos"] == 4_500
 
 
-async def test_no_limit_stands_in_the_way_of_a_replay(client: Client) -> None:
+async def test_no_limit_prevents_a_replay(client: Client) -> None:
     account = await client.register(credits_nanos=FULL, limits={"requests_per_minute": 1, "concurrency": 1})
     first = await client.admit_one(account, **key("a"))
     await client.settle_one(first["request_id"], stored_answer="sealed", billable_nanos=str(FULL))
@@ -446,7 +446,7 @@ async def test_a_cached_answer_ends_with_its_time_and_is_replaced(client: Client
     assert len(await stored(client, account, "cache")) == 1
 
 
-async def test_clearing_removes_what_is_there_and_asks_anew(client: Client) -> None:
+async def test_clearing_removes_what_is_there_and_asks_again(client: Client) -> None:
     account = await client.register(credits_nanos=5_000)
     first = await client.admit_one(account, **cache())
     await client.settle_one(first["request_id"], **kept())

@@ -46,7 +46,7 @@ class Source:
         return ProviderEndpoints(self.fetch, ttl_seconds=300, clock=lambda: self.now)
 
 
-async def test_many_who_ask_at_once_wait_for_one_fetch() -> None:
+async def test_many_callers_at_once_wait_for_one_fetch() -> None:
     source = Source()
     source.let.clear()
     lists = source.lists()

@@ -491,7 +491,7 @@ async def test_an_address_in_the_url_is_checked_as_well(
     assert receiver.got == []
 
 
-async def test_each_send_looks_the_name_up_anew(
+async def test_each_send_looks_the_name_up_again(
     receiver: Receiver, names: Names, trusting: Callable[..., Sender]
 ) -> None:
     async with sending(trusting) as sender:

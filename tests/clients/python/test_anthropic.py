@@ -180,7 +180,7 @@ def test_one_retry_is_enough_because_retry_after_is_honoured(account: Account) -
     account.settled_record(2)
 
 
-def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
+def test_a_client_that_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
     stream = say(
         sdk(account.key), model=f"{CLAUDE}:slow;ms=20;tokens={LONG}", stream=True, max_tokens=2 * LONG
     )

@@ -22,7 +22,7 @@ ADDRESS = "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize("client", SECTIONS)
-def test_the_program_runs_as_it_stands(account: Account, client: str) -> None:
+def test_the_program_runs_as_printed(account: Account, client: str) -> None:
     if (needed := NEEDS.get(client)) in AWAITED:
         pytest.skip(f"awaits {needed}")
     program = SECTIONS[client]

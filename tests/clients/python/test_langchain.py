@@ -150,7 +150,7 @@ def test_one_retry_is_enough_because_retry_after_is_honoured(account: Account) -
     account.settled_record(2)
 
 
-def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
+def test_a_client_that_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
     stream = chat(account.key, ABORTABLE).stream(PROMPT)
     assert len([chunk for chunk, _ in zip(stream, range(3), strict=False)]) == 3
     stream.close()  # type: ignore[attr-defined]  # a generator, declared as an iterator

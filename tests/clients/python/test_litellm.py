@@ -143,7 +143,7 @@ def test_one_retry_is_enough_because_retry_after_is_honoured(account: Account) -
 
 
 @either_entrance
-def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account, entrance: str) -> None:
+def test_a_client_that_leaves_in_mid_stream_has_one_settled_record(account: Account, entrance: str) -> None:
     stream = say(account.key, entrance, model=ABORTABLE, stream=True)
     assert len([event for event, _ in zip(stream, range(3), strict=False)]) == 3
     stream.completion_stream.close()

@@ -234,7 +234,7 @@ def test_an_error_in_mid_stream_reaches_the_caller(account: Account) -> None:
     assert account.settled_record()["status"] == "failed"
 
 
-def test_who_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
+def test_a_client_that_leaves_in_mid_stream_has_one_settled_record(account: Account) -> None:
     stream = say(sdk(account.key), model=ABORTABLE, stream=True)
     read = [event for event, _ in zip(stream, range(3), strict=False)]
     stream.close()

@@ -161,7 +161,7 @@ def test_a_response_is_refused_with_the_same_classes_of_error(account: Account, 
 
 
 @responses
-def test_who_leaves_a_streamed_response_has_one_settled_record(account: Account) -> None:
+def test_a_client_that_leaves_a_streamed_response_has_one_settled_record(account: Account) -> None:
     stream = sdk(account.key).responses.create(
         model=f"{MODEL}:slow;ms=5;tokens={LONG}", input=PROMPT, stream=True
     )
