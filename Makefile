@@ -17,7 +17,7 @@ run: .venv/local.done ## start the gateway on an embedded Supabase, 127.0.0.1:80
 test: .venv/dev.done ## everything, on the embedded PostgreSQL; no network
 	$(PY) -m pytest -q -n 4 --dist loadgroup $(ARGS)
 
-coverage: .venv/dev.done ## the same tests, and how much of the code they run (branches too); fails below the floor
+coverage: .venv/dev.done ## the same tests, and how much of the code they run (branches too)
 	@rm -rf build/coverage && mkdir -p build/coverage
 	$(PY) -m coverage run -m pytest -q -n 4 --dist loadgroup $(ARGS)
 	@$(PY) -m coverage combine -q
@@ -66,7 +66,7 @@ clean: ## remove what make made; the data folder stays
 	@$(PYTHON) -m venv .venv || { echo "No .venv could be made, for the reason above (on Debian it may lack: apt-get install python3-venv)."; rm -rf .venv; exit 1; }
 
 .venv/local.done: requirements-local.txt | .venv/bin/python
-	@echo "Installing what the gateway needs (once, about half a minute)"
+	@echo "Installing what the gateway needs (once, some minutes at most)"
 	@$(PIP) requirements-local.txt
 	@touch $@
 
